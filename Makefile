@@ -1,0 +1,45 @@
+# Every target works from a fresh clone: Python >= 3.11, pip, a C++ compiler and make are all it needs.
+# No environment has to be activated; everything runs from .venv, which `make venv` creates and fills.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+BENCH ?= step --model deit_tiny_patch16_224 --batch 16 --n_bits 2
+
+# DeepSpeed compiles a small C++ op on first use: ninja must be on PATH, and the build stays inside .venv.
+IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint bench clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(INSTALLED)  ## create .venv and install the project with its development tools into it
+
+$(INSTALLED): pyproject.toml
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' && $(PYTHON) -m venv .venv; } || { \
+	  echo "cannot create .venv: dsquant needs Python >= 3.11 with venv; choose one: make venv PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@echo "installing into .venv (once; a few minutes, about 6 GB with PyTorch for CUDA) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: venv  ## train the 2-bit digits model end to end and show the closing table
+	$(IN_VENV) deepspeed dsquant/train.py --ds_config ds_configs/zero2.json
+
+test: venv  ## run the tests
+	$(IN_VENV) python -m pytest -q
+
+lint: venv  ## check style and formatting
+	$(IN_VENV) ruff check .
+	$(IN_VENV) ruff format --check .
+
+bench: venv  ## time float against quantized training (BENCH="..." for other arguments)
+	$(IN_VENV) python tools/bench.py $(BENCH)
+
+clean:  ## remove caches and build output; .venv and runs stay
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,43 @@
+"""The fixture that runs a function on several ranks does what tests rely on."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+
+def sum_over_ranks(start):
+    value = start + dist.get_rank()
+    dist.all_reduce(value)
+    return {"rank": dist.get_rank(), "local_rank": int(os.environ["LOCAL_RANK"]), "sum": value}
+
+
+def fail_on_rank(rank):
+    if dist.get_rank() == rank:
+        raise ValueError(f"rank {rank} cannot go on")
+    dist.barrier()
+
+
+def sleep_on_rank(rank, seconds):
+    if dist.get_rank() == rank:
+        time.sleep(seconds)
+
+
+def test_an_all_reduce_over_two_ranks_gives_the_sum(run_ranks):
+    results = run_ranks(2, "tests.test_run_ranks:sum_over_ranks", start=torch.tensor([10.0, 20.0]))
+    assert [(r["rank"], r["local_rank"]) for r in results] == [(0, 0), (1, 1)]
+    assert all(torch.equal(r["sum"], torch.tensor([21.0, 41.0])) for r in results)
+
+
+def test_a_failing_rank_fails_the_test_with_its_message_and_ends_the_others(run_ranks):
+    started = time.monotonic()
+    with pytest.raises(AssertionError, match=r"rank 1 exited with 1(?s:.*)ValueError: rank 1 cannot go on"):
+        run_ranks(2, "tests.test_run_ranks:fail_on_rank", rank=1, timeout=100)
+    assert time.monotonic() - started < 60  # rank 0 waits in a barrier; it is ended, not waited for
+
+
+def test_a_rank_that_hangs_fails_the_test_at_the_timeout(run_ranks):
+    with pytest.raises(AssertionError, match=r"still ran after 5 s"):
+        run_ranks(2, "tests.test_run_ranks:sleep_on_rank", rank=1, seconds=300, timeout=5)
