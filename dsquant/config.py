@@ -1,0 +1,338 @@
+"""The recipe: every choice of a run, checked when it is built and before any device is held.
+
+A recipe is a YAML file (`dsquant/recipes/NAME.yaml` or any path) plus dotted overrides. An unknown key, a wrong type
+or a value set differently in the ds_config is an error that names the key, the value and what is allowed.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dsquant.errors import ConfigError
+from dsquant.spec import MAX_BITS, MIN_BITS, Granularity, PolicyRule, QuantSpec, SitePolicy
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "digits_w2a2"
+
+Bits = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Refuse unknown keys and silent conversions in every part of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    """Name a timm model and how to build it; `checkpoint` is a float state dict that must load strictly."""
+
+    name: str
+    num_classes: Positive
+    pretrained: bool = False
+    checkpoint: str | None = None
+    kwargs: dict[str, Any] = {}
+
+
+class DataConfig(Section):
+    """Say where the shards lie and how images become tensors; `source: digits` makes its own shards in the run."""
+
+    source: Literal["shards", "digits"] = "shards"
+    train: str | None = None
+    val: str | None = None
+    image_size: Positive
+    channels: Literal[1, 3] = 3
+    augment: Literal["none", "shift", "flip_crop", "rrc", "rand_augment"] = "rrc"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
+    num_workers: Annotated[int, Field(ge=0)] = 4
+    shuffle_buffer: Positive = 4096
+    eval_batch_size: Positive = 256
+
+    @model_validator(mode="after")
+    def _complete(self):
+        if self.source == "shards" and not (self.train and self.val):
+            raise ValueError("data.train and data.val must name folders or patterns of WebDataset shards")
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise ValueError(f"data.mean and data.std need {self.channels} values, one a channel")
+        return self
+
+
+class TensorQuant(Section):
+    """Give the default of all weights or of all activations."""
+
+    n_bits: Bits
+    granularity: Granularity = Granularity.PER_TENSOR
+    offset: bool = False
+
+
+class RuleConfig(Section):
+    """Change the sites that match a glob, in order."""
+
+    match: str
+    n_bits: Bits | None = None
+    granularity: Granularity | None = None
+    offset: bool | None = None
+    lr_scale: NonNegative | None = None
+    quantize: bool = True
+
+    def rule(self) -> PolicyRule:
+        changes = self.model_dump(exclude={"match", "quantize"}, exclude_none=True)
+        return PolicyRule(self.match, changes, self.quantize)
+
+
+class ObrConfig(Section):
+    """Weigh oscillation-aware bin regularization (Quantization Variation, section 4.3; method of the closed form).
+
+    `sum` is the paper's formula, `mean` the authors' code. The weight rises by a cosine from 0 at `start` (a share of
+    the stage's steps) to `weight` at its end; quantizers above `max_bits` are left out.
+    """
+
+    weight: NonNegative = 0.0
+    start: Fraction = 0.25
+    aggregation: Literal["sum", "mean"] = "sum"
+    mse_weight: NonNegative = 1.0
+    variance_weight: NonNegative = 1.0
+    max_bits: Bits = 4
+
+
+class FreezeConfig(Section):
+    """Freeze weights that oscillate more often than a threshold that falls by a cosine from `first` to `last`."""
+
+    enabled: bool = False
+    start: Fraction = 0.25
+    first: Fraction = 0.1
+    last: Fraction = 0.01
+
+
+class OscillationConfig(Section):
+    """Set the tracker: momentum of the frequency, and the frequency above which a weight counts as oscillating."""
+
+    momentum: Annotated[float, Field(gt=0, le=1)] = 0.001
+    threshold: Fraction = 0.005
+    freeze: FreezeConfig = FreezeConfig()
+
+
+class CalibrationConfig(Section):
+    """Say how many training batches set the first activation scales, and in how many rounds."""
+
+    batches: Positive = 4
+    rounds: Positive = 2
+
+
+class QuantConfig(Section):
+    """Describe the quantization of a stage."""
+
+    weight: TensorQuant
+    activation: TensorQuant
+    rules: tuple[RuleConfig, ...] = (RuleConfig(match="patch_embed.*", n_bits=8), RuleConfig(match="head*", n_bits=8))
+    scale_lr: Annotated[float, Field(gt=0)] = 1e-3
+    scale_lr_mode: Literal["relative", "absolute"] = "relative"
+    grad_scale: Literal["lsq", "none"] = "lsq"
+    calibration: CalibrationConfig = CalibrationConfig()
+    obr: ObrConfig = ObrConfig()
+    oscillation: OscillationConfig = OscillationConfig()
+
+    @model_validator(mode="after")
+    def _no_weight_offset(self):
+        if self.weight.offset:
+            raise ValueError("weight.offset: weights are symmetric; an offset is for activations")
+        return self
+
+    def policy(self) -> SitePolicy:
+        """Return the ordered policy that resolves every site."""
+        return SitePolicy(
+            QuantSpec(**self.weight.model_dump()),
+            QuantSpec(**self.activation.model_dump()),
+            [rule.rule() for rule in self.rules],
+        )
+
+
+class DistillConfig(Section):
+    """Teach a stage by an earlier one: loss = hard * CE(labels) + soft * T^2 * CE(teacher probabilities at T)."""
+
+    teacher: str
+    soft: NonNegative = 1.0
+    hard: NonNegative = 0.0
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+
+
+class StageConfig(Section):
+    """Describe one stage: what it starts from, what it quantizes, how long and how it is optimized.
+
+    `batch_size` is global: images per optimizer step over all ranks and accumulation steps. `quant: null` trains in
+    float. Give `epochs` or `steps`.
+    """
+
+    init_from: str | None = None
+    quant: QuantConfig | None = None
+    distill: DistillConfig | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: Positive | None = None
+    batch_size: Positive
+    gradient_accumulation: Positive = 1
+    optimizer: Literal["adamw", "adam", "sgd", "radam", "nadam"] = "adamw"
+    lr: Annotated[float, Field(gt=0)]
+    min_lr: NonNegative = 0.0
+    warmup: Fraction = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: Fraction = 0.9
+    weight_decay: NonNegative = 0.05
+    gradient_clipping: NonNegative = 0.0
+    label_smoothing: Fraction = 0.0
+    activation_checkpointing: bool = False
+    eval_every: Annotated[float, Field(gt=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give a stage either epochs or steps")
+        return self
+
+
+class TelemetryConfig(Section):
+    """Set how often losses and oscillation are recorded, in optimizer steps, and where W&B sends them."""
+
+    log_every: Positive = 10
+    oscillation_every: Positive = 100
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "dsquant"
+
+
+class CheckpointConfig(Section):
+    """Save every so many optimizer steps of a stage (0: only at its end) and keep the last few."""
+
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    keep_last: Positive = 2
+
+
+class RunConfig(Section):
+    """Hold one run: model, data, an ordered set of stages, and how it is watched and kept."""
+
+    recipe: str
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    model: ModelConfig
+    data: DataConfig
+    stages: dict[str, StageConfig] = Field(min_length=1)
+    telemetry: TelemetryConfig = TelemetryConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _stages_point_back(self):
+        seen: list[str] = []
+        for name, stage in self.stages.items():
+            sources = {"init_from": stage.init_from, "distill.teacher": stage.distill and stage.distill.teacher}
+            for key, source in sources.items():
+                if source and source not in seen:
+                    raise ValueError(f"stages.{name}.{key} is {source!r}; earlier stages are {seen}")
+            seen.append(name)
+        return self
+
+
+def load_config(recipe: str = DEFAULT_RECIPE, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """Read a recipe by name or path, apply dotted overrides, and check it. Raises ConfigError."""
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise ConfigError(f"no recipe {recipe!r}: give the path of a YAML file or one of {known}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no mapping of recipe keys")
+    tree.setdefault("recipe", path.stem)
+    for key, value in (overrides or {}).items():
+        _set(tree, key, value)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], where: str) -> RunConfig:
+    """Check a recipe that is already a mapping. Raises ConfigError with a line for each bad key."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{where}:\n" + "\n".join(_problem(e) for e in error.errors())) from None
+
+
+def _problem(error: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"  {key}: unknown key (value {error['input']!r}); {_allowed(error['loc'])}"
+    shown = "" if isinstance(error["input"], dict) else f" (value {error['input']!r})"
+    return f"  {key or 'recipe'}: {error['msg']}{shown}"
+
+
+def _allowed(loc: tuple[str | int, ...]) -> str:
+    section: Any = RunConfig
+    for part in loc[:-1]:
+        fields = getattr(section, "model_fields", None)
+        if fields is not None and part in fields:
+            section = fields[part].annotation
+        section = _section_in(section)
+    return (
+        f"allowed here: {', '.join(section.model_fields)}" if hasattr(section, "model_fields") else "not allowed here"
+    )
+
+
+def _section_in(annotation: Any) -> Any:
+    """Find the Section inside `X | None`, `dict[str, X]` or `tuple[X, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    found = [_section_in(arg) for arg in getattr(annotation, "__args__", ())]
+    return next((s for s in found if isinstance(s, type)), None)
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for index, part in enumerate(parents):
+        node: Any = tree.setdefault(part, {})
+        if isinstance(node, list):
+            raise ConfigError(f"override {dotted}: {'.'.join(parents[: index + 1])} is a list; override it as a whole")
+        if node is None:
+            node = tree[part] = {}
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {dotted}: {'.'.join(parents[: index + 1])} is {node!r}, not a section")
+        tree = node
+    tree[last] = value
+
+
+def load_ds_config(path: str | Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON configuration. Raises ConfigError naming the file and the fault."""
+    try:
+        ds_config = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"ds_config {path} does not exist; the shipped ones are in ds_configs/") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"ds_config {path} is not JSON: {error}") from None
+    if not isinstance(ds_config, dict):
+        raise ConfigError(f"ds_config {path} must hold one JSON object")
+    return ds_config
+
+
+def merge_ds_config(ds_config: dict[str, Any], owned: dict[str, Any]) -> dict[str, Any]:
+    """Add the recipe's settings to a ds_config; raise ConfigError where the two say different things.
+
+    `owned` maps DeepSpeed keys to the values the recipe gives them. "auto" in the ds_config yields to the recipe.
+    """
+    for section in ("optimizer", "scheduler", "fp16", "amp"):
+        if ds_config.get(section):
+            raise ConfigError(f"ds_config sets {section!r}: the recipe decides it; remove it from the ds_config")
+    merged = dict(ds_config)
+    for key, value in owned.items():
+        given = ds_config.get(key, "auto")
+        both = isinstance(value, dict) and isinstance(given, dict)
+        pairs = [(f"{key}.{k}", given.get(k, "auto"), v) for k, v in value.items()] if both else [(key, given, value)]
+        for name, theirs, ours in pairs:
+            if theirs not in ("auto", ours):
+                raise ConfigError(f"{name} is {theirs!r} in the ds_config and {ours!r} in the recipe; set it in one")
+        merged[key] = {**given, **value} if both else value
+    return merged
