@@ -1,0 +1,94 @@
+"""Collect the quantization sites of a model while its family file walks it."""
+
+from math import prod
+
+from torch import nn
+
+from dsquant.errors import ConfigError
+from dsquant.quant.modules import ActivationQuantizer, QuantConv2d, QuantLinear, become, lsq_grad_scale
+from dsquant.quant.state import QuantState
+from dsquant.spec import ActivationSite, Granularity, Grouping, QuantSpec, SitePolicy, WeightSite
+
+
+class Sites:
+    """Hold the weight sites and activation quantizers that one policy puts into one model."""
+
+    def __init__(self, policy: SitePolicy, grad_scale: str = "lsq"):
+        self.policy, self.grad_scale = policy, grad_scale
+        self.weights: list[WeightSite] = []
+        self.quantizers: dict[str, ActivationQuantizer] = {}
+
+    @property
+    def activations(self) -> list[ActivationSite]:
+        return [quantizer.site for quantizer in self.quantizers.values()]
+
+    def linear(self, name: str, module: nn.Linear, *, features: int, signed: bool = True, offset: bool = False,
+               heads: int | None = None, out_blocks: int = 1, out_heads: int | None = None) -> None:  # fmt: skip
+        """Quantize a linear layer's input and weight.
+
+        features: elements of the input of one sample. heads: heads that lie side by side in the input.
+        out_blocks: separate quantizers along the output rows (3 for a fused q, k, v); out_heads: heads in one such block.
+        """
+        input_quantizer = self.activation(f"{name}.input", features, signed=signed, offset=offset, heads=heads)
+        shape = (module.out_features, module.in_features)
+        self._weight(f"{name}.weight", shape, heads=heads, out_blocks=out_blocks, out_heads=out_heads)
+        become(module, QuantLinear, input_quantizer=input_quantizer)
+
+    def conv(self, name: str, module: nn.Conv2d, *, features: int) -> None:
+        """Quantize a convolution's input and weight, one scale each (per_channel: one a filter)."""
+        input_quantizer = self.activation(f"{name}.input", features)
+        shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+        self._weight(f"{name}.weight", shape)
+        become(module, QuantConv2d, input_quantizer=input_quantizer)
+
+    def activation(
+        self, name: str, numel: int, *, signed: bool = True, offset: bool = False, heads: int | None = None,
+        heads_first: bool = False,
+    ) -> ActivationQuantizer | None:  # fmt: skip
+        """Return the quantizer of an activation of `numel` elements a sample, or None where the policy leaves it float."""
+        spec = self.policy.activation_spec(name, signed=signed, offset=offset)
+        if spec is None:
+            return None
+        n_groups = _activation_groups(name, spec, heads)
+        site = ActivationSite(name, spec, n_groups, numel // n_groups)
+        factor = lsq_grad_scale(site.numel, spec.qmax) if self.grad_scale == "lsq" else 1.0
+        self.quantizers[name] = ActivationQuantizer(site, heads_first=heads_first, grad_scale=factor)
+        return self.quantizers[name]
+
+    def _weight(self, name: str, shape: tuple[int, ...], *, heads: int | None = None, out_blocks: int = 1,
+                out_heads: int | None = None) -> None:  # fmt: skip
+        spec = self.policy.weight_spec(name)
+        if spec is None:
+            return
+        grouping = _weight_grouping(name, spec, shape, heads, out_blocks, out_heads)
+        grouping.check(shape)
+        self.weights.append(WeightSite(name, shape, spec, grouping))
+
+    def bind(self, state: QuantState, *, trainable: bool = True) -> None:
+        """Point every activation quantizer at its values in `state`; frozen copies serve inference."""
+        find = state.leaf if trainable else state.get
+        for name, quantizer in self.quantizers.items():
+            quantizer.bind(find(name), find(name, "offset"))
+
+
+def _activation_groups(name: str, spec: QuantSpec, heads: int | None) -> int:
+    if spec.granularity is Granularity.PER_TENSOR:
+        return 1
+    if spec.granularity is Granularity.PER_HEAD and heads:
+        return heads
+    raise ConfigError(f"{name} has no {spec.granularity} quantizer; give it per_tensor by a quant rule")
+
+
+def _weight_grouping(
+    name: str, spec: QuantSpec, shape: tuple[int, ...], heads: int | None, out_blocks: int, out_heads: int | None
+) -> Grouping:
+    numel = prod(shape)
+    if spec.granularity is Granularity.PER_TENSOR:
+        return Grouping(out_blocks, numel // out_blocks)
+    if spec.granularity is Granularity.PER_CHANNEL:
+        return Grouping(shape[0], numel // shape[0])
+    if out_heads:
+        return Grouping(out_blocks * out_heads, numel // (out_blocks * out_heads))
+    if heads:
+        return Grouping(heads, shape[1] // heads)
+    raise ConfigError(f"{name} has no heads; give it per_tensor or per_channel by a quant rule")

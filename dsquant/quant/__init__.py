@@ -1,0 +1,1 @@
+"""Activation quantizers, their calibration, and the replicated state of every quantizer."""

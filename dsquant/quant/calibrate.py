@@ -1,0 +1,190 @@
+"""Set the first scales of activation quantizers so that training starts from a useful point.
+
+Every rank runs training images through the model; ranges and histograms of each site are reduced over all ranks, and the
+same scale and offset, those of least squared error, are then found on each. Later rounds repeat this with all sites
+quantizing, so that a site is fitted to what it will really see.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsquant.errors import TrainingError
+from dsquant.quant.modules import ActivationQuantizer
+from dsquant.quant.state import SCALE_FLOOR, QuantState
+from dsquant.spec import QuantSpec
+
+BINS = 1024
+SCALE_GRID, OFFSET_GRID, REFINEMENTS = 128, 24, 20
+
+
+def group_rows(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
+    """Return x as float32 (n_groups, elements), one row for each scale of the quantizer."""
+    groups, x = quantizer.site.n_groups, x.float()
+    if groups == 1:
+        return x.reshape(1, -1)
+    if quantizer.heads_first:
+        return x.transpose(0, 1).reshape(groups, -1)
+    return x.unflatten(-1, (groups, -1)).movedim(-2, 0).reshape(groups, -1)
+
+
+class RangeObserver:
+    """Record the smallest and largest value of each group."""
+
+    def __init__(self, quantizer: ActivationQuantizer):
+        self.quantizer = quantizer
+        self.low = self.high = None
+
+    def __call__(self, x: Tensor) -> None:
+        low, high = group_rows(self.quantizer, x).aminmax(dim=1)
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+
+
+class HistogramObserver:
+    """Count values of each group in equal bins between a low and a high; the ends take what lies beyond."""
+
+    def __init__(self, quantizer: ActivationQuantizer, low: Tensor, high: Tensor):
+        self.quantizer, self.low = quantizer, low
+        self.width = ((high - low) / BINS).clamp(min=1e-12)
+        self.counts = torch.zeros(low.numel(), BINS, dtype=torch.float64, device=low.device)
+
+    def __call__(self, x: Tensor) -> None:
+        rows = group_rows(self.quantizer, x)
+        index = ((rows - self.low[:, None]) / self.width[:, None]).long().clamp_(0, BINS - 1)
+        self.counts.scatter_add_(1, index, torch.ones_like(rows, dtype=torch.float64))
+
+    def centers(self) -> Tensor:
+        """Return the middle of each bin, (n_groups, BINS) float64."""
+        steps = torch.arange(BINS, dtype=torch.float64, device=self.low.device) + 0.5
+        return self.low.double()[:, None] + steps * self.width.double()[:, None]
+
+
+def calibrate(
+    quantizers: dict[str, ActivationQuantizer], state: QuantState, forward: Callable[[Tensor], object],
+    batches: Iterable[Tensor], rounds: int, bind: Callable[[], None],
+) -> None:  # fmt: skip
+    """Fit every activation quantizer to the training images in `batches`, the same values on every rank.
+
+    Args:
+        quantizers: by site name, in the order of the model, the same on every rank.
+        forward: runs the model on a batch in evaluation mode without gradients.
+        rounds: 1 fits to float activations; each further round refits with all sites quantizing.
+        bind: makes the quantizers read their values from `state`; called after the first round.
+
+    Raises TrainingError naming a site that no image reached or that saw a non-finite value.
+    """
+    batches = list(batches)
+    for turn in range(rounds):
+        ranges = _observe(quantizers, {name: RangeObserver(q) for name, q in quantizers.items()}, forward, batches)
+        limits = _reduce_ranges(ranges)
+        histograms = {name: HistogramObserver(q, *limits[name]) for name, q in quantizers.items()}
+        _observe(quantizers, histograms, forward, batches)
+        _reduce_counts(histograms)
+        for name, histogram in histograms.items():
+            scale, offset = fit(histogram.counts.cpu(), histogram.centers().cpu(), quantizers[name].site.spec)
+            state.get(name).copy_(scale)
+            if offset is not None:
+                state.get(name, "offset").copy_(offset)
+        if turn == 0:
+            bind()
+
+
+def _observe(quantizers, observers, forward, batches):
+    for name, quantizer in quantizers.items():
+        quantizer.observer = observers[name]
+    try:
+        for batch in batches:
+            forward(batch)
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.observer = None
+    return observers
+
+
+def _reduce_ranges(ranges: dict[str, RangeObserver]) -> dict[str, tuple[Tensor, Tensor]]:
+    for name, seen in ranges.items():
+        if seen.low is None:
+            raise TrainingError(
+                f"calibration: no image reached {name}; leave it out with a quant rule (quantize: false)"
+            )
+    sizes = [seen.low.numel() for seen in ranges.values()]
+    ends = torch.cat([-torch.cat([s.low for s in ranges.values()]), torch.cat([s.high for s in ranges.values()])])
+    if dist.is_initialized():
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    low, high = -ends[: sum(sizes)], ends[sum(sizes) :]
+    found = {}
+    for name, lo, hi in zip(ranges, low.split(sizes), high.split(sizes), strict=True):
+        if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
+            raise TrainingError(f"calibration: {name} saw a value that is not finite; check the weights and the images")
+        found[name] = (lo, hi)
+    return found
+
+
+def _reduce_counts(histograms: dict[str, HistogramObserver]) -> None:
+    if not dist.is_initialized() or not histograms:
+        return
+    together = torch.cat([h.counts for h in histograms.values()])
+    dist.all_reduce(together)
+    sizes = [h.counts.shape[0] for h in histograms.values()]
+    for histogram, counts in zip(histograms.values(), together.split(sizes), strict=True):
+        histogram.counts = counts
+
+
+def fit(counts: Tensor, centers: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """Return float32 (n_groups,) scale and offset (None without one) of least squared error on histograms.
+
+    counts, centers: (n_groups, bins) float64. A grid finds the basin; alternating least squares, offset <- mean(x - s q)
+    and s <- <x - offset, q> / <q, q>, finds its bottom. Error of a candidate: sum counts * (x - x_hat)^2.
+    """
+    fitted = [_fit_group(n, x, spec) for n, x in zip(counts, centers, strict=True)]
+    scale = torch.tensor([s for s, _ in fitted], dtype=torch.float32).clamp(min=SCALE_FLOOR)
+    return scale, torch.tensor([o for _, o in fitted], dtype=torch.float32) if spec.offset else None
+
+
+def _fit_group(n: Tensor, x: Tensor, spec: QuantSpec) -> tuple[float, float]:
+    seen = n > 0
+    n, x = n[seen], x[seen]
+    scales, offsets = _candidates(float(x.min()), float(x.max()), spec)
+    error = _errors(n, x, scales, offsets, spec)
+    best = int(error.argmin())
+    return _refine(n, x, float(scales[best]), float(offsets[best]), float(error[best]), spec)
+
+
+def _candidates(low: float, high: float, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    shares = torch.logspace(-2, 0, SCALE_GRID, dtype=torch.float64)
+    if not spec.offset:
+        reach = max(high / max(1, spec.qmax), low / spec.qmin if spec.qmin else 0.0, SCALE_FLOOR)
+        scales = reach * shares
+        return scales, torch.zeros_like(scales)
+    span = max(high - low, SCALE_FLOOR)
+    scales = (span * shares / (spec.qmax - spec.qmin)).repeat_interleave(OFFSET_GRID)
+    room = span - scales * (spec.qmax - spec.qmin)
+    starts = torch.linspace(0, 1, OFFSET_GRID, dtype=torch.float64).repeat(SCALE_GRID)
+    return scales, low + room * starts - spec.qmin * scales
+
+
+def _codes(x: Tensor, scale, offset, spec: QuantSpec) -> Tensor:
+    return ((x - offset) / scale).clamp(spec.qmin, spec.qmax).round()
+
+
+def _errors(n: Tensor, x: Tensor, scales: Tensor, offsets: Tensor, spec: QuantSpec) -> Tensor:
+    s, o = scales[:, None], offsets[:, None]
+    return ((_codes(x, s, o, spec) * s + o - x).square() * n).sum(1)
+
+
+def _refine(n: Tensor, x: Tensor, s: float, o: float, error: float, spec: QuantSpec) -> tuple[float, float]:
+    best = (error, s, o)
+    for _ in range(REFINEMENTS):
+        q = _codes(x, s, o, spec)
+        if spec.offset:
+            o = float((n * (x - s * q)).sum() / n.sum())
+        qq = float((n * q * q).sum())
+        if qq == 0:
+            break
+        s = max(float((n * (x - o) * q).sum()) / qq, SCALE_FLOOR)
+        error = float(_errors(n, x, torch.tensor([s]), torch.tensor([o]), spec)[0])
+        best = min(best, (error, s, o))
+    return best[1], best[2]

@@ -1,0 +1,102 @@
+"""Modules that quantize their inputs. They take a float module's class, not its place: no parameter moves or is renamed.
+
+Weights need no code here: the shard step leaves the image w_hat in the parameter itself.
+"""
+
+import math
+from enum import Enum
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsquant.ops.fake_quantize import fake_quantize
+from dsquant.ops.quant_attention import QuantArgs
+from dsquant.ops.quant_linear import quant_linear
+from dsquant.spec import ActivationSite
+
+
+class Mode(Enum):
+    """Say what a quantizer does with a tensor that passes: leave it, quantize it, or show it to an observer first."""
+
+    FLOAT = "float"
+    QUANTIZE = "quantize"
+
+
+class ActivationQuantizer(nn.Module):
+    """Quantize one activation site with scales that live in QuantState.
+
+    `heads_first` says that groups lie along dim 1 of (B, H, N, D) rather than along the last dimension.
+    It owns no parameter, so that a model keeps its state-dict names and ZeRO never sees a scale.
+    """
+
+    def __init__(self, site: ActivationSite, *, heads_first: bool = False, grad_scale: float = 1.0):
+        super().__init__()
+        self.site, self.heads_first, self.grad_scale = site, heads_first, grad_scale
+        self.mode = Mode.FLOAT
+        self.observer = None
+        self._scale: Tensor | None = None
+        self._offset: Tensor | None = None
+
+    def bind(self, scale: Tensor, offset: Tensor | None) -> None:
+        """Read scale and offset, (n_groups,) float32, from these tensors from now on."""
+        self._scale, self._offset = scale, offset
+        self.mode = Mode.QUANTIZE
+
+    def args(self, x: Tensor) -> QuantArgs | None:
+        """Return what an op needs to quantize x, or None in float mode; an observer sees x first."""
+        if self.observer is not None:
+            self.observer(x.detach())
+        if self.mode is Mode.FLOAT:
+            return None
+        spec = self.site.spec
+        scale, offset = self._spread(self._scale, x), self._spread(self._offset, x)
+        return QuantArgs(scale, offset, spec.qmin, spec.qmax, self.grad_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        args = self.args(x)
+        return x if args is None else fake_quantize(x, *args)
+
+    def _spread(self, values: Tensor | None, x: Tensor) -> Tensor | None:
+        """Give (n_groups,) values a shape that broadcasts to x."""
+        if values is None or self.site.n_groups == 1:
+            return values
+        if self.heads_first:
+            return values.view(x.shape[1], 1, -1)
+        return values.repeat_interleave(x.shape[-1] // self.site.n_groups)
+
+    def extra_repr(self) -> str:
+        spec = self.site.spec
+        return f"{self.site.name}: {spec.n_bits} bits, {'signed' if spec.signed else 'unsigned'}, {spec.granularity}"
+
+
+def lsq_grad_scale(numel: int, qmax: int) -> float:
+    """Return LSQ's gradient factor 1 / sqrt(N * qmax), N the elements that share the scale. Esser et al. 2020, 2.2."""
+    return 1.0 / math.sqrt(max(1, numel) * max(1, qmax))
+
+
+class QuantLinear(nn.Linear):
+    """Apply a linear layer to its quantized input; `input_quantizer` is set by `become`."""
+
+    input_quantizer: ActivationQuantizer | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        args = None if self.input_quantizer is None else self.input_quantizer.args(x)
+        if args is None:
+            return F.linear(x, self.weight, self.bias)
+        return quant_linear(x, self.weight, self.bias, *args)
+
+
+class QuantConv2d(nn.Conv2d):
+    """Apply a convolution to its quantized input; `input_quantizer` is set by `become`."""
+
+    input_quantizer: ActivationQuantizer | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if self.input_quantizer is None else self.input_quantizer(x))
+
+
+def become(module: nn.Module, quant_class: type[nn.Module], **quantizers: ActivationQuantizer | None) -> None:
+    """Turn a float module into its quantized subclass in place, keeping its parameters, buffers, hooks and names."""
+    module.__class__ = quant_class
+    for name, quantizer in quantizers.items():
+        setattr(module, name, quantizer)
