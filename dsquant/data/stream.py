@@ -1,0 +1,333 @@
+"""Stream shards as batches: deterministic, resumable at any batch, the same number of batches on every rank.
+
+Order. In an epoch the shards are permuted, their samples form one sequence, and every rank takes an equal contiguous
+segment of it; webdataset's shuffle buffer, run over the *positions* of the segment, says which sample goes where.
+So the order is a function of (seed, epoch, world_size) alone, known before anything is read: each worker keeps only
+the records of its own batches, and a resume opens no shard that only past batches needed.
+Augmentation is a function of (seed, epoch, sample key). Each worker reads the tars of its rank's whole segment.
+"""
+
+import hashlib
+import io
+import random
+import signal
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from webdataset.filters import shuffle
+from webdataset.gopen import gopen
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from dsquant.data.shards import FIX, LABEL_MEMBER, ShardSet, image_member, read_failure
+from dsquant.errors import DataError
+
+Record = dict[str, Any]
+Batch = tuple[Tensor, Tensor]
+Transform = Callable[[Image.Image], Tensor]
+READ_BYTES = 1 << 20  # of a pipe or a remote shard at a time
+
+
+class TrainStream:
+    """Give a rank its endless sequence of training batches.
+
+    `batches_per_epoch` = floor(samples / (batch_size * world_size)), the same on every rank; what is left over differs
+    from epoch to epoch. shuffle_buffer is in samples (1 keeps the order of the shards). Raises DataError where the
+    samples do not fill one batch a rank.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        *,
+        transform: Transform,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        num_workers: int = 0,
+        shuffle_buffer: int = 4096,
+        pin_memory: bool = False,
+    ):
+        self.shards, self.transform, self.batch_size = shards, transform, batch_size
+        self.rank, self.world_size, self.seed = _checked_rank(rank, world_size), world_size, seed
+        self.shuffle_buffer = shuffle_buffer
+        self.loader = {"num_workers": num_workers, "pin_memory": pin_memory}
+        self.batches_per_epoch = shards.total // (batch_size * world_size)
+        if self.batches_per_epoch == 0:
+            raise DataError(
+                f"{shards.total} training samples do not fill one batch of {batch_size} on each of {world_size} ranks "
+                f"({batch_size * world_size} samples); use a smaller batch, fewer ranks, or more data"
+            )
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """Yield (images float32 (B, C, H, W), labels int64 (B,)) without end, from batch `start` of the whole run.
+
+        Batch i belongs to epoch i // batches_per_epoch; `batches(k)` continues an earlier run bit for bit after its
+        first k batches. Raises DataError for a shard or sample that cannot be read.
+        """
+        if start < 0:
+            raise ValueError(f"start must be at least 0, not {start}")
+        return _load(partial(self._worker_batches, start), **self.loader)
+
+    def _worker_batches(self, start: int, worker: int, workers: int) -> Iterator[Batch]:
+        index = start + worker
+        while True:
+            epoch, first = divmod(index, self.batches_per_epoch)
+            mine = range(first, self.batches_per_epoch, workers)
+            yield from self._epoch_batches(epoch, mine)
+            index += len(mine) * workers
+
+    def _epoch_batches(self, epoch: int, mine: range) -> Iterator[Batch]:
+        size = self.batches_per_epoch * self.batch_size
+        shard_order = list(range(len(self.shards)))
+        random.Random(_hash(self.seed, epoch, "shards")).shuffle(shard_order)
+        order = self._order(epoch, size)
+        wanted = np.zeros(size, dtype=bool)
+        wanted[order[mine]] = True
+        records = _read_segment(self.shards, shard_order, self.rank * size, wanted)
+        kept: dict[int, Record] = {}  # read, but of a later batch: never more than the shuffle buffer
+        for batch in mine:
+            rows = []
+            for position in order[batch].tolist():
+                while position not in kept:
+                    kept.update([next(records)])
+                rows.append(kept.pop(position))
+            yield self._decoded(rows, epoch)
+
+    def _order(self, epoch: int, size: int) -> np.ndarray:
+        """Give the positions in the segment, (batches_per_epoch, batch_size), that make up each batch."""
+        rng = random.Random(_hash(self.seed, epoch, f"rank {self.rank}"))
+        positions = shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng)(iter(range(size)))
+        return np.fromiter(positions, dtype=np.int64, count=size).reshape(-1, self.batch_size)
+
+    def _decoded(self, rows: list[Record], epoch: int) -> Batch:
+        decoded = []
+        with _preserved_rng():
+            for row in rows:
+                _seed_rng(_hash(self.seed, epoch, row["__key__"]))
+                decoded.append(decode(row, self.transform))
+        return _stacked(decoded)
+
+
+class EvalStream:
+    """Give a rank its share of the samples, each counted once over all ranks, in as many batches as any other rank.
+
+    Every batch has batch_size rows; rows beyond the rank's share are zeros with label -1, which the caller must not
+    count. `batches_per_epoch` = ceil(samples / (batch_size * world_size)).
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        *,
+        transform: Transform,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ):
+        self.shards, self.transform, self.batch_size = shards, transform, batch_size
+        _checked_rank(rank, world_size)
+        self.first, self.last = (shards.total * side // world_size for side in (rank, rank + 1))
+        self.batches_per_epoch = -(-shards.total // (batch_size * world_size))
+        self.loader = {"num_workers": num_workers, "pin_memory": pin_memory}
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield (images float32 (B, C, H, W), labels int64 (B,)), batches_per_epoch times; labels are -1 in padding."""
+        return _load(self._worker_batches, **self.loader)
+
+    def _worker_batches(self, worker: int, workers: int) -> Iterator[Batch]:
+        mine = range(worker, self.batches_per_epoch, workers)
+        wanted = np.zeros(self.last - self.first, dtype=bool)
+        for batch in mine:
+            wanted[batch * self.batch_size : (batch + 1) * self.batch_size] = True
+        records = _read_segment(self.shards, range(len(self.shards)), self.first, wanted)
+        for batch in mine:
+            present = int(wanted[batch * self.batch_size : (batch + 1) * self.batch_size].sum())
+            rows = [decode(next(records)[1], self.transform) for _ in range(present)]
+            if present < self.batch_size:
+                blank = torch.zeros_like(rows[0][0] if rows else self._any_image())
+                rows += [(blank, -1)] * (self.batch_size - present)
+            yield _stacked(rows)
+
+    def _any_image(self) -> Tensor:
+        """Give an image of the set, for the shape of a batch that is all padding."""
+        _, record = next(_read_segment(self.shards, range(len(self.shards)), 0, np.ones(1, dtype=bool)))
+        return decode(record, self.transform)[0]
+
+
+def verify(shards: ShardSet, progress: Callable[[int], None] = lambda samples: None) -> dict[int, int]:
+    """Decode every sample; give the number of samples of each label.
+
+    progress is called with the number of samples done since the last call. Raises DataError at the first shard or
+    sample that cannot be read.
+    """
+    labels: dict[int, int] = {}
+    for url, count in zip(shards.urls, shards.counts, strict=True):
+        for record in read_shard(url, count):
+            _, label = decode(record, lambda image: image)
+            labels[label] = labels.get(label, 0) + 1
+            progress(1)
+    return dict(sorted(labels.items()))
+
+
+def read_shard(url: str, count: int) -> Iterator[Record]:
+    """Yield the undecoded samples of a shard: {"__key__", "__url__", member: bytes}.
+
+    Raises DataError where the shard cannot be read, or read to its end does not hold `count` samples: a tar cut
+    between two members looks whole to tarfile.
+    """
+    stream, held, done = None, None, 0  # one sample is held back: of a cut shard the last may lack a member
+    try:
+        stream = gopen(url, bufsize=READ_BYTES)
+        for done, record in enumerate(group_by_keys(tar_file_expander([{"url": url, "stream": stream}])), 1):
+            if done > count:
+                break
+            if held is not None:
+                yield held
+            held = record
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        raise DataError(f"shard {url}: {read_failure(error)}, after {done} of {count} samples; {FIX}") from error
+    finally:
+        if stream is not None:
+            with suppress(OSError):  # a pipe that is closed before its end says so with its exit status
+                stream.close()
+    if done != count:
+        found = f"{done} samples" if done < count else f"more than {count} samples"
+        raise DataError(f"shard {url}: {found} where {count} were counted: truncated or changed; {FIX}")
+    if held is not None:
+        yield held
+
+
+def decode(record: Record, transform: Transform) -> tuple[Any, int]:
+    """Decode and transform the image of a record, and read its label; raise DataError naming shard, key and cause."""
+    url, key = record["__url__"], record["__key__"]
+    member = image_member(url, record)
+    try:
+        label = int(record[LABEL_MEMBER])
+    except ValueError:
+        label = -1
+    if label < 0:
+        content = record[LABEL_MEMBER][:20]
+        raise DataError(f"shard {url}, sample {key}: {LABEL_MEMBER} holds {content!r}, not a label (0, 1, ...); {FIX}")
+    try:
+        image = Image.open(io.BytesIO(record[member]))
+        image.load()
+    except Exception as error:  # Pillow's plugins raise almost anything on damaged bytes
+        raise DataError(f"shard {url}, sample {key}: cannot decode {member} ({_cause(error)}); {FIX}") from error
+    try:
+        return transform(image), label
+    except Exception as error:
+        message = f"shard {url}, sample {key}: cannot transform the {image.mode} image of size {image.size}"
+        raise DataError(f"{message} ({_cause(error)}); check data.image_size, channels and augment") from error
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _read_segment(
+    shards: ShardSet, shard_order: Sequence[int], first: int, wanted: np.ndarray
+) -> Iterator[tuple[int, Record]]:
+    """Yield (position, record) where `wanted`, in the segment that starts at sample `first` of the ordered shards."""
+    begin = -first  # position of the shard's first sample in the segment
+    for index in shard_order:
+        url, count = shards.urls[index], shards.counts[index]
+        low, high = max(begin, 0), max(begin + count, 0)
+        positions = np.flatnonzero(wanted[low:high]) + low
+        if len(positions):
+            last = int(positions[-1])
+            for position, record in enumerate(read_shard(url, count), begin):
+                if position >= 0 and wanted[position]:
+                    yield position, record
+                if position == last and last < begin + count - 1:
+                    break
+        begin += count
+
+
+def _stacked(rows: list[tuple[Tensor, int]]) -> Batch:
+    images, labels = zip(*rows, strict=True)
+    return torch.stack(images), torch.tensor(labels, dtype=torch.int64)
+
+
+def _checked_rank(rank: int, world_size: int) -> int:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not one of {world_size} ranks")
+    return rank
+
+
+def _hash(seed: int, epoch: int, name: str) -> int:
+    """Give a 63-bit integer that (seed, epoch, name) determine, on any machine."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _seed_rng(value: int) -> None:
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.default_generator.manual_seed(value)  # torch.manual_seed would seed the accelerators as well
+
+
+@contextmanager
+def _preserved_rng() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
+
+
+class _WorkerBatches(IterableDataset):
+    """Give worker w of W the batches w, w + W, ...: DataLoader takes workers in turn, which restores the order.
+
+    A DataError travels as an item, since torch would wrap a raised one in the worker's traceback.
+    """
+
+    def __init__(self, worker_batches: Callable[[int, int], Iterator[Batch]]):
+        self.worker_batches = worker_batches
+
+    def __iter__(self) -> Iterator[Batch | DataError]:
+        info = get_worker_info()
+        try:
+            yield from self.worker_batches(info.id, info.num_workers) if info else self.worker_batches(0, 1)
+        except DataError as error:
+            yield error
+
+
+def _load(worker_batches: Callable[[int, int], Iterator[Batch]], num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+    loader = DataLoader(
+        _WorkerBatches(worker_batches),
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=_as_is,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # otherwise DataLoader draws from the global one
+    )
+    for item in loader:
+        if isinstance(item, DataError):
+            raise item
+        yield item
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def _start_worker(worker: int) -> None:
+    """Leave signals to the parent, which saves and stops on them; it ends its workers itself."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
