@@ -1,0 +1,233 @@
+"""DeepSpeed with weights quantized on its shards: one object that a training loop drives.
+
+The engine owns `deepspeed.initialize`, the optimizer, the quantizer state and the shard quantization. A float stage is
+the same engine with nothing attached, so that both run the same loop.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from dsquant.config import QuantConfig, RunConfig, StageConfig, merge_ds_config
+from dsquant.errors import ConfigError, TrainingError
+from dsquant.models.registry import insert_sites
+from dsquant.models.sites import Sites
+from dsquant.quant.state import QuantState
+from dsquant.shard.fragments import ShardMap, map_shards
+from dsquant.shard.optimizer import ShardOptimizer, ShardQuantization
+
+OPTIMIZERS = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "radam": torch.optim.RAdam,
+    "nadam": torch.optim.NAdam,
+}
+
+
+@dataclass
+class World:
+    """Describe this process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+    bf16: bool = False
+
+    def use_precision(self, precision: str) -> None:
+        """Choose "bf16", "fp32", or with "auto" bf16 on an accelerator and fp32 on a CPU."""
+        self.bf16 = self.device.type != "cpu" if precision == "auto" else precision == "bf16"
+
+
+def init_world() -> World:
+    """Join the process group that the launcher describes, or a group of one without a launcher.
+
+    Under Slurm, or any launcher that shows one device to each task, that device is taken whatever LOCAL_RANK says.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(key, value)
+    if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    accelerator = get_accelerator()
+    gpu = accelerator.device_name() != "cpu"
+    if gpu:
+        local = int(os.environ["LOCAL_RANK"])
+        accelerator.set_device(local if accelerator.device_count() > local else 0)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name() if gpu else "gloo")
+    return World(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name()))
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def micro_batch_size(stage: StageConfig, world_size: int) -> int:
+    """Return images per rank and accumulation step. Raises ConfigError where the global batch does not divide."""
+    parts = world_size * stage.gradient_accumulation
+    if stage.batch_size % parts:
+        raise ConfigError(
+            f"batch_size {stage.batch_size} is not divisible by {world_size} ranks x "
+            f"{stage.gradient_accumulation} accumulation steps"
+        )
+    return stage.batch_size // parts
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split parameters: matrices decay; vectors and what the model itself names (pos_embed, cls_token) do not."""
+    exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    decay, rest = [], []
+    for name, p in model.named_parameters():
+        ndim = len(getattr(p, "ds_shape", p.shape))
+        (rest if ndim < 2 or name in exempt else decay).append(p)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def make_optimizer(model: nn.Module, stage: StageConfig) -> ShardOptimizer:
+    """Build the stage's torch optimizer inside a ShardOptimizer."""
+    options: dict[str, Any] = {"lr": stage.lr}
+    options |= {"momentum": stage.momentum} if stage.optimizer == "sgd" else {"betas": stage.betas}
+    return ShardOptimizer(OPTIMIZERS[stage.optimizer](param_groups(model, stage.weight_decay), **options))
+
+
+class Engine:
+    """Train one stage.
+
+    Args:
+        model: a float model with its starting weights; quantization sites are inserted in place for a quantized stage.
+        run, stage: the recipe.
+        ds_config: ZeRO, precision and communication; settings that the recipe owns must agree with it.
+        world: from `init_world`.
+        total_steps: optimizer steps of the stage, the length of every schedule.
+    """
+
+    def __init__(
+        self, model: nn.Module, run: RunConfig, stage: StageConfig, ds_config: dict[str, Any], world: World,
+        total_steps: int,
+    ):  # fmt: skip
+        self.stage, self.world, self.total_steps = stage, world, total_steps
+        self.quant: QuantConfig | None = stage.quant
+        self.sites: Sites | None = None
+        if stage.quant is not None:
+            self.sites = insert_sites(model, stage.quant.policy(), stage.quant.grad_scale)
+        if stage.activation_checkpointing:
+            _checkpoint_activations(model)
+        self.optimizer = make_optimizer(model, stage)
+        self.ds_config = merge_ds_config(ds_config, self._owned())
+        self.ds, *_ = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=self.ds_config, dist_init_required=False
+        )
+        self.shards: ShardMap = map_shards(self.ds)
+        self.state: QuantState | None = None
+        self.quantization: ShardQuantization | None = None
+        self.step_index = 0
+        if stage.quant is not None:
+            self._attach(stage.quant)
+
+    def _owned(self) -> dict[str, Any]:
+        micro = micro_batch_size(self.stage, self.world.size)
+        return {
+            "train_batch_size": self.stage.batch_size,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": self.stage.gradient_accumulation,
+            "gradient_clipping": self.stage.gradient_clipping,
+            "bf16": {"enabled": self.world.bf16},
+        }
+
+    def _attach(self, quant: QuantConfig) -> None:
+        """Create the quantizer state and set the weight scales on the shards; activations stay float until calibrated."""
+        self.state = QuantState(self.sites.weights, self.sites.activations, self.world.device)
+        self.quantization = ShardQuantization(self.shards, self.sites.weights, self.state, quant)
+        self.quantization.initialize_scales()
+        self.quantization.start()
+        self.optimizer.quantization = self.quantization
+
+    @property
+    def module(self) -> nn.Module:
+        return self.ds.module
+
+    @property
+    def zero_stage(self) -> int:
+        return self.ds.zero_optimization_stage()
+
+    def finish_calibration(self) -> None:
+        """Start training the scales from their present values; call once they are set on every rank.
+
+        Raises TrainingError unless every rank holds the same state, and unless quantization changed the weights.
+        """
+        self.sites.bind(self.state)
+        self.state.set_learning_rates(self.quant.scale_lr, self.quant.scale_lr_mode)
+        self.check_state_agrees()
+
+    def check_state_agrees(self) -> None:
+        """Raise TrainingError naming the ranks whose quantizer state differs from rank 0's."""
+        digests: list[str | None] = [None] * self.world.size
+        dist.all_gather_object(digests, self.state.digest())
+        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if odd:
+            raise TrainingError(
+                f"quantizer state differs between rank 0 and ranks {odd}; this is a defect, please report"
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Run the model in training mode on a micro-batch (B, C, H, W)."""
+        return self.ds(self.cast(images))
+
+    def cast(self, images: Tensor) -> Tensor:
+        """Move images to this rank's device in the model's dtype."""
+        return images.to(self.world.device, torch.bfloat16 if self.world.bf16 else torch.float32, non_blocking=True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of a micro-batch."""
+        self.ds.backward(loss)
+
+    def step(self, lr: float) -> None:
+        """Take an optimizer step if this micro-batch completes one; `lr` is the learning rate it uses."""
+        boundary = self.ds.is_gradient_accumulation_boundary()
+        if boundary:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            if self.quantization is not None:
+                self.quantization.begin_step(self.step_index / self.total_steps, lr / self.stage.lr)
+        self.ds.step()
+        if boundary:
+            self.step_index += 1
+            if self.quantization is not None:
+                self.quantization.finish_step()
+                self.state.zero_grad()
+
+    @torch.no_grad()
+    def evaluate_logits(self, images: Tensor) -> Tensor:
+        """Return float32 logits (B, classes) in evaluation mode; call between `eval()` and `train()`."""
+        return self.module(self.cast(images)).float()
+
+    def eval(self) -> None:
+        self.ds.eval()
+
+    def train(self) -> None:
+        self.ds.train()
+
+    def destroy(self) -> None:
+        """Free DeepSpeed's buffers and hooks, so that the next stage starts clean."""
+        self.ds.destroy()
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    """Recompute blocks in backward instead of keeping their activations."""
+    if not hasattr(model, "set_grad_checkpointing"):
+        raise ConfigError(
+            f"{type(model).__name__} has no activation checkpointing; set activation_checkpointing: false"
+        )
+    model.set_grad_checkpointing(True)

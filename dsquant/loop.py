@@ -1,0 +1,383 @@
+"""The training loop: stages in order, each starting from, and taught by, the ones before.
+
+A step reads nothing back from the device. Losses stay there until `log_every` steps are together, and are then reduced
+over ranks and recorded at once. Randomness within a step is a function of (seed, stage, step, rank), so that a resumed
+run continues bit for bit without saving the state of any generator.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dsquant.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_float,
+    load_model,
+    load_run_checkpoint,
+    restore,
+    save_checkpoint,
+)
+from dsquant.config import DataConfig, RunConfig, StageConfig
+from dsquant.convert import convert_run
+from dsquant.data import EvalStream, ShardSet, TrainStream, build_transform, make_digits
+from dsquant.engine import Engine, World, micro_batch_size
+from dsquant.errors import TrainingError
+from dsquant.losses import stage_loss
+from dsquant.models import build_model
+from dsquant.quant.calibrate import calibrate
+from dsquant.telemetry.console import Console, closing_table
+from dsquant.telemetry.metrics import METRICS_FILE, MetricsLog, write_summary
+from dsquant.telemetry.report import write_report
+from dsquant.telemetry.wandb_sink import WandbSink
+
+PACKED_FILE = "model.packed.safetensors"
+
+
+def learning_rate(stage: StageConfig, step: int, total: int) -> float:
+    """Return the rate of optimizer step `step` (from 0): linear warm-up, then a cosine to min_lr that the last step ends near."""
+    warmup = round(stage.warmup * total)
+    if step < warmup:
+        return stage.lr * (step + 1) / warmup
+    t = (step - warmup) / max(1, total - warmup)
+    return stage.min_lr + 0.5 * (stage.lr - stage.min_lr) * (1 + math.cos(math.pi * t))
+
+
+def seed_step(seed: int, *parts: object) -> None:
+    """Seed torch's generators for one step on one rank."""
+    digest = hashlib.blake2b(repr((seed, *parts)).encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def open_data(config: DataConfig, run_dir: Path, rank: int) -> tuple[ShardSet, ShardSet]:
+    """Open the training and validation shards; rank 0 makes or counts them first, the others then find them."""
+    for turn in (rank == 0, rank != 0):
+        if turn:
+            if config.source == "digits":
+                shards = make_digits(run_dir / "data")
+            else:
+                cache = run_dir / "data"
+                shards = tuple(ShardSet.open(location, cache) for location in (config.train, config.val))
+        dist.barrier()
+    return shards
+
+
+def transform_of(config: DataConfig, train: bool):
+    """Build the image transform of a recipe."""
+    return build_transform(
+        image_size=config.image_size,
+        channels=config.channels,
+        train=train,
+        augment=config.augment,
+        mean=config.mean,
+        std=config.std,
+        interpolation=config.interpolation,
+        crop_pct=config.crop_pct,
+    )
+
+
+@dataclass
+class StepBuffer:
+    """Keep per-step sums on the device until they are recorded: loss, right answers, images."""
+
+    rows: list[Tensor]
+    meta: list[tuple[int, float]]
+    began: float
+
+    def add(self, step: int, lr: float, sums: Tensor) -> None:
+        self.rows.append(sums)
+        self.meta.append((step, lr))
+
+
+class Run:
+    """Drive all stages of a recipe on this rank.
+
+    Args:
+        config: the checked recipe.
+        ds_config: DeepSpeed's part.
+        run_dir: where everything of the run lies, the same on every rank.
+        world: this process among its peers.
+        resume: continue from the newest whole checkpoint.
+        max_steps: cap on the optimizer steps of each stage.
+    """
+
+    def __init__(
+        self, config: RunConfig, ds_config: dict[str, Any], run_dir: Path, world: World, *, resume: bool = False,
+        max_steps: int | None = None,
+    ):  # fmt: skip
+        self.config, self.ds_config, self.run_dir, self.world = config, ds_config, run_dir, world
+        self.main = world.rank == 0
+        self.train_shards, self.val_shards = open_data(config.data, run_dir, world.rank)
+        self.totals = {name: self._total_steps(stage, max_steps) for name, stage in config.stages.items()}
+        self.start = latest_checkpoint(run_dir, list(config.stages)) if resume else None
+        self.summary: dict[str, Any] = {}
+        self.began = time.monotonic()
+
+    def _total_steps(self, stage: StageConfig, max_steps: int | None) -> int:
+        steps = stage.steps or max(1, round(stage.epochs * (self.train_shards.total // stage.batch_size)))
+        return steps if max_steps is None else min(steps, max_steps)
+
+    def execute(self) -> dict[str, Any]:
+        """Run every stage that is not done, convert the last, and return the summary."""
+        stages = list(self.totals.items())
+        self.console = Console(stages, enabled=self.main)
+        self.metrics = self._open_metrics(stages) if self.main else None
+        failed = True
+        try:
+            names = list(self.config.stages)
+            first = names.index(self.start.stage) + self.start.done if self.start else 0
+            self._recall(names[:first])
+            for name in names[first:]:
+                resumed = self.start if self.start and self.start.stage == name and not self.start.done else None
+                self._stage(name, resumed)
+            self._finish(names[-1])
+            failed = False
+        finally:
+            self.console.close()
+            if self.metrics:
+                self.metrics.close(failed=failed)
+        return self.summary
+
+    def _open_metrics(self, stages: list[tuple[str, int]]) -> MetricsLog:
+        telemetry = self.config.telemetry
+        dump = self.config.model_dump(mode="json")
+        sink = WandbSink(
+            self.run_dir, dump, stages=stages, mode=telemetry.wandb, project=telemetry.project, name=self.run_dir.name
+        )
+        path, after = self.run_dir / METRICS_FILE, (self.start.stage, self.start.step) if self.start else None
+        if path.exists():
+            return MetricsLog.resume(path, [name for name, _ in stages], after, [sink])
+        return MetricsLog(path, [sink])
+
+    def _recall(self, names: list[str]) -> None:
+        """Take the results of stages that an earlier start of this run has finished from their checkpoints."""
+        for name in names:
+            self.summary |= load_run_checkpoint(self.run_dir, name).manifest.get("results", {})
+
+    def _stage(self, name: str, resumed: Checkpoint | None) -> None:
+        """Train one stage from its beginning or from a checkpoint, evaluate it, and keep its end."""
+        stage, total = self.config.stages[name], self.totals[name]
+        model = self._initial_model(name, stage)
+        if stage.quant is not None and "float_top1" not in self.summary:
+            self.summary["float_top1"] = self._evaluate(model.to(self.world.device).eval())["top1"]
+        teacher = self._teacher(stage)
+        engine = Engine(model, self.config, stage, self.ds_config, self.world, total)
+        stream = self._train_stream(stage)
+        if resumed is not None:
+            self.summary |= resumed.manifest.get("results", {})
+            restore(engine, resumed)
+        elif stage.quant is not None:
+            self._calibrate(engine, stage, stream)
+        self.console.begin_stage(name, total, engine.step_index)
+        if self.metrics and resumed is None:
+            self.metrics.write("stage", name, 0, event="begin", total=total, zero_stage=engine.zero_stage)
+        if stage.quant is not None and resumed is None:
+            self._record_evaluation(name, engine)
+        self._train(name, stage, engine, stream, teacher)
+        engine.destroy()
+
+    def _initial_model(self, name: str, stage: StageConfig) -> nn.Module:
+        if stage.init_from:
+            return load_float(load_run_checkpoint(self.run_dir, stage.init_from))
+        torch.manual_seed(self.config.seed)  # every rank builds the same weights
+        return build_model(self.config.model)
+
+    def _teacher(self, stage: StageConfig) -> nn.Module | None:
+        if stage.distill is None:
+            return None
+        teacher = load_model(load_run_checkpoint(self.run_dir, stage.distill.teacher)).to(self.world.device)
+        if self.world.bf16:
+            teacher = teacher.bfloat16()
+        return teacher.requires_grad_(False)
+
+    def _train_stream(self, stage: StageConfig) -> TrainStream:
+        data = self.config.data
+        return TrainStream(
+            self.train_shards,
+            transform=transform_of(data, train=True),
+            batch_size=micro_batch_size(stage, self.world.size),
+            rank=self.world.rank,
+            world_size=self.world.size,
+            seed=self.config.seed,
+            num_workers=data.num_workers,
+            shuffle_buffer=data.shuffle_buffer,
+            pin_memory=self.world.device.type == "cuda",
+        )
+
+    def _calibrate(self, engine: Engine, stage: StageConfig, stream: TrainStream) -> None:
+        """Fit the activation quantizers on training images, the first of the run's own stream."""
+        self.console.message("calibrating activation quantizers on training images ...")
+        batches = stream.batches()
+        images = [next(batches)[0] for _ in range(stage.quant.calibration.batches)]
+        engine.eval()
+        calibrate(
+            engine.sites.quantizers, engine.state, engine.evaluate_logits, images, stage.quant.calibration.rounds,
+            bind=lambda: engine.sites.bind(engine.state),
+        )  # fmt: skip
+        engine.train()
+        engine.finish_calibration()
+
+    def _train(
+        self, name: str, stage: StageConfig, engine: Engine, stream: TrainStream, teacher: nn.Module | None
+    ) -> None:
+        total, every = self.totals[name], self.config.telemetry.log_every
+        steps_per_epoch = max(1, self.train_shards.total // stage.batch_size)
+        eval_every = max(1, round(stage.eval_every * steps_per_epoch))
+        batches = stream.batches(engine.step_index * stage.gradient_accumulation)
+        buffer = StepBuffer([], [], time.monotonic())
+        engine.train()
+        while engine.step_index < total:
+            lr = learning_rate(stage, engine.step_index, total)
+            sums = self._step(name, stage, engine, batches, teacher, lr)
+            step = engine.step_index
+            buffer.add(step, lr, sums)
+            last = step == total
+            saves = last or (self.config.checkpoint.every_steps and step % self.config.checkpoint.every_steps == 0)
+            evaluates = last or step % eval_every == 0
+            observes = engine.quantization and (last or step % self.config.telemetry.oscillation_every == 0)
+            if step % every == 0 or saves or evaluates or observes:
+                self._flush(name, stage, buffer)
+            if observes:
+                self._record_oscillation(name, engine)
+            if evaluates:
+                self._record_evaluation(name, engine)
+            if saves:
+                self._save(name, engine, done=last)
+            if evaluates or saves:
+                buffer.began = time.monotonic()
+
+    def _step(
+        self, name: str, stage: StageConfig, engine: Engine, batches: Iterator[tuple[Tensor, Tensor]],
+        teacher: nn.Module | None, lr: float,
+    ) -> Tensor:  # fmt: skip
+        """Take one optimizer step and return float64 (loss, right answers, images) of this rank, on its device."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
+        for micro in range(stage.gradient_accumulation):
+            images, labels = next(batches)
+            images, labels = engine.cast(images), labels.to(self.world.device, non_blocking=True)
+            teacher_logits = None
+            if teacher is not None:
+                with torch.no_grad():
+                    teacher_logits = teacher(images)
+            seed_step(self.config.seed, name, engine.step_index, micro, self.world.rank)
+            logits = engine.forward(images)
+            loss = stage_loss(logits, labels, teacher_logits, stage.distill, stage.label_smoothing)
+            engine.backward(loss)
+            with torch.no_grad():
+                right = (logits.argmax(dim=-1) == labels).sum()
+                sums += torch.stack(
+                    [loss.detach().double() * len(labels), right.double(), right.new_tensor(len(labels))]
+                )
+            engine.step(lr)
+        return sums
+
+    def _flush(self, name: str, stage: StageConfig, buffer: StepBuffer) -> None:
+        """Reduce the buffered steps over ranks and record them. Raises TrainingError at a loss that is not finite."""
+        if not buffer.rows:
+            return
+        together = torch.stack(buffer.rows)
+        dist.all_reduce(together)
+        seconds = time.monotonic() - buffer.began
+        rate = len(buffer.rows) * stage.batch_size / max(seconds, 1e-9)
+        for (step, lr), (loss, right, images) in zip(buffer.meta, together.tolist(), strict=True):
+            loss, top1 = loss / images, 100 * right / images
+            if self.metrics:
+                self.metrics.write("train", name, step, loss=loss, lr=lr, top1=top1, images_per_second=rate)
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"stage {name}: the loss of step {step} is {loss}; lower its lr ({stage.lr}) or scale_lr; "
+                    "the last checkpoint is untouched"
+                )
+        self.console.update(step, loss=loss, top1=top1, images_per_second=rate)
+        self.summary["images_per_second"] = rate
+        buffer.rows, buffer.meta, buffer.began = [], [], time.monotonic()
+
+    def _record_oscillation(self, name: str, engine: Engine) -> None:
+        sites = engine.quantization.statistics()
+        low = [s for s in sites.values() if s["n_bits"] <= 4] or list(sites.values())
+        numel = sum(s["numel"] for s in low)
+        totals = {k: sum(s[k] * s["numel"] for s in low) / numel for k in ("oscillating_pct", "frozen_pct")}
+        self.summary["oscillating_pct"] = totals["oscillating_pct"]
+        if self.metrics:
+            self.metrics.write("oscillation", name, engine.step_index, sites=sites, **totals)
+
+    def _record_evaluation(self, name: str, engine: Engine) -> None:
+        engine.eval()
+        found = self._evaluate(engine.module, engine.cast)
+        engine.train()
+        self.summary["float_top1" if engine.quantization is None else "top1"] = found["top1"]
+        if self.metrics:
+            self.metrics.write("eval", name, engine.step_index, **found)
+        self.console.message(
+            f"{name} step {engine.step_index}: validation top-1 {found['top1']:.2f}, loss {found['loss']:.4f}"
+        )
+
+    @torch.no_grad()
+    def _evaluate(self, model: nn.Module, cast=None) -> dict[str, float | int]:
+        """Return top-1 (%), mean loss and the number of samples over the whole validation set."""
+        data = self.config.data
+        stream = EvalStream(
+            self.val_shards,
+            transform=transform_of(data, train=False),
+            batch_size=data.eval_batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            num_workers=min(data.num_workers, 2),
+        )
+        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
+        for images, labels in stream.batches():
+            labels = labels.to(self.world.device)
+            logits = model(images.to(self.world.device) if cast is None else cast(images)).float()
+            real = labels >= 0
+            loss = nn.functional.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+            right = ((logits.argmax(dim=-1) == labels) & real).sum()
+            sums += torch.stack([loss.double(), right.double(), real.sum().double()])
+        dist.all_reduce(sums)
+        loss, right, samples = sums.tolist()
+        return {"top1": 100 * right / samples, "loss": loss / samples, "samples": int(samples)}
+
+    def _save(self, name: str, engine: Engine, *, done: bool) -> None:
+        if self.metrics:
+            self.metrics.flush()
+        results = {k: v for k, v in self.summary.items() if k in ("float_top1", "top1", "oscillating_pct")}
+        path = save_checkpoint(self.run_dir, self.config, name, engine, done=done, results=results)
+        self.summary["checkpoint"] = str(path)
+        self.summary["zero_stage"] = engine.zero_stage
+        if self.metrics:
+            self.metrics.write("checkpoint", name, engine.step_index, path=str(path), done=done)
+
+    def _finish(self, last: str) -> None:
+        """Convert the last stage, and write and show the summary."""
+        seconds = time.monotonic() - self.began
+        if not self.main:
+            return
+        checkpoint = load_run_checkpoint(self.run_dir, last)
+        numel = sum(torch.Size(shape).numel() for shape in checkpoint.manifest["shapes"].values())
+        self.summary |= {
+            "recipe": self.config.recipe,
+            "world_size": self.world.size,
+            "zero_stage": checkpoint.manifest["zero_stage"],
+            "steps": sum(self.totals.values()),
+            "seconds": seconds,
+            "float_bytes": 4 * numel,
+            "checkpoint": str(checkpoint.path),
+        }
+        self.summary |= {
+            key: self.summary.get(key) for key in ("float_top1", "top1", "oscillating_pct", "images_per_second")
+        }
+        self.summary |= {"packed_file": None, "packed_bytes": None}
+        if self.config.stages[last].quant is not None:
+            packed = convert_run(self.run_dir, self.run_dir / PACKED_FILE, last)
+            self.summary |= {"packed_file": str(packed.path), "packed_bytes": packed.file_bytes}
+        self.metrics.write("summary", last, self.totals[last], **self.summary)
+        write_summary(self.run_dir, self.summary)
+        write_report(self.run_dir)
+        closing_table(self.summary, run_dir=self.run_dir)

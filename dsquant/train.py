@@ -1,0 +1,63 @@
+"""Train a recipe: `deepspeed dsquant/train.py --ds_config ds_configs/zero2.json`."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+# The launcher puts this file's own folder first on the path, where dsquant's modules would pass for top-level ones.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import fire  # noqa: E402
+
+from dsquant.errors import DsquantError  # noqa: E402
+
+NO_DS_CONFIG = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+
+
+def train(
+    recipe: str | None = None,
+    ds_config: str | None = None,
+    out_dir: str | None = None,
+    max_steps: int | None = None,
+    resume: bool = False,
+    local_rank: int = 0,
+    **overrides,
+) -> None:
+    """Train the stages of a recipe, then pack the result.
+
+    Any recipe field can be set by its dotted name: --stages.w2a2.epochs=30 --data.num_workers=8 --seed=1
+
+    Args:
+        recipe: name of a recipe in dsquant/recipes, or the path of a YAML file (default: digits_w2a2).
+        ds_config: DeepSpeed JSON with the ZeRO stage, see ds_configs/ (default: ZeRO 1).
+        out_dir: folder of the run (default: runs/RECIPE, numbered where taken; with --resume, the newest of these).
+        max_steps: at most so many optimizer steps in each stage.
+        resume: continue the run in out_dir from its newest whole checkpoint.
+        local_rank: set by the launcher; ignored, the environment says it.
+    """
+    from dsquant.config import load_ds_config
+    from dsquant.engine import init_world
+    from dsquant.loop import Run
+    from dsquant.run_folder import prepare_run
+
+    del local_rank
+    ds = load_ds_config(ds_config) if ds_config else dict(NO_DS_CONFIG)
+    world = init_world()
+    config, run_dir = prepare_run(recipe, overrides, out_dir, resume)
+    world.use_precision(config.precision)
+    Run(config, ds, run_dir, world, resume=resume, max_steps=max_steps).execute()
+
+
+def main() -> None:
+    try:
+        fire.Fire(train)
+    except DsquantError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # what every rank meets, rank 0 reports; it then ends the others
+        sys.exit(f"dsquant: {error}")
+
+
+if __name__ == "__main__":
+    main()
