@@ -1,0 +1,130 @@
+"""From a run's checkpoint to a packed file, and from a packed file to its top-1 on the run's validation images."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsquant.config import ModelConfig, load_config
+from dsquant.data import EvalStream, ShardSet, build_transform
+from dsquant.errors import ConfigError, ExportError
+from dsquant.export import PackedInfo, load_packed, read_packed, write_packed
+from dsquant.export.layout import DATA_KEYS
+from dsquant.models import build_model, insert_sites
+from dsquant.run_folder import RECIPE_FILE
+
+if TYPE_CHECKING:
+    from dsquant.checkpoint import Checkpoint
+
+
+def convert_run(run_dir: str | Path, out: str | Path, stage: str | None = None) -> PackedInfo:
+    """Pack the newest checkpoint of a run, or of one of its stages, whatever ZeRO stage and world size wrote it.
+
+    The codes are those of the last training step. Raises CheckpointError where there is no whole checkpoint and
+    ExportError for a float stage.
+    """
+    from dsquant.checkpoint import load_run_checkpoint  # evaluating a packed file needs no DeepSpeed
+
+    return pack_checkpoint(load_run_checkpoint(Path(run_dir), stage), out)
+
+
+def pack_checkpoint(checkpoint: "Checkpoint", out: str | Path) -> PackedInfo:
+    """Write the packed file of a checkpoint. Raises ExportError for a float stage or tensors of another model."""
+    config, stage = checkpoint.config, checkpoint.stage
+    quant = config.stages[stage].quant
+    if quant is None:
+        quantized = [name for name, other in config.stages.items() if other.quant is not None]
+        raise ExportError(f"stage {stage!r} trains in float; its run has these quantized stages: {quantized}")
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(ModelConfig(**config.model.model_dump(exclude={"pretrained", "checkpoint"})))
+    latents, buffers = checkpoint.latents, checkpoint.buffers
+    own = model.state_dict().keys()
+    if odd := sorted(own - (latents.keys() | buffers.keys()) | latents.keys() - own):
+        where = "model" if odd[0] in own else "checkpoint"
+        raise ExportError(f"stage {stage!r}: only its {where} has {odd[0]}; convert with the dsquant that trained it")
+    sites = insert_sites(model, quant.policy())
+    return write_packed(
+        out,
+        latents=latents,
+        buffers={name: tensor for name, tensor in buffers.items() if name in own},  # ZeRO 3 saves volatile ones as well
+        weight_sites=sites.weights,
+        activation_sites=sites.activations,
+        scales=checkpoint.quant,
+        model=config.model,
+        quant=quant,
+        data=config.data.model_dump(mode="json", include=DATA_KEYS),
+        training={
+            "recipe": config.recipe,
+            "stage": stage,
+            "step": checkpoint.step,
+            "precision": config.precision,
+            "world_size": checkpoint.manifest["world_size"],
+            "eval_batch_size": config.data.eval_batch_size,
+        },
+        codes=checkpoint.codes,
+    )
+
+
+def validation_data(run_dir: str | Path) -> str:
+    """Return where the validation shards of a run lie. Raises ConfigError for a folder that holds no run."""
+    recipe = Path(run_dir) / RECIPE_FILE
+    if not recipe.is_file():
+        raise ConfigError(f"{run_dir} holds no {RECIPE_FILE}; give the --out_dir of a run")
+    data = load_config(str(recipe)).data
+    return str(Path(run_dir) / "data" / "val") if data.source == "digits" else data.val
+
+
+@torch.no_grad()
+def evaluate_packed(
+    path: str | Path,
+    val_location: str | Path,
+    batch_size: int | None = None,
+    *,
+    device: torch.device | str | None = None,
+    num_workers: int = 0,
+) -> dict[str, float | int]:
+    """Return `top1` (%), mean `loss` and the number of `samples` of a packed file over a set of validation shards.
+
+    Batches are cut as the training run cut them, for its number of ranks, and the dtype is the run's on this device
+    (bf16 on a GPU, fp32 on a CPU, or what its recipe says): the result is that of training's own evaluation.
+    Raises ExportError for the file and DataError for the shards.
+    """
+    packed = read_packed(path)
+    training = packed.training
+    batch_size = batch_size or training.get("eval_batch_size")
+    if not batch_size:
+        raise ConfigError(f"{path} does not say with which batch size its training evaluated; give batch_size")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_packed(path, device).to(_dtype(training.get("precision", "fp32"), device))
+    shards = ShardSet.open(val_location)
+    image = {key: packed.data[key] for key in DATA_KEYS}
+    transform = build_transform(train=False, augment="none", **image)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for rank in range(world_size := training.get("world_size", 1)):
+        stream = EvalStream(
+            shards,
+            transform=transform,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            num_workers=num_workers,
+        )
+        for images, labels in stream.batches():
+            sums += _scores(model, images, labels.to(device))
+    loss, right, samples = sums.tolist()
+    return {"top1": 100 * right / samples, "loss": loss / samples, "samples": int(samples)}
+
+
+def _dtype(precision: str, device: torch.device) -> torch.dtype:
+    bf16 = precision == "bf16" or (precision == "auto" and device.type != "cpu")
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def _scores(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Return float64 (summed loss, right answers, samples) of a batch; label -1 marks padding."""
+    like = next(model.parameters())
+    logits = model(images.to(like.device, like.dtype)).float()
+    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+    return torch.stack([loss.double(), (logits.argmax(dim=-1) == labels).sum().double(), (labels >= 0).sum().double()])

@@ -1,0 +1,97 @@
+"""What a packed file holds: names, dtypes and shapes of its tensors, and how codes become weights.
+
+Weights are symmetric: `w_hat = code * scale`, element i of a weight in row-major order taking the scale of group
+`(i // inner) % n_groups`. docs/packed_format.md says the same for readers that are not this one.
+"""
+
+from dataclasses import asdict
+from math import prod
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsquant.ops.fake_quantize import dequantize, quantize
+from dsquant.ops.pack import packed_words, unpack
+from dsquant.spec import ActivationSite, Grouping, QuantSpec, WeightSite
+
+FORMAT, VERSION = "dsquant-packed", "1"
+TensorType = tuple[str, tuple[int, ...]]  # safetensors dtype, shape
+DATA_KEYS = {"image_size", "channels", "mean", "std", "interpolation", "crop_pct"}
+
+
+def group_scales(scale: Tensor, shape: tuple[int, ...], grouping: Grouping) -> Tensor:
+    """Spread (n_groups,) scales to a weight's shape: element i, row-major, has `scale[(i // inner) % n_groups]`."""
+    cycles = prod(shape) // (grouping.n_groups * grouping.inner)
+    return scale.view(1, -1, 1).expand(cycles, grouping.n_groups, grouping.inner).reshape(shape)
+
+
+def encode(latent: Tensor, scale: Tensor, site: WeightSite) -> Tensor:
+    """Return the int8 codes `round(clip(w / scale, qmin, qmax))` of a float32 weight, in its shape."""
+    scales = group_scales(scale, site.shape, site.grouping)
+    return quantize(latent, scales, None, site.spec.qmin, site.spec.qmax).to(torch.int8)
+
+
+def decode(packed: Tensor, scale: Tensor, site: WeightSite) -> Tensor:
+    """Return the image `w_hat = code * scale`, float32 in the weight's shape: what training's forward pass read."""
+    codes = unpack(packed, site.spec.n_bits, site.numel // site.shape[0]).view(site.shape)
+    return dequantize(codes.float(), group_scales(scale, site.shape, site.grouping), None)
+
+
+def site_table(weights: list[WeightSite], activations: list[ActivationSite]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Describe sites as the file's header does: all that decoding weights and quantizing activations needs."""
+    return {
+        "weights": {
+            site.name: {"n_bits": site.spec.n_bits, "shape": list(site.shape), **asdict(site.grouping)}
+            for site in weights
+        },
+        "activations": {
+            site.name: {
+                "n_bits": site.spec.n_bits,
+                "signed": site.spec.signed,
+                "granularity": str(site.spec.granularity),
+                "offset": site.spec.offset,
+                "n_groups": site.n_groups,
+            }
+            for site in activations
+        },
+    }
+
+
+def packed_shape(site: WeightSite) -> tuple[int, int]:
+    """Return the shape of a weight's packed words: the weight is packed as (shape[0], numel / shape[0])."""
+    return site.shape[0], packed_words(site.numel // site.shape[0], site.spec.n_bits)
+
+
+def site_tensors(weights: list[WeightSite], activations: list[ActivationSite]) -> dict[str, TensorType]:
+    """Return the name and type of every tensor that belongs to a site."""
+    layout: dict[str, TensorType] = {}
+    for site in weights:
+        layout[f"{site.name}_packed"] = ("I32", packed_shape(site))
+        layout[f"{site.name}_scale"] = ("F32", (site.grouping.n_groups,))
+        layout[f"{site.name}_shape"] = ("I64", (len(site.shape),))
+    for site in activations:
+        for role in roles(site):
+            layout[f"{site.name}.{role}"] = ("F32", (site.n_groups,))
+    return layout
+
+
+def roles(site: ActivationSite) -> tuple[str, ...]:
+    """Return the values that an activation site has in the file."""
+    return ("scale", "offset") if site.spec.offset else ("scale",)
+
+
+def weight_site(name: str, entry: dict[str, Any]) -> WeightSite:
+    """Make a site of a header entry. Raises KeyError, TypeError, ValueError or ConfigError for a damaged one."""
+    shape, grouping = tuple(map(index, entry["shape"])), Grouping(index(entry["n_groups"]), index(entry["inner"]))
+    if min(*shape, grouping.n_groups, grouping.inner) < 1:
+        raise ValueError(f"{name} has shape {shape} and {grouping}")
+    grouping.check(shape)
+    return WeightSite(name, shape, QuantSpec(index(entry["n_bits"])), grouping)
+
+
+def activation_site(name: str, entry: dict[str, Any]) -> ActivationSite:
+    """Make a site of a header entry; raises as `weight_site`."""
+    spec = QuantSpec(index(entry["n_bits"]), entry["signed"], entry["granularity"], entry["offset"])
+    return ActivationSite(name, spec, index(entry["n_groups"]))

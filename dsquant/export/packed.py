@@ -1,0 +1,307 @@
+"""Write and read the packed file: codes, scales, offsets and the float rest of one model in one safetensors file."""
+
+import json
+import os
+import struct
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dsquant import __version__
+from dsquant.config import ModelConfig, QuantConfig
+from dsquant.errors import ConfigError, ExportError
+from dsquant.export.layout import (
+    DATA_KEYS,
+    FORMAT,
+    VERSION,
+    activation_site,
+    decode,
+    encode,
+    packed_shape,
+    roles,
+    site_table,
+    site_tensors,
+    weight_site,
+)
+from dsquant.ops.pack import pack, unpack
+from dsquant.spec import ActivationSite, WeightSite
+
+POLICY_KEYS = {"weight", "activation", "rules"}  # of QuantConfig; its other keys only record how training went
+NOT_SHIPPED = {"pretrained", "checkpoint"}  # of ModelConfig; the weights are in the file
+LOADING_KWARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+
+
+@dataclass(frozen=True)
+class PackedInfo:
+    """Say what was written.
+
+    Attributes:
+        file_bytes: size of the file.
+        float_bytes: bytes of the same parameters and buffers in float32.
+        bits_per_weight: for each n_bits, bits of packed words in the file per weight, the padding of rows included.
+    """
+
+    path: Path
+    file_bytes: int
+    float_bytes: int
+    bits_per_weight: dict[int, float]
+
+
+def write_packed(
+    path: str | Path,
+    *,
+    latents: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    weight_sites: list[WeightSite],
+    activation_sites: list[ActivationSite],
+    scales: dict[str, Tensor],
+    model: ModelConfig,
+    quant: QuantConfig,
+    data: dict[str, Any],
+    training: dict[str, Any] | None = None,
+    codes: dict[str, Tensor] | None = None,
+) -> PackedInfo:
+    """Write a packed file, whole or not at all; the same input gives the same bytes.
+
+    Args:
+        latents: every parameter of the model by upstream name, float32.
+        buffers: every persistent buffer; floats are stored in float32, other dtypes as they are.
+        scales: "site:scale" and "site:offset" -> (n_groups,) values of every site.
+        data: image_size, channels, mean, std, interpolation and crop_pct of the images that the model takes.
+        training: a JSON mapping that records where the model comes from.
+        codes: int8 codes, weight-shaped, that training used; a weight without them is encoded from its latent.
+
+    Raises ExportError naming the tensor that is missing, of another shape or dtype, not finite or out of range.
+    """
+    _check_model(model)
+    if data.keys() != DATA_KEYS:
+        raise ExportError(f"data must hold {sorted(DATA_KEYS)}, not {sorted(data)}")
+    _check_latents(latents, weight_sites)
+    scales = _checked_scales(scales, weight_sites, activation_sites)
+    codes = codes or {}
+    quantized = {site.name for site in weight_sites}
+    if stray := sorted(codes.keys() - quantized):
+        raise ExportError(f"{stray[0]} has codes but is no quantized weight of this model")
+    rest = [(name, tensor) for name, tensor in [*latents.items(), *buffers.items()] if name not in quantized]
+    parts = [{name: tensor.float() if tensor.is_floating_point() else tensor} for name, tensor in rest]
+    parts += [_weight_tensors(s, latents[s.name], scales[f"{s.name}:scale"], codes.get(s.name)) for s in weight_sites]
+    parts += [{f"{s.name}.{role}": scales[f"{s.name}:{role}"]} for s in activation_sites for role in roles(s)]
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "dsquant_version": __version__,
+        "model": json.dumps(model.model_dump(mode="json", exclude=NOT_SHIPPED)),
+        "quant": json.dumps(quant.model_dump(mode="json")),
+        "sites": json.dumps(site_table(weight_sites, activation_sites)),
+        "data": json.dumps(data),
+        "training": json.dumps(training or {}),
+    }
+    file_bytes = _write_whole(Path(path), _merged(parts), header)
+    float_bytes = 4 * sum(tensor.numel() for tensor in [*latents.values(), *buffers.values()])
+    return PackedInfo(Path(path), file_bytes, float_bytes, _bits_per_weight(weight_sites))
+
+
+def _check_model(model: ModelConfig) -> None:
+    """Refuse what would make timm fetch or unpickle something when a file that somebody sent is loaded."""
+    if ":" in model.name:
+        raise ExportError(f"model.name {model.name!r} is an address; a packed file needs the name of a timm model")
+    if bad := sorted(LOADING_KWARGS & model.kwargs.keys()):
+        raise ExportError(f"model.kwargs sets {bad[0]}; a packed file brings its own weights")
+
+
+def _check_latents(latents: dict[str, Tensor], weight_sites: list[WeightSite]) -> None:
+    for name, latent in latents.items():
+        if latent.dtype != torch.float32:
+            raise ExportError(f"{name} is {latent.dtype}; latents are float32")
+        if not bool(latent.isfinite().all()):
+            raise ExportError(f"{name} holds NaN or infinity; convert an earlier checkpoint")
+    for site in weight_sites:
+        if site.name not in latents:
+            raise ExportError(f"{site.name} is a quantized weight but has no latent")
+        if tuple(latents[site.name].shape) != site.shape:
+            raise ExportError(f"{site.name} is {tuple(latents[site.name].shape)}, its site has {site.shape}")
+
+
+def _checked_scales(
+    scales: dict[str, Tensor], weights: list[WeightSite], activations: list[ActivationSite]
+) -> dict[str, Tensor]:
+    """Return float32 scales on the CPU, one for each site and role. Raises ExportError naming the first odd one."""
+    sizes = {f"{s.name}:scale": s.grouping.n_groups for s in weights}
+    sizes |= {f"{s.name}:{role}": s.n_groups for s in activations for role in roles(s)}
+    if odd := sorted(sizes.keys() ^ scales.keys()):
+        raise ExportError(f"{odd[0]} is {'missing' if odd[0] in sizes else 'of no site of this model'}")
+    found = {key: value.detach().float().cpu() for key, value in scales.items()}
+    for key, value in found.items():
+        if tuple(value.shape) != (sizes[key],):
+            raise ExportError(f"{key} is {tuple(value.shape)}, its site has {sizes[key]} groups")
+        if not bool(value.isfinite().all()):
+            raise ExportError(f"{key} holds NaN or infinity; convert an earlier checkpoint")
+        if key.endswith(":scale") and bool((value <= 0).any()):
+            raise ExportError(f"{key} holds {float(value.min())}; scales are positive")
+    return found
+
+
+def _weight_tensors(site: WeightSite, latent: Tensor, scale: Tensor, codes: Tensor | None) -> dict[str, Tensor]:
+    if codes is None:
+        codes = encode(latent.detach().cpu(), scale, site)
+    elif codes.dtype != torch.int8 or tuple(codes.shape) != site.shape:
+        raise ExportError(f"{site.name}: codes are {codes.dtype} {tuple(codes.shape)}, not int8 {site.shape}")
+    low, high = int(codes.min()), int(codes.max())
+    if low < site.spec.qmin or high > site.spec.qmax:
+        raise ExportError(f"{site.name}: codes from {low} to {high} do not fit {site.spec.n_bits} bits")
+    return {
+        f"{site.name}_packed": pack(codes.cpu().reshape(site.shape[0], -1), site.spec.n_bits),
+        f"{site.name}_scale": scale,
+        f"{site.name}_shape": torch.tensor(site.shape, dtype=torch.int64),
+    }
+
+
+def _merged(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for part in parts:
+        if taken := sorted(tensors.keys() & part.keys()):
+            raise ExportError(f"two tensors of this model would be called {taken[0]} in the file")
+        for name, tensor in part.items():
+            tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return tensors
+
+
+def _bits_per_weight(sites: list[WeightSite]) -> dict[int, float]:
+    totals: dict[int, tuple[int, int]] = {}
+    for site in sites:
+        bits, numel = totals.get(site.spec.n_bits, (0, 0))
+        totals[site.spec.n_bits] = (bits + 32 * prod(packed_shape(site)), numel + site.numel)
+    return {n_bits: bits / numel for n_bits, (bits, numel) in sorted(totals.items())}
+
+
+def _write_whole(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> int:
+    """Write a safetensors file beside `path`, sync it, rename it; return its size.
+
+    The library writes the header's entries in an order that differs from run to run: they are sorted here.
+    """
+    blob = memoryview(save(tensors, header))
+    (length,) = struct.unpack("<Q", blob[:8])
+    entries = json.dumps(json.loads(bytes(blob[8 : 8 + length])), sort_keys=True, separators=(",", ":")).encode()
+    entries = entries.ljust(-(-len(entries) // 8) * 8)  # tensor data starts at a multiple of 8 bytes
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            for piece in (struct.pack("<Q", len(entries)), entries, blob[8 + length :]):
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path.stat().st_size
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """Hold the header of a packed file, checked, and read its tensors on demand.
+
+    `model` and `quant` rebuild the model and its policy; `sites` is the header's own table, from which `weights` and
+    `activations` are made; `names` are those of all tensors.
+    """
+
+    path: Path
+    dsquant_version: str
+    model: ModelConfig
+    quant: QuantConfig
+    sites: dict[str, dict[str, dict[str, Any]]]
+    weights: dict[str, WeightSite]
+    activations: dict[str, ActivationSite]
+    data: dict[str, Any]
+    training: dict[str, Any]
+    names: frozenset[str]
+    _file: Any = field(repr=False)
+
+    @property
+    def rest(self) -> frozenset[str]:
+        """Return the names of the parameters and buffers that are stored as they are."""
+        return self.names - site_tensors([*self.weights.values()], [*self.activations.values()]).keys()
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor of the file in memory of its own. Raises ExportError where the file has none of that name."""
+        if name not in self.names:
+            raise ExportError(f"{self.path} has no tensor {name}")
+        return self._file.get_tensor(name).clone()
+
+    def codes(self, name: str) -> Tensor:
+        """Return the int8 codes of a quantized weight in its shape."""
+        site = self.weights[name]
+        packed = self.tensor(f"{name}_packed")
+        return unpack(packed, site.spec.n_bits, site.numel // site.shape[0]).view(site.shape)
+
+    def image(self, name: str) -> Tensor:
+        """Return `w_hat` of a quantized weight, float32."""
+        return decode(self.tensor(f"{name}_packed"), self.tensor(f"{name}_scale"), self.weights[name])
+
+
+def read_packed(path: str | Path) -> PackedModel:
+    """Open a packed file and check its header against its tensors.
+
+    Raises ExportError for a file that is missing, truncated, of another format or version, or lacks a site's tensor.
+    """
+    path = Path(path)
+    try:
+        file = safe_open(path, framework="pt")
+        header = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{path} is missing, truncated or no safetensors file: {error}") from None
+    if header.get("format") != FORMAT:
+        raise ExportError(f"{path} is no packed model: its format is {header.get('format')!r}, not {FORMAT!r}")
+    if header.get("version") != VERSION:
+        found = f"version {header.get('version')!r} of the packed format"
+        raise ExportError(f"{path} has {found}; this dsquant reads {VERSION!r}: update the older one")
+    try:
+        packed = _parsed(path, header, file)
+    except (KeyError, TypeError, ValueError, AttributeError, ValidationError, ConfigError) as error:
+        raise ExportError(f"{path} has a damaged header ({type(error).__name__}: {error}); convert it again") from None
+    _check_tensors(packed)
+    return packed
+
+
+def _parsed(path: Path, header: dict[str, str], file: Any) -> PackedModel:
+    model, quant, sites, data = (json.loads(header[key]) for key in ("model", "quant", "sites", "data"))
+    model = ModelConfig.model_validate(model)
+    _check_model(model)
+    if not data.keys() >= DATA_KEYS:
+        raise ValueError(f"data lacks {min(DATA_KEYS - data.keys())}")
+    return PackedModel(
+        path=path,
+        dsquant_version=header["dsquant_version"],
+        model=model,
+        quant=QuantConfig.model_validate({key: quant[key] for key in POLICY_KEYS}),
+        sites=sites,
+        weights={name: weight_site(name, entry) for name, entry in sites["weights"].items()},
+        activations={name: activation_site(name, entry) for name, entry in sites["activations"].items()},
+        data=data,
+        training=json.loads(header.get("training", "{}")),
+        names=frozenset(file.keys()),
+        _file=file,
+    )
+
+
+def _check_tensors(packed: PackedModel) -> None:
+    """Raise ExportError unless every site's tensors are there, with the dtype and shape that its entry calls for."""
+    for name, expected in site_tensors([*packed.weights.values()], [*packed.activations.values()]).items():
+        if name not in packed.names:
+            raise ExportError(f"{packed.path} lacks the tensor {name}; convert it again")
+        found = packed._file.get_slice(name)
+        if (found.get_dtype(), tuple(found.get_shape())) != expected:
+            held = f"{found.get_dtype()} {found.get_shape()}"
+            raise ExportError(f"{packed.path}: {name} is {held}, its site needs {expected[0]} {list(expected[1])}")
+    for name, site in packed.weights.items():
+        if tuple(packed.tensor(f"{name}_shape").tolist()) != site.shape:
+            raise ExportError(f"{packed.path}: {name}_shape disagrees with the header's {list(site.shape)}")

@@ -1,0 +1,30 @@
+"""Pack a run's last checkpoint, or that of one of its stages, into one safetensors file."""
+
+import sys
+
+import fire
+
+from dsquant.convert import convert_run
+from dsquant.errors import DsquantError
+
+
+def convert(run: str, out: str, stage: str | None = None) -> None:
+    """Write the packed model of RUN to OUT.
+
+    Args:
+        run: the run folder; its checkpoint may be of any ZeRO stage and number of ranks.
+        out: the file to write, for example model.packed.safetensors; an older one is replaced.
+        stage: a quantized stage of the recipe; the last one with a checkpoint by default.
+    """
+    packed = convert_run(str(run), str(out), None if stage is None else str(stage))
+    print(f"{packed.path}: {packed.file_bytes:,} bytes, {packed.float_bytes:,} in float32")
+    for n_bits, stored in packed.bits_per_weight.items():
+        print(f"{n_bits}-bit weights take {stored:.3f} bits each")
+
+
+if __name__ == "__main__":
+    try:
+        fire.Fire(convert, name="convert.py")
+    except DsquantError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
