@@ -1,0 +1,152 @@
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from dsquant.ops.fake_quantize import blocks, fake_quantize
+from dsquant.ops.quant_attention import QuantArgs, quant_attention
+
+B, H, N, D = 3, 2, 7, 4
+SOFTMAX_SCALE = D**-0.5
+LIMITS = {"q": (-2, 1), "k": (-4, 3), "probs": (0, 3), "v": (-8, 7)}
+# which sites are quantized, whether scales differ by head, which sites have an offset
+CASES = {
+    "all, per tensor": ("q k probs v", False, ""),
+    "all, per head": ("q k probs v", True, ""),
+    "all, per head, offsets": ("q k probs v", True, "q k probs v"),
+    "offset at the probabilities": ("q k probs v", False, "probs"),
+    "q and v only": ("q v", False, "v"),
+    "k only": ("k", True, ""),
+    "probabilities only": ("probs", False, ""),
+    "none": ("", False, ""),
+}
+
+
+def case(name, dtype=torch.float32):
+    """Return leaves [q, k, v], the gradient of the output, and QuantArgs or None a site, with leaves for scales."""
+    torch.manual_seed(0)
+    quantized, per_head, offsets = CASES[name]
+    qkv = [torch.randn(B, H, N, D).to(dtype).requires_grad_() for _ in range(3)]
+    shape, args = ((H, 1, 1) if per_head else (1,)), {}
+    for site, (qmin, qmax) in LIMITS.items():
+        base = 0.12 if site == "probs" else 2.5 / (qmax + 1)
+        scale = (base * (1 + 0.3 * torch.rand(shape))).requires_grad_()
+        offset = (0.05 * torch.randn(shape)).requires_grad_() if site in offsets.split() else None
+        args[site] = QuantArgs(scale, offset, qmin, qmax, 0.5) if site in quantized.split() else None
+    return qkv, torch.randn(B, H, N, D).to(dtype), args
+
+
+def leaves(qkv, args):
+    return qkv + [t for a in args.values() if a is not None for t in (a.scale, a.offset) if t is not None]
+
+
+def outcome(attend, qkv, args, grad):
+    out = attend(*qkv, SOFTMAX_SCALE, *args.values())
+    return [out.detach(), *torch.autograd.grad(out, leaves(qkv, args), grad)]
+
+
+def attend_by(quantize):
+    """Return attention that keeps everything, with `quantize(x, QuantArgs)` at each site that has args."""
+
+    def attend(q, k, v, softmax_scale, *args):
+        def site(x, a):
+            return x if a is None else quantize(x, a)
+
+        q, k, v = site(q, args[0]), site(k, args[1]), site(v, args[3])
+        return site((q @ k.transpose(-2, -1) * softmax_scale).softmax(-1), args[2]) @ v
+
+    return attend
+
+
+def straight_through(v, qmin, qmax):
+    """Round and clip v; its gradient is 1 on [qmin, qmax], both edges included (`clamp`'s own is 0 there in some torch)."""
+    inside = (v >= qmin) & (v <= qmax)
+    return v.clamp(qmin, qmax).round().detach() + torch.where(inside, v - v.detach(), 0.0)
+
+
+def by_autograd(x, args):
+    """Quantize by plain autograd; the gradient factor is applied to scale and offset by a detached identity."""
+    scale, offset = (
+        None if t is None else t * args.grad_scale + (t * (1 - args.grad_scale)).detach() for t in args[:2]
+    )
+    x_hat = straight_through((x if offset is None else x - offset) / scale, args.qmin, args.qmax) * scale
+    return x_hat if offset is None else x_hat + offset
+
+
+def as_double(qkv, args):
+    def double(t):
+        return None if t is None else t.detach().double().requires_grad_()
+
+    wide = {site: a and QuantArgs(double(a.scale), double(a.offset), *a[2:]) for site, a in args.items()}
+    return [double(t) for t in qkv], wide
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_equals_the_composition_of_its_parts(name):
+    qkv, grad, args = case(name)
+    fused = outcome(quant_attention, qkv, args, grad)
+    composed = outcome(attend_by(lambda x, a: fake_quantize(x, *a)), qkv, args, grad)
+    for found, expected in zip(fused, composed, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_equals_autograd_in_float64(name):
+    qkv, grad, args = case(name)
+    fused = outcome(quant_attention, qkv, args, grad)
+    expected = outcome(attend_by(by_autograd), *as_double(qkv, args), grad.double())
+    for found, wanted in zip(fused, expected, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["all, per head, offsets", "q and v only", "none"])
+def test_bfloat16_inputs_are_computed_in_float32_and_cast_at_the_end(name):
+    qkv, grad, args = case(name, torch.bfloat16)
+    low = outcome(quant_attention, qkv, args, grad)
+    wide_qkv = [t.detach().float().requires_grad_() for t in qkv]
+    high = outcome(quant_attention, wide_qkv, args, grad.float())
+    assert [t.dtype for t in low[:4]] == [torch.bfloat16] * 4
+    for found, expected in zip(low, high, strict=True):
+        assert torch.equal(found, expected.to(found.dtype))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_q_k_v_and_the_scales_are_saved_and_nothing_of_the_size_of_the_scores(name):
+    qkv, _, args = case(name)
+    saved = []
+    with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        quant_attention(*qkv, SOFTMAX_SCALE, *args.values())
+    assert sorted(t.data_ptr() for t in saved) == sorted(t.data_ptr() for t in leaves(qkv, args))
+
+
+@pytest.mark.parametrize("name", ["all, per tensor", "all, per head, offsets"])
+def test_the_size_of_blocks_changes_no_result(monkeypatch, name):
+    qkv, grad, args = case(name)
+    whole = outcome(quant_attention, qkv, args, grad)
+    monkeypatch.setattr(blocks, "__defaults__", (1,))
+    split = outcome(quant_attention, qkv, args, grad)
+    for found, expected in zip(split, whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_probability_on_the_edge_of_its_range_passes_its_gradient():
+    """A zero query makes four equal probabilities of 1/4, and a scale of 1/12 puts each exactly on qmax = 3."""
+    q, eye = torch.zeros(1, 1, 4, 4, requires_grad=True), torch.eye(4).view(1, 1, 4, 4)
+    scale = torch.tensor([0.25 / 3], requires_grad=True)
+    assert 0.25 / scale == 3
+    out = quant_attention(q, eye, eye, 1.0, None, None, QuantArgs(scale, None, 0, 3), None)
+    out[0, 0, 0, 0].backward()
+    assert scale.grad == 0  # inside: round(v) - v; beyond the edge it would be qmax
+    assert torch.equal(q.grad[0, 0, 0], 0.25 * (torch.tensor([1.0, 0.0, 0.0, 0.0]) - 0.25))
+
+
+def test_a_strided_q_k_v_gives_what_a_contiguous_one_gives():
+    """As they come out of a fused qkv projection: views of one tensor."""
+    torch.manual_seed(1)
+    args = case("all, per head")[2]
+    fused = torch.randn(B, N, 3, H, D).permute(2, 0, 3, 1, 4)
+    strided = [t.detach().requires_grad_() for t in fused.unbind(0)]
+    contiguous = [t.detach().contiguous().requires_grad_() for t in strided]
+    grad = torch.randn(B, H, N, D)
+    for a, b in zip(outcome(quant_attention, strided, args, grad), outcome(quant_attention, contiguous, args, grad),
+                    strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

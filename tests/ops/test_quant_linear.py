@@ -1,0 +1,107 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
+
+from dsquant.ops.fake_quantize import blocks, fake_quantize
+from dsquant.ops.quant_linear import quant_linear
+
+
+def inputs(shape=(5, 7, 12), out=9, *, bias=True, offset=True, groups=1, dtype=torch.float32):
+    """Return fresh leaves x, weight, bias, scale, offset."""
+    torch.manual_seed(0)
+    tensors = [
+        torch.randn(shape, dtype=dtype),
+        torch.randn(out, shape[-1], dtype=dtype) * 0.3,
+        torch.randn(out, dtype=dtype) if bias else None,
+        (torch.rand(groups) * 0.3 + 0.3).repeat_interleave(shape[-1] // groups) if groups > 1 else torch.tensor([0.4]),
+        torch.full((shape[-1] if groups > 1 else 1,), -0.2) if offset else None,
+    ]
+    return [None if t is None else t.requires_grad_() for t in tensors]
+
+
+def compose(x, weight, bias, scale, offset, qmin, qmax, grad_scale=1.0):
+    return F.linear(fake_quantize(x, scale, offset, qmin, qmax, grad_scale), weight, bias)
+
+
+def outcome(function, tensors, grad, *limits):
+    """Return the output and the gradient of every leaf."""
+    y = function(*tensors, *limits)
+    leaves = [t for t in tensors if t is not None]
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+@pytest.mark.parametrize("shape", [(6, 12), (5, 7, 12), (2, 3, 4, 12)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("offset", [True, False])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_it_equals_quantizing_then_a_linear_layer(shape, bias, offset, groups):
+    tensors = inputs(shape, bias=bias, offset=offset, groups=groups)
+    grad = torch.randn(*shape[:-1], 9)
+    fused = outcome(quant_linear, tensors, grad, 0, 3, 0.25)
+    composed = outcome(compose, tensors, grad, 0, 3, 0.25)
+    assert torch.equal(fused[0], composed[0])
+    for found, expected in zip(fused[1:], composed[1:], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def straight_through(v, qmin, qmax):
+    """Round and clip v; its gradient is 1 on [qmin, qmax], both edges included (`clamp`'s own is 0 there in some torch)."""
+    inside = (v >= qmin) & (v <= qmax)
+    return v.clamp(qmin, qmax).round().detach() + torch.where(inside, v - v.detach(), 0.0)
+
+
+def test_it_equals_autograd_in_float64():
+    x, weight, bias, scale, offset = tensors = inputs()
+    grad = torch.randn(5, 7, 9)
+    found = outcome(quant_linear, tensors, grad, 0, 3)
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    x, weight, bias, scale, offset = doubles
+    y = (straight_through((x - offset) / scale, 0, 3) * scale + offset) @ weight.t() + bias
+    expected = [y.detach(), *torch.autograd.grad(y, doubles, grad.double())]
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f.double(), e, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_equals_the_composition_in_bfloat16():
+    tensors = inputs(dtype=torch.bfloat16)
+    grad = torch.randn(5, 7, 9).bfloat16()
+    fused = outcome(quant_linear, tensors, grad, 0, 3)
+    composed = outcome(compose, tensors, grad, 0, 3)
+    assert [t.dtype for t in fused] == [t.dtype for t in composed]
+    assert torch.equal(fused[0], composed[0])
+    assert torch.equal(fused[1], composed[1])
+    for found, expected in zip(fused[2:], composed[2:], strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("offset", [True, False])
+def test_the_input_is_saved_once_and_no_quantized_copy_of_it(offset):
+    tensors = inputs(offset=offset)
+    x, weight, _, scale, shift = tensors
+    saved = []
+    with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        quant_linear(*tensors, 0, 3)
+    expected = [t.data_ptr() for t in (x, weight, scale, shift) if t is not None]
+    assert sorted(t.data_ptr() for t in saved) == sorted(expected)
+
+
+def test_the_size_of_blocks_changes_no_result(monkeypatch):
+    tensors, grad = inputs(groups=3), torch.randn(5, 7, 9)
+    whole = outcome(quant_linear, tensors, grad, 0, 3)
+    monkeypatch.setattr(blocks, "__defaults__", (1,))
+    split = outcome(quant_linear, tensors, grad, 0, 3)
+    for found, expected in zip(split[:4], whole[:4], strict=True):  # y, x, weight and bias: no sum crosses blocks
+        assert torch.equal(found, expected)
+    for found, expected in zip(split[4:], whole[4:], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_gradients_arrive_where_the_input_needs_none():
+    """The first layer of a model: its input is the image."""
+    x, weight, bias, scale, offset = inputs()
+    y = quant_linear(x.detach(), weight, bias, scale, offset, 0, 3)
+    y.sum().backward()
+    expected = outcome(compose, [x, weight, bias, scale, offset], torch.ones_like(y), 0, 3)
+    for leaf, wanted in zip((weight, bias, scale, offset), expected[2:], strict=True):
+        torch.testing.assert_close(leaf.grad, wanted, rtol=1e-5, atol=1e-5)

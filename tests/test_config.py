@@ -1,0 +1,299 @@
+import copy
+
+import pytest
+import yaml
+
+from dsquant.config import RECIPES, load_config, load_ds_config, merge_ds_config, parse_config
+from dsquant.errors import ConfigError
+from dsquant.spec import Granularity
+
+RECIPE = yaml.safe_load("""
+recipe: inline
+model: {name: vit_tiny_patch16_224, num_classes: 10, kwargs: {img_size: 16, patch_size: 4}}
+data: {source: digits, image_size: 16, channels: 1, mean: [0.5], std: [0.5], augment: shift}
+stages:
+  fp: {epochs: 2, batch_size: 32, lr: 0.001}
+  w2a2:
+    init_from: fp
+    distill: {teacher: fp}
+    steps: 60
+    batch_size: 32
+    lr: 0.0005
+    quant:
+      weight: {n_bits: 2, granularity: per_channel}
+      activation: {n_bits: 2}
+      rules:
+        - {match: "head*", n_bits: 8, granularity: per_tensor}
+        - {match: "*.probs", n_bits: 4, lr_scale: 0.5}
+        - {match: "*.qkv.input", quantize: false}
+      obr: {weight: 0.01}
+""")
+
+
+def changed(**overrides):
+    """Return the recipe with dotted keys (written with __) set; None as a value stays None."""
+    tree = copy.deepcopy(RECIPE)
+    for dotted, value in overrides.items():
+        *parents, last = dotted.split("__")
+        node = tree
+        for part in parents:
+            node = node[part]
+        node[last] = value
+    return tree
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "inline.yaml"
+    path.write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    return str(path)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_recipe_loads_under_its_own_name(path):
+    config = load_config(path.stem)
+    assert config.recipe == path.stem
+    for stage in config.stages.values():
+        if stage.quant is not None:
+            stage.quant.policy()
+
+
+def test_a_recipe_becomes_a_config_with_its_policy(recipe_file):
+    config = load_config(recipe_file)
+    stage = config.stages["w2a2"]
+    assert list(config.stages) == ["fp", "w2a2"]
+    assert config.stages["fp"].quant is None
+    assert (stage.steps, stage.epochs, stage.distill.teacher, stage.quant.obr.weight) == (60, None, "fp", 0.01)
+    policy = stage.quant.policy()
+    weight = policy.weight_spec("blocks.0.attn.qkv.weight")
+    assert (weight.n_bits, weight.granularity, weight.offset) == (2, Granularity.PER_CHANNEL, False)
+    head = policy.weight_spec("head.weight")
+    assert (head.n_bits, head.granularity) == (8, Granularity.PER_TENSOR)
+    probs = policy.activation_spec("blocks.0.attn.probs", signed=False, offset=False)
+    assert (probs.n_bits, probs.signed, probs.lr_scale) == (4, False, 0.5)
+    assert policy.activation_spec("blocks.0.attn.qkv.input", signed=True, offset=False) is None
+
+
+def test_patch_embedding_and_head_get_8_bits_where_no_rule_is_written():
+    config = parse_config(changed(stages__w2a2__quant={"weight": {"n_bits": 2}, "activation": {"n_bits": 2}}), "inline")
+    policy = config.stages["w2a2"].quant.policy()
+    bits = {name: policy.weight_spec(name).n_bits for name in ("patch_embed.proj.weight", "head.weight", "blocks.0.x")}
+    assert bits == {"patch_embed.proj.weight": 8, "head.weight": 8, "blocks.0.x": 2}
+
+
+def refusal(tree):
+    with pytest.raises(ConfigError) as found:
+        parse_config(tree, "inline.yaml")
+    return str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed"),
+    [
+        ("sede", "seed"),
+        ("data__imagesize", "image_size"),
+        ("stages__w2a2__learning_rate", "weight_decay"),
+        ("stages__w2a2__distill__T", "temperature"),
+        ("stages__w2a2__quant__obr__lambda", "variance_weight"),
+        ("stages__w2a2__quant__activation__bits", "n_bits"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_value_and_what_is_allowed_there(key, allowed):
+    message = refusal(changed(**{key: 12345}))
+    line = next(line for line in message.splitlines() if "unknown key" in line)
+    assert message.startswith("inline.yaml:")
+    assert key.replace("__", ".") + ":" in line
+    assert "12345" in line
+    assert allowed in line.partition("allowed here")[2]
+
+
+def test_an_unknown_key_of_a_rule_is_named_with_its_place_in_the_list():
+    line = refusal(changed(stages__w2a2__quant__rules=[{"match": "head*"}, {"match": "*", "nbits": 8}]))
+    assert "stages.w2a2.quant.rules.1.nbits: unknown key (value 8)" in line
+    assert "lr_scale" in line
+
+
+def test_what_is_allowed_in_a_stage_does_not_depend_on_the_name_of_the_stage():
+    message = refusal(changed(stages={"quant": {**RECIPE["stages"]["fp"], "learning_rate": 1.0}}))
+    assert "stages.quant.learning_rate" in message
+    assert "batch_size" in message.partition("allowed here")[2]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("stages__w2a2__lr", "fast", "number"),
+        ("stages__w2a2__steps", 2.5, "integer"),
+        ("stages__w2a2__steps", 0, "greater than 0"),
+        ("stages__w2a2__quant__weight__n_bits", "two", "integer"),
+        ("stages__w2a2__quant__weight__n_bits", 1, "greater than or equal to 2"),
+        ("stages__w2a2__quant__activation__n_bits", 9, "less than or equal to 8"),
+        ("stages__w2a2__quant__weight__granularity", "per_row", "per_channel"),
+        ("stages__w2a2__quant__obr__aggregation", "max", "'sum' or 'mean'"),
+        ("stages__w2a2__warmup", 1.5, "less than or equal to 1"),
+        ("stages__w2a2__weight_decay", -0.1, "greater than or equal to 0"),
+        ("stages__w2a2__lr", float("nan"), "greater than 0"),
+        ("precision", "fp8", "'auto', 'fp32' or 'bf16'"),
+        ("model", "vit", "dictionary"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key_and_what_is_wanted(key, value, wanted):
+    message = refusal(changed(**{key: value}))
+    line = next(line for line in message.splitlines() if key.replace("__", ".") + ":" in line)
+    assert wanted in line
+    assert f"(value {value!r})" in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("data__num_workers", True), ("stages__w2a2__steps", "60"), ("stages__w2a2__activation_checkpointing", "yes")],
+)
+def test_a_value_of_another_type_is_refused_rather_than_converted(key, value):
+    assert key.replace("__", ".") + ":" in refusal(changed(**{key: value}))
+
+
+def test_a_rate_may_be_written_without_a_dot(tmp_path):
+    """YAML 1.1 reads 1e-3 as a string; people write it all the same."""
+    path = tmp_path / "rates.yaml"
+    path.write_text(yaml.safe_dump(RECIPE).replace("lr: 0.001", "lr: 1e-3"))
+    assert isinstance(yaml.safe_load(path.read_text())["stages"]["fp"]["lr"], str)
+    assert load_config(str(path)).stages["fp"].lr == 1e-3
+
+
+def test_a_missing_key_is_named():
+    tree = changed()
+    del tree["stages"]["w2a2"]["batch_size"]
+    assert "stages.w2a2.batch_size: Field required" in refusal(tree)
+
+
+@pytest.mark.parametrize("key", ["init_from", "distill.teacher"])
+def test_a_stage_may_point_only_to_an_earlier_one(key):
+    for source in ("w2a2", "later", "no_such_stage"):
+        tree = changed(stages__w2a2__init_from=None, stages__w2a2__distill=None)
+        tree["stages"]["later"] = dict(RECIPE["stages"]["fp"])
+        tree["stages"]["w2a2"] |= {"init_from": source} if key == "init_from" else {"distill": {"teacher": source}}
+        message = refusal(tree)
+        assert f"stages.w2a2.{key} is {source!r}" in message
+        assert "['fp']" in message
+
+
+@pytest.mark.parametrize("lengths", [{"epochs": 1, "steps": 10}, {"epochs": None, "steps": None}])
+def test_a_stage_has_either_epochs_or_steps(lengths):
+    tree = changed()
+    tree["stages"]["fp"] |= lengths
+    message = refusal(tree)
+    assert "stages.fp" in message
+    assert "either epochs or steps" in message
+
+
+def test_shards_must_be_named_and_mean_and_std_fit_the_channels():
+    assert "data.train and data.val" in refusal(changed(data={"source": "shards", "image_size": 16}))
+    assert "need 3 values" in refusal(changed(data={"source": "digits", "image_size": 16, "mean": [0.5]}))
+
+
+def test_weights_take_no_offset():
+    assert "offset is for activations" in refusal(changed(stages__w2a2__quant__weight={"n_bits": 2, "offset": True}))
+
+
+def test_several_faults_are_all_told_at_once():
+    message = refusal(changed(sede=1, stages__w2a2__lr="fast"))
+    assert "sede" in message
+    assert "stages.w2a2.lr" in message
+
+
+def test_dotted_overrides_reach_into_stages(recipe_file):
+    overrides = {
+        "seed": 7,
+        "stages.w2a2.steps": 3,
+        "stages.w2a2.quant.weight.n_bits": 4,
+        "model.kwargs.depth": 1,
+        "stages.w2a2.quant.oscillation.freeze.enabled": True,
+        "stages.w2a2.quant.rules": [{"match": "head*", "n_bits": 4}],
+    }
+    config, before = load_config(recipe_file, overrides), load_config(recipe_file)
+    stage = config.stages["w2a2"]
+    assert (config.seed, stage.steps, stage.quant.weight.n_bits) == (7, 3, 4)
+    assert stage.quant.weight.granularity is Granularity.PER_CHANNEL
+    assert stage.quant.oscillation.freeze.enabled
+    assert config.model.kwargs == {**before.model.kwargs, "depth": 1}
+    assert [rule.match for rule in stage.quant.rules] == ["head*"]
+    assert config.stages["fp"] == before.stages["fp"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"stages.w2a2.quant.rules.0.n_bits": 4}, r"rules is a list; override it as a whole"),
+        ({"seed.value": 4}, r"seed: Input should be a valid integer"),
+        ({"model.name.x": 4}, r"model\.name is 'vit_tiny_patch16_224', not a section"),
+        ({"stages.w2a2.lrr": 4}, r"stages\.w2a2\.lrr: unknown key"),
+    ],
+)
+def test_an_override_that_fits_nothing_is_an_error_that_names_it(recipe_file, overrides, said):
+    with pytest.raises(ConfigError, match=said) as found:
+        load_config(recipe_file, overrides)
+    assert next(iter(overrides)).split(".")[0] in str(found.value)
+
+
+@pytest.mark.parametrize(("text", "said"), [("a: [", "is not YAML"), ("- a", "holds no mapping"), ("", "no mapping")])
+def test_a_file_that_is_no_recipe_is_named(tmp_path, text, said):
+    path = tmp_path / "odd.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=said) as found:
+        load_config(str(path))
+    assert "odd.yaml" in str(found.value)
+
+
+def test_a_recipe_that_does_not_exist_is_named_beside_those_that_do():
+    with pytest.raises(ConfigError, match="no recipe 'nope'") as found:
+        load_config("nope")
+    assert all(path.stem in str(found.value) for path in RECIPES.glob("*.yaml"))
+
+
+def test_the_recipe_fills_what_a_ds_config_leaves_out_or_calls_auto():
+    ds_config = {"zero_optimization": {"stage": 2}, "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
+    merged = merge_ds_config(ds_config, {"gradient_clipping": 1.0, "bf16": {"enabled": True}, "train_batch_size": 32})
+    assert merged == {
+        "zero_optimization": {"stage": 2},
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "train_batch_size": 32,
+    }
+    assert ds_config["gradient_clipping"] == "auto"
+
+
+def test_the_same_value_on_both_sides_is_no_clash():
+    merged = merge_ds_config({"train_batch_size": 32, "bf16": {"enabled": True, "x": 1}},
+                             {"train_batch_size": 32, "bf16": {"enabled": True}})  # fmt: skip
+    assert merged == {"train_batch_size": 32, "bf16": {"enabled": True, "x": 1}}
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "owned", "key"),
+    [
+        ({"train_batch_size": 64}, {"train_batch_size": 32}, "train_batch_size is 64 .* 32"),
+        ({"bf16": {"enabled": False}}, {"bf16": {"enabled": True}}, r"bf16\.enabled is False .* True"),
+        ({"bf16": True}, {"bf16": {"enabled": True}}, "bf16 is True"),
+    ],
+)
+def test_a_clash_names_the_key_and_both_values(ds_config, owned, key):
+    with pytest.raises(ConfigError, match=key):
+        merge_ds_config(ds_config, owned)
+
+
+@pytest.mark.parametrize("section", ["optimizer", "scheduler", "fp16", "amp"])
+def test_what_the_recipe_decides_has_no_place_in_a_ds_config(section):
+    with pytest.raises(ConfigError, match=f"ds_config sets '{section}'"):
+        merge_ds_config({section: {"type": "Adam"}}, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [(None, "does not exist"), ("{,}", "is not JSON"), ("[1]", "one JSON object")]
+)
+def test_a_ds_config_that_cannot_be_read_is_named(tmp_path, text, said):
+    path = tmp_path / "zero.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=said) as found:
+        load_ds_config(path)
+    assert "zero.json" in str(found.value)
