@@ -17,14 +17,16 @@ from dsquant.spec import MAX_BITS, MIN_BITS, Granularity, PolicyRule, QuantSpec,
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "digits_w2a2"
 
-Bits = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]
-Positive = Annotated[int, Field(gt=0)]
+Bits = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS, strict=True)]
+Positive = Annotated[int, Field(gt=0, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """Refuse unknown keys and silent conversions in every part of a recipe."""
+    """Refuse unknown keys in every part of a recipe; integers and flags must be written as such."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
@@ -34,7 +36,7 @@ class ModelConfig(Section):
 
     name: str
     num_classes: Positive
-    pretrained: bool = False
+    pretrained: Flag = False
     checkpoint: str | None = None
     kwargs: dict[str, Any] = {}
 
@@ -52,7 +54,7 @@ class DataConfig(Section):
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
-    num_workers: Annotated[int, Field(ge=0)] = 4
+    num_workers: Count = 4
     shuffle_buffer: Positive = 4096
     eval_batch_size: Positive = 256
 
@@ -70,7 +72,7 @@ class TensorQuant(Section):
 
     n_bits: Bits
     granularity: Granularity = Granularity.PER_TENSOR
-    offset: bool = False
+    offset: Flag = False
 
 
 class RuleConfig(Section):
@@ -79,9 +81,9 @@ class RuleConfig(Section):
     match: str
     n_bits: Bits | None = None
     granularity: Granularity | None = None
-    offset: bool | None = None
+    offset: Flag | None = None
     lr_scale: NonNegative | None = None
-    quantize: bool = True
+    quantize: Flag = True
 
     def rule(self) -> PolicyRule:
         changes = self.model_dump(exclude={"match", "quantize"}, exclude_none=True)
@@ -106,7 +108,7 @@ class ObrConfig(Section):
 class FreezeConfig(Section):
     """Freeze weights that oscillate more often than a threshold that falls by a cosine from `first` to `last`."""
 
-    enabled: bool = False
+    enabled: Flag = False
     start: Fraction = 0.25
     first: Fraction = 0.1
     last: Fraction = 0.01
@@ -187,7 +189,7 @@ class StageConfig(Section):
     weight_decay: NonNegative = 0.05
     gradient_clipping: NonNegative = 0.0
     label_smoothing: Fraction = 0.0
-    activation_checkpointing: bool = False
+    activation_checkpointing: Flag = False
     eval_every: Annotated[float, Field(gt=0)] = 1.0
 
     @model_validator(mode="after")
@@ -209,7 +211,7 @@ class TelemetryConfig(Section):
 class CheckpointConfig(Section):
     """Save every so many optimizer steps of a stage (0: only at its end) and keep the last few."""
 
-    every_steps: Annotated[int, Field(ge=0)] = 0
+    every_steps: Count = 0
     keep_last: Positive = 2
 
 
@@ -217,7 +219,7 @@ class RunConfig(Section):
     """Hold one run: model, data, an ordered set of stages, and how it is watched and kept."""
 
     recipe: str
-    seed: int = 0
+    seed: Count = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     model: ModelConfig
     data: DataConfig
@@ -274,9 +276,10 @@ def _problem(error: dict[str, Any]) -> str:
 def _allowed(loc: tuple[str | int, ...]) -> str:
     section: Any = RunConfig
     for part in loc[:-1]:
-        fields = getattr(section, "model_fields", None)
-        if fields is not None and part in fields:
-            section = fields[part].annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            section = section.model_fields[part].annotation
+            if getattr(section, "__origin__", None) in (dict, tuple):
+                continue  # the next part is a key or an index
         section = _section_in(section)
     return (
         f"allowed here: {', '.join(section.model_fields)}" if hasattr(section, "model_fields") else "not allowed here"

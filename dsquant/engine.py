@@ -144,6 +144,8 @@ class Engine:
             "gradient_accumulation_steps": self.stage.gradient_accumulation,
             "gradient_clipping": self.stage.gradient_clipping,
             "bf16": {"enabled": self.world.bf16},
+            # ZeRO 3 would replace F.linear in this whole process by a product and a sum that round separately.
+            "zero_optimization": {"memory_efficient_linear": False},
         }
 
     def _attach(self, quant: QuantConfig) -> None:

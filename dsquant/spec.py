@@ -83,12 +83,16 @@ class Grouping:
 
 @dataclass(frozen=True)
 class WeightSite:
-    """Name a quantized parameter, its shape, its spec and how its elements fall into scale groups."""
+    """Name a quantized parameter, its shape, its spec and how its elements fall into scale groups.
+
+    `fused` is how many weights of the method lie in this parameter, one below another: 3 for a fused q, k, v.
+    """
 
     name: str
     shape: tuple[int, ...]
     spec: QuantSpec
     grouping: Grouping
+    fused: int = 1
 
     @property
     def numel(self) -> int:
@@ -127,8 +131,13 @@ class SitePolicy:
         self._matched: set[int] = set()
 
     def weight_spec(self, name: str) -> QuantSpec | None:
-        """Return the spec of the weight `name`, or None where it stays float."""
-        return self._resolve(name, self.weight)
+        """Return the spec of the weight `name`, or None where it stays float. Raises ConfigError for an offset."""
+        spec = self._resolve(name, self.weight)
+        if spec is not None and spec.offset:
+            raise ConfigError(
+                f"a quant rule gives {name} an offset; weights are symmetric, match activations (*.input)"
+            )
+        return spec
 
     def activation_spec(self, name: str, *, signed: bool, offset: bool) -> QuantSpec | None:
         """Return the spec of the activation `name`; `signed` is the site's nature, `offset` its own default."""

@@ -30,15 +30,18 @@ LAYERS = {
     "shard": KERNELS | {"quant"},
     "models": KERNELS | {"quant"},
     "losses": VOCABULARY,
+    "run_folder": VOCABULARY,
     "data": VOCABULARY,
     "telemetry": VOCABULARY,
     "analysis": MODELS,
     "export": MODELS | {"config"},
     "convert": MODELS | {"config", "checkpoint", "export", "data", "run_folder"},
     "engine": ENGINE,
+    "benchmark": ENGINE | {"engine"},
     "checkpoint": ENGINE | {"engine"},
     "loop": ENGINE | {"engine", "checkpoint", "losses", "data", "telemetry", "analysis", "export", "convert"},
-    "train": ENGINE | {"engine", "checkpoint", "losses", "data", "telemetry", "analysis", "export", "convert", "loop"},
+    "train": ENGINE
+    | {"engine", "checkpoint", "losses", "data", "telemetry", "analysis", "export", "convert", "loop", "run_folder"},
 }
 LAYERS["tools"] = set(LAYERS)  # tools/*.py: thin command lines over any layer
 

@@ -1,5 +1,6 @@
 """Build float models by timm name with strict weights, and put quantization sites into them."""
 
+from difflib import get_close_matches
 from pathlib import Path
 
 import timm
@@ -26,8 +27,9 @@ def build_model(config: ModelConfig) -> nn.Module:
             config.name, pretrained=config.pretrained, num_classes=config.num_classes, **config.kwargs
         )
     except (RuntimeError, TypeError, AssertionError) as error:
-        near = ", ".join(timm.list_models(f"*{config.name.split('_')[0]}*")[:6]) or "see timm.list_models()"
-        raise ConfigError(f"model.name {config.name!r} with {config.kwargs}: {error}; similar names: {near}") from None
+        near = ", ".join(get_close_matches(config.name, timm.list_models(), n=4)) or "none; see timm.list_models()"
+        hint = "" if timm.is_model(config.name) else f"; similar names: {near}"
+        raise ConfigError(f"model.name {config.name!r} with {config.kwargs}: {error}{hint}") from None
     except OSError as error:
         raise ConfigError(
             f"pretrained weights of {config.name} cannot be fetched ({error}); set model.checkpoint"

@@ -62,7 +62,7 @@ class Sites:
             return
         grouping = _weight_grouping(name, spec, shape, heads, out_blocks, out_heads)
         grouping.check(shape)
-        self.weights.append(WeightSite(name, shape, spec, grouping))
+        self.weights.append(WeightSite(name, shape, spec, grouping, fused=out_blocks))
 
     def bind(self, state: QuantState, *, trainable: bool = True) -> None:
         """Point every activation quantizer at its values in `state`; frozen copies serve inference."""

@@ -4,7 +4,7 @@ Signed: LayerNorm outputs, q, k, v, attention output. Unsigned: softmax probabil
 offset. Patch embedding and head are sites like any other; the recipe's rules give them 8 bits.
 """
 
-from timm.layers import Attention
+from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -41,11 +41,12 @@ class QuantAttention(Attention):
     def _observed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Form the probabilities for calibration to see; the fused op never holds them whole."""
         q, k, v = _through(self.q_quantizer, q), _through(self.k_quantizer, k), _through(self.v_quantizer, v)
-        probabilities = (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1)
+        probabilities = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
         return _through(self.probs_quantizer, probabilities) @ v
 
     def _is_observed(self) -> bool:
-        return self.probs_quantizer is not None and self.probs_quantizer.observer is not None
+        sites = (self.q_quantizer, self.k_quantizer, self.probs_quantizer, self.v_quantizer)
+        return any(site is not None and site.observer is not None for site in sites)
 
 
 def _through(site: ActivationQuantizer | None, x: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ def _check_variant(model: VisionTransformer) -> None:
         attention = getattr(block, "attn", None)
         mlp = getattr(block, "mlp", None)
         plain = type(attention) is Attention and getattr(attention, "gate", None) is None
-        if not plain or not hasattr(mlp, "fc1") or isinstance(getattr(mlp, "norm", None), nn.LayerNorm):
+        if not plain or type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity):
             raise ConfigError(
                 f"blocks.{index} is not a plain ViT block (timm Attention and Mlp); its sites are not known"
             )

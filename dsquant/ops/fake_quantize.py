@@ -6,6 +6,7 @@ dimension that fit a core's cache, because every pass over a whole activation co
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +51,13 @@ def sum_like(x: Tensor, like: Tensor) -> Tensor:
     return total.double()
 
 
+def dot_like(x: Tensor, y: Tensor, like: Tensor) -> Tensor:
+    """Return `sum_like(x * y, like)`, without forming the product where one scale serves all."""
+    if like.numel() == 1 and x.is_contiguous() and y.is_contiguous():
+        return torch.dot(x.view(-1), y.view(-1)).double().view(like.shape)
+    return sum_like(x * y, like)
+
+
 class ScaleGradient:
     """Accumulate d scale and d offset over blocks in float64."""
 
@@ -63,6 +71,15 @@ class ScaleGradient:
         return (self.scale * grad_scale).float(), d_offset
 
 
+def pass_inside(grad: Tensor, v: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Return G where qmin <= v <= qmax, both edges included, else 0; one pass, no mask.
+
+    hardtanh's own backward leaves the edges out, so it is given the next float32 beyond each.
+    """
+    low, high = np.nextafter(np.float32(qmin), np.float32(-np.inf)), np.nextafter(np.float32(qmax), np.float32(np.inf))
+    return torch.ops.aten.hardtanh_backward(grad, v, float(low), float(high))
+
+
 def backward_block(
     x: Tensor, grad: Tensor, scale: Tensor, offset: Tensor | None, qmin: int, qmax: int, sums: ScaleGradient
 ) -> tuple[Tensor, Tensor]:
@@ -70,17 +87,17 @@ def backward_block(
 
     With v = (x - offset) / scale: dL/dx = G where qmin <= v <= qmax, else 0;
     dL/dscale = sum G * (round(v) - v inside, qmin below, qmax above); dL/doffset = sum G outside. LSQ eq. 3, LSQ+.
+    The first is summed as G * (code - clip(v)), zero outside, plus (G - dL/dx) * code, zero inside: no cancellation.
     """
     x, grad = x.float(), grad.float()
     v = x / scale if offset is None else (x - offset).div_(scale)
-    codes = v.clamp(qmin, qmax)
-    inside = v.eq(codes)
-    codes.round_()
-    d_scale = torch.sub(codes, v.mul_(inside), out=v).mul_(grad)
-    sums.scale += sum_like(d_scale, scale)
-    d_x = torch.mul(grad, inside, out=d_scale)
+    d_x = pass_inside(grad, v, qmin, qmax)
+    codes = v.clamp_(qmin, qmax).round()
+    sums.scale += dot_like(grad, torch.sub(codes, v, out=v), scale)
+    blocked = torch.sub(grad, d_x, out=v)
+    sums.scale += dot_like(blocked, codes, scale)
     if offset is not None:
-        sums.offset += sum_like(grad, offset) - sum_like(d_x, offset)
+        sums.offset += sum_like(blocked, offset)
     return d_x, dequantize(codes, scale, offset)
 
 
@@ -108,8 +125,8 @@ def fake_quantize(
     """Return `x_hat = scale * round(clip((x - offset) / scale, qmin, qmax)) + offset`, differentiable in all three.
 
     Args:
-        x: activation of any shape, float32 or bfloat16; the result has its shape and dtype.
-        scale: positive float32 tensor that broadcasts to x.
+        x: activation (B, ...), float32 or bfloat16; the result has its shape and dtype.
+        scale: positive float32 tensor that broadcasts to x and is the same along dim 0, the samples.
         offset: float32 tensor of the shape of scale, or None.
         grad_scale: factor on the gradients of scale and offset.
 

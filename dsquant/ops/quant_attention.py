@@ -35,8 +35,8 @@ def _apply_backward(x: Tensor, grad: Tensor, args: QuantArgs | None, sums: Scale
     return backward_block(x, grad, args.scale, args.offset, args.qmin, args.qmax, sums)[0]
 
 
-def _probabilities(q_hat: Tensor, k_hat: Tensor, scale: float) -> Tensor:
-    return (q_hat @ k_hat.transpose(-2, -1)).mul_(scale).softmax(dim=-1)
+def _probabilities(q_scaled: Tensor, k_hat: Tensor) -> Tensor:
+    return (q_scaled @ k_hat.transpose(-2, -1)).softmax(dim=-1)
 
 
 class _QuantAttention(torch.autograd.Function):
@@ -47,7 +47,7 @@ class _QuantAttention(torch.autograd.Function):
         args = _assemble(specs, tensors)
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
         for block in _image_blocks(q, k):
-            p = _probabilities(_apply(q[block], args[0]), _apply(k[block], args[1]), softmax_scale)
+            p = _probabilities(_apply(q[block], args[0]) * softmax_scale, _apply(k[block], args[1]))
             out[block] = _apply(p, args[2]) @ _apply(v[block], args[3])
         return out
 
@@ -59,8 +59,9 @@ class _QuantAttention(torch.autograd.Function):
         d_q, d_k, d_v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
         for block in _image_blocks(q, k):
             g = grad[block].float()
-            q_hat, k_hat, v_hat = _apply(q[block], args[0]), _apply(k[block], args[1]), _apply(v[block], args[3])
-            p = _probabilities(q_hat, k_hat, ctx.softmax_scale)
+            q_scaled = _apply(q[block], args[0]) * ctx.softmax_scale
+            k_hat, v_hat = _apply(k[block], args[1]), _apply(v[block], args[3])
+            p = _probabilities(q_scaled, k_hat)
             d_p_hat = g @ v_hat.transpose(-2, -1)
             if args[2] is None:
                 d_p, p_hat = d_p_hat, p
@@ -68,10 +69,9 @@ class _QuantAttention(torch.autograd.Function):
                 a = args[2]
                 d_p, p_hat = backward_block(p, d_p_hat, a.scale, a.offset, a.qmin, a.qmax, sums[2])
             d_v[block] = _apply_backward(v[block], p_hat.transpose(-2, -1) @ g, args[3], sums[3])
-            d_s = d_p.mul_(p)
-            d_s.addcmul_(p, d_s.sum(-1, keepdim=True), value=-1).mul_(ctx.softmax_scale)
-            d_q[block] = _apply_backward(q[block], d_s @ k_hat, args[0], sums[0])
-            d_k[block] = _apply_backward(k[block], d_s.transpose(-2, -1) @ q_hat, args[1], sums[1])
+            d_s = torch._softmax_backward_data(d_p, p, -1, torch.float32)
+            d_q[block] = _apply_backward(q[block], (d_s @ k_hat).mul_(ctx.softmax_scale), args[0], sums[0])
+            d_k[block] = _apply_backward(k[block], d_s.transpose(-2, -1) @ q_scaled, args[1], sums[1])
         d_tensors = []
         for a, s in zip(args, sums, strict=True):
             if a is not None:
@@ -109,7 +109,7 @@ def quant_attention(
     probs_args: QuantArgs | None,
     v_args: QuantArgs | None,
 ) -> Tensor:
-    """Return `Q_p(softmax(Q_q(q) Q_k(k)^T * softmax_scale)) Q_v(v)`, each Q a `fake_quantize` or, for None, identity.
+    """Return `Q_p(softmax((Q_q(q) * softmax_scale) Q_k(k)^T)) Q_v(v)`, each Q a `fake_quantize` or, for None, identity.
 
     q, k, v are (B, H, N, D), float32 or bfloat16; the arithmetic is float32 and the result (B, H, N, D) has the dtype
     of v. Scales broadcast to (B, H, N, D) for q, k, v and to (B, H, N, N) for the probabilities.

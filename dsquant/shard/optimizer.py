@@ -224,7 +224,7 @@ class ShardQuantization:
             index = bin_index(codes, tile.groups, weight.qmin, weight.n_bins)
             add_obr_gradient(
                 tile.of(grad_flat), w, scale, codes, inside, index, bins, self.config.obr, self._obr_weight,
-                weight.site.numel,
+                weight.site.numel // weight.site.fused,
             )  # fmt: skip
 
     def _step_scale(self, weight: ShardedWeight, d_scale: Tensor) -> None:

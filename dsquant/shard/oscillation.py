@@ -54,7 +54,9 @@ def track(state: TrackerState, codes: Tensor, momentum: float) -> Tensor:
 
     o_t = [sign(delta_t) == -last_direction]; f_t = m * o_t + (1 - m) * f_{t-1}; the direction moves only with a change.
     """
-    delta = torch.sub(codes, state.codes).sign_()
+    delta = codes.gt(state.codes).to(torch.int8) - codes.lt(state.codes).to(
+        torch.int8
+    )  # codes may differ by more than 127
     oscillated = delta.mul(state.direction).eq_(-1)
     state.frequency.mul_(1 - momentum).add_(oscillated, alpha=momentum)
     torch.where(delta.ne(0), delta, state.direction, out=state.direction)

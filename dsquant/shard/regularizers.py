@@ -48,7 +48,7 @@ def add_obr_gradient(
     """Add `weight` times the closed-form OBR gradient of a tile to `grad`, in place.
 
     grad, w: (rows, cols) float32; scale (rows, 1); codes int8 and inside bool like w; index from `bin_index`; sums
-    (2, bins) over the whole weight, all shards; numel: elements of the whole weight.
+    (2, bins) over the whole weight, all shards; numel: elements that `mean` divides by (a third of a fused q, k, v).
     """
     a = 2 * weight * config.mse_weight / (1 if config.aggregation == "sum" else numel)
     pull = torch.sub(w, codes * scale).mul_(a)

@@ -113,8 +113,10 @@ class ShardedWeight:
         inside = v.clamp(self.qmin, self.qmax).eq(v)
         codes = tile.of(self.tracker.codes)
         d_scale = torch.sub(codes, v.mul_(inside), out=v).mul_(grad)
-        if self.tracker.frozen is not None:
-            grad.mul_(~tile.of(self.tracker.frozen))
+        if self.tracker.frozen is not None:  # the image of a frozen weight is scale * code, and its code is a constant
+            frozen = tile.of(self.tracker.frozen)
+            d_scale = torch.where(frozen, codes * grad, d_scale)
+            inside.logical_and_(~frozen)
         grad.mul_(inside)
         return d_scale.sum(1, dtype=torch.float64), inside
 
