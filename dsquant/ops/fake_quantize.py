@@ -5,6 +5,7 @@ dimension that fit a core's cache, because every pass over a whole activation co
 """
 
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 import torch
@@ -76,8 +77,13 @@ def pass_inside(grad: Tensor, v: Tensor, qmin: int, qmax: int) -> Tensor:
 
     hardtanh's own backward leaves the edges out, so it is given the next float32 beyond each.
     """
-    low, high = np.nextafter(np.float32(qmin), np.float32(-np.inf)), np.nextafter(np.float32(qmax), np.float32(np.inf))
-    return torch.ops.aten.hardtanh_backward(grad, v, float(low), float(high))
+    return torch.ops.aten.hardtanh_backward(grad, v, *_just_beyond(qmin, qmax))
+
+
+@cache
+def _just_beyond(qmin: int, qmax: int) -> tuple[float, float]:
+    low, high = np.nextafter(np.float32([qmin, qmax]), np.float32([-np.inf, np.inf]))
+    return float(low), float(high)
 
 
 def backward_block(

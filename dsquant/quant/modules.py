@@ -87,12 +87,24 @@ class QuantLinear(nn.Linear):
 
 
 class QuantConv2d(nn.Conv2d):
-    """Apply a convolution to its quantized input; `input_quantizer` is set by `become`."""
+    """Apply a convolution to its quantized input; `input_quantizer` is set by `become`.
+
+    Patches that do not overlap are a linear layer's input, and go the way of `quant_linear`: it saves them once, and the
+    gradient that the input's scale needs is one product.
+    """
 
     input_quantizer: ActivationQuantizer | None
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x if self.input_quantizer is None else self.input_quantizer(x))
+        args = None if self.input_quantizer is None else self.input_quantizer.args(x)
+        if args is None:
+            return super().forward(x)
+        height, width = self.kernel_size
+        patchwise = self.stride == self.kernel_size and self.groups == 1 and self.padding in (0, (0, 0), "valid")
+        if not patchwise or self.dilation != (1, 1) or x.shape[-2] % height or x.shape[-1] % width:
+            return super().forward(fake_quantize(x, *args))
+        patches = x.unflatten(-2, (-1, height)).unflatten(-1, (-1, width)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return quant_linear(patches, self.weight.flatten(1), self.bias, *args).permute(0, 3, 1, 2)
 
 
 def become(module: nn.Module, quant_class: type[nn.Module], **quantizers: ActivationQuantizer | None) -> None:

@@ -199,7 +199,7 @@ class ShardQuantization:
         grad_flat = weight.fragment.of(weight.fragment.flat.grad)
         for tile in weight.tiles:
             scale, w = scales[tile.groups].unsqueeze(1), tile.of(weight.fragment.values)
-            rows, _ = weight.lsq_tile(tile, w, tile.of(grad_flat), scale)
+            rows = weight.lsq_tile(tile, w, tile.of(grad_flat), scale)
             d_scale.index_add_(0, tile.groups.to(device), rows.to(device))
             if regularized:
                 index = bin_index(tile.of(weight.tracker.codes), tile.groups, weight.qmin, weight.n_bins)
@@ -217,15 +217,13 @@ class ShardQuantization:
         grad_flat = weight.fragment.of(weight.fragment.flat.grad)
         for tile in weight.tiles:
             scale, w = scales[tile.groups].unsqueeze(1), tile.of(weight.fragment.values)
-            v, codes = w / scale, tile.of(weight.tracker.codes)
-            inside = v.clamp(weight.qmin, weight.qmax).eq(v)
-            if weight.tracker.frozen is not None:
-                inside.logical_and_(~tile.of(weight.tracker.frozen))
+            codes = tile.of(weight.tracker.codes)
             index = bin_index(codes, tile.groups, weight.qmin, weight.n_bins)
-            add_obr_gradient(
-                tile.of(grad_flat), w, scale, codes, inside, index, bins, self.config.obr, self._obr_weight,
-                weight.site.numel // weight.site.fused,
-            )  # fmt: skip
+            grad, limits = tile.of(grad_flat), (weight.qmin, weight.qmax)
+            numel = weight.site.numel // weight.site.fused
+            add_obr_gradient(grad, w, scale, codes, limits, index, bins, self.config.obr, self._obr_weight, numel)
+            if weight.tracker.frozen is not None:
+                grad.masked_fill_(tile.of(weight.tracker.frozen), 0.0)
 
     def _step_scale(self, weight: ShardedWeight, d_scale: Tensor) -> None:
         where = self.state.entries[f"{weight.site.name}:scale"].slice

@@ -50,7 +50,7 @@ class TrackerState:
 
 
 def track(state: TrackerState, codes: Tensor, momentum: float) -> Tensor:
-    """Record new codes (int8) and return the mask of weights that oscillated: changed, and opposite to their last change.
+    """Record new codes (int8) and return which weights oscillated, 1 or 0: changed, opposite to their last change.
 
     o_t = [sign(delta_t) == -last_direction]; f_t = m * o_t + (1 - m) * f_{t-1}; the direction moves only with a change.
     """
@@ -58,8 +58,10 @@ def track(state: TrackerState, codes: Tensor, momentum: float) -> Tensor:
         torch.int8
     )  # codes may differ by more than 127
     oscillated = delta.mul(state.direction).eq_(-1)
-    state.frequency.mul_(1 - momentum).add_(oscillated, alpha=momentum)
-    torch.where(delta.ne(0), delta, state.direction, out=state.direction)
+    state.frequency.mul_(1 - momentum).add_(oscillated.float(), alpha=momentum)
+    state.direction.mul_(1 - delta.abs()).add_(
+        delta
+    )  # the last change stays where there is none; no mask, masks are slow
     state.codes.copy_(codes)
     if state.code_mean is not None:
         state.code_mean.mul_(1 - momentum).add_(codes, alpha=momentum)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsquant.ops.fake_quantize import dequantize, quantize
+from dsquant.ops.fake_quantize import pass_inside, quantize
 from dsquant.shard.fragments import Fragment
 from dsquant.shard.oscillation import TrackerState
 from dsquant.spec import Grouping, WeightSite
@@ -103,22 +103,21 @@ class ShardedWeight:
         found = self.group_sums(rows_of)
         return torch.zeros(self.n_groups, 2, dtype=torch.float64) if found is None else found
 
-    def lsq_tile(self, tile: Tile, w: Tensor, grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Mask `grad` by the straight-through rule in place; return float64 row sums of d scale, and the mask.
+    def lsq_tile(self, tile: Tile, w: Tensor, grad: Tensor, scale: Tensor) -> Tensor:
+        """Mask `grad` by the straight-through rule in place and return float64 row sums of d scale.
 
         d scale = sum G * (code - v inside, qmin below, qmax above) with v = w / scale; the codes are those of the image
         that the forward pass used.
         """
-        v = w / scale
-        inside = v.clamp(self.qmin, self.qmax).eq(v)
-        codes = tile.of(self.tracker.codes)
-        d_scale = torch.sub(codes, v.mul_(inside), out=v).mul_(grad)
+        v, codes = w / scale, tile.of(self.tracker.codes)
+        passed = pass_inside(grad, v, self.qmin, self.qmax)
+        d_scale = torch.sub(codes, v.clamp_(self.qmin, self.qmax), out=v).mul_(grad).addcmul_(grad - passed, codes)
         if self.tracker.frozen is not None:  # the image of a frozen weight is scale * code, and its code is a constant
             frozen = tile.of(self.tracker.frozen)
             d_scale = torch.where(frozen, codes * grad, d_scale)
-            inside.logical_and_(~frozen)
-        grad.mul_(inside)
-        return d_scale.sum(1, dtype=torch.float64), inside
+            passed.masked_fill_(frozen, 0.0)
+        grad.copy_(passed)
+        return d_scale.sum(1, dtype=torch.float64)
 
     def image_tile(self, tile: Tile, latent: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Return (codes float32, w_hat float32) of a tile; frozen weights keep their code, and their latent its centre."""
@@ -127,7 +126,7 @@ class ShardedWeight:
             frozen = tile.of(self.tracker.frozen)
             codes = torch.where(frozen, tile.of(self.tracker.codes).float(), codes)
             latent.copy_(torch.where(frozen, codes * scale, latent))
-        return codes, dequantize(codes.clone(), scale, None)
+        return codes, codes * scale
 
     def statistics(self, latent: Tensor, threshold: float) -> Tensor:
         """Return float64 counts of this rank's part: oscillating, frozen, clipped, then one a bin."""

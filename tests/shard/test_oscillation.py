@@ -178,7 +178,7 @@ def gradients_of_frozen(weight, scale, grad):
     codes = torch.where(frozen, tile.of(weight.tracker.codes).double(), straight_through(w / s, -2, 1))
     expected = torch.autograd.grad(codes * s, (w, s), grad.double())
     masked = grad.clone()
-    rows, _ = weight.lsq_tile(tile, latent, masked, scale.view(1, 1))
+    rows = weight.lsq_tile(tile, latent, masked, scale.view(1, 1))
     return (masked.double(), rows), expected
 
 

@@ -39,7 +39,7 @@ def loop_loss(w, scales, grouping, n_bits, config):
 
 
 def prepare(w, scales, grouping, n_bits, start, stop):
-    """Return per tile of a fragment: (place, scale, w, codes int8, inside, index)."""
+    """Return per tile of a fragment: (place, scale, w, codes int8, limits, index)."""
     qmin, qmax = limits(n_bits)
     found = []
     fragment = w.flatten()[start:stop]
@@ -47,8 +47,7 @@ def prepare(w, scales, grouping, n_bits, start, stop):
         scale, values = scales[tile.groups].unsqueeze(1), tile.of(fragment)
         v = values / scale
         codes = v.clamp(qmin, qmax).round().to(torch.int8)
-        inside = (v >= qmin) & (v <= qmax)
-        found.append((tile, scale, values, codes, inside, bin_index(codes, tile.groups, qmin, 2**n_bits)))
+        found.append((tile, scale, values, codes, (qmin, qmax), bin_index(codes, tile.groups, qmin, 2**n_bits)))
     return found
 
 
@@ -64,8 +63,8 @@ def closed_form(w, scales, grouping, n_bits, config, *, weight=1.0, cuts=(), sta
     grad = torch.zeros(w.numel()) if start_grad is None else start_grad.clone().flatten()
     for begin, part in zip(edges, parts, strict=False):
         own = grad[begin:]
-        for tile, scale, values, codes, inside, index in part:
-            add_obr_gradient(tile.of(own), values, scale, codes, inside, index, sums, config, weight, w.numel())
+        for tile, scale, values, codes, edges_of, index in part:
+            add_obr_gradient(tile.of(own), values, scale, codes, edges_of, index, sums, config, weight, w.numel())
     return grad.view(w.shape)
 
 

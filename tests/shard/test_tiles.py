@@ -103,7 +103,7 @@ def lsq(parts, grad):
 
         def rows_of(tile, part=part, own=own):
             scale = part.scales()[tile.groups].unsqueeze(1)
-            rows, _ = part.lsq_tile(tile, tile.of(part.fragment.values), tile.of(own), scale)
+            rows = part.lsq_tile(tile, tile.of(part.fragment.values), tile.of(own), scale)
             return rows.unsqueeze(1)
 
         total = total + part.group_sums(rows_of)
