@@ -25,6 +25,8 @@ $(INSTALLED): pyproject.toml
 	  exit 1; }
 	@echo "installing into .venv (once; a few minutes, about 6 GB with PyTorch for CUDA) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@echo "compiling DeepSpeed's CPU communication op (once; under a minute) ..."
+	@$(IN_VENV) python -c 'from dsquant.engine import init_world; init_world()' >/dev/null
 	@touch $@
 
 demo: venv  ## train the 2-bit digits model end to end and show the closing table

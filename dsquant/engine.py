@@ -9,8 +9,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
+
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for one, and warn, in every process
+
+import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
@@ -51,7 +55,9 @@ def init_world() -> World:
 
     Under Slurm, or any launcher that shows one device to each task, that device is taken whatever LOCAL_RANK says.
     """
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())  # ours is tested, by us
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
     if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:

@@ -40,6 +40,7 @@ from dsquant.telemetry.report import write_report
 from dsquant.telemetry.wandb_sink import WandbSink
 
 PACKED_FILE = "model.packed.safetensors"
+RESULTS = ("float_top1", "top1", "oscillating_pct", "oscillating_peak_pct")
 
 
 def learning_rate(stage: StageConfig, step: int, total: int) -> float:
@@ -175,6 +176,7 @@ class Run:
             self.summary |= resumed.manifest.get("results", {})
             restore(engine, resumed)
         elif stage.quant is not None:
+            self.summary.pop("oscillating_peak_pct", None)
             self._calibrate(engine, stage, stream)
         self.console.begin_stage(name, total, engine.step_index)
         if self.metrics and resumed is None:
@@ -305,7 +307,8 @@ class Run:
         low = [s for s in sites.values() if s["n_bits"] <= 4] or list(sites.values())
         numel = sum(s["numel"] for s in low)
         totals = {k: sum(s[k] * s["numel"] for s in low) / numel for k in ("oscillating_pct", "frozen_pct")}
-        self.summary["oscillating_pct"] = totals["oscillating_pct"]
+        peak = max(totals["oscillating_pct"], self.summary.get("oscillating_peak_pct", 0.0))
+        self.summary |= {"oscillating_pct": totals["oscillating_pct"], "oscillating_peak_pct": peak}
         if self.metrics:
             self.metrics.write("oscillation", name, engine.step_index, sites=sites, **totals)
 
@@ -347,7 +350,7 @@ class Run:
     def _save(self, name: str, engine: Engine, *, done: bool) -> None:
         if self.metrics:
             self.metrics.flush()
-        results = {k: v for k, v in self.summary.items() if k in ("float_top1", "top1", "oscillating_pct")}
+        results = {k: v for k, v in self.summary.items() if k in RESULTS}
         path = save_checkpoint(self.run_dir, self.config, name, engine, done=done, results=results)
         self.summary["checkpoint"] = str(path)
         self.summary["zero_stage"] = engine.zero_stage
@@ -370,9 +373,7 @@ class Run:
             "float_bytes": 4 * numel,
             "checkpoint": str(checkpoint.path),
         }
-        self.summary |= {
-            key: self.summary.get(key) for key in ("float_top1", "top1", "oscillating_pct", "images_per_second")
-        }
+        self.summary |= {key: self.summary.get(key) for key in (*RESULTS, "images_per_second")}
         self.summary |= {"packed_file": None, "packed_bytes": None}
         if self.config.stages[last].quant is not None:
             packed = convert_run(self.run_dir, self.run_dir / PACKED_FILE, last)

@@ -133,7 +133,7 @@ def closing_table(summary: dict[str, Any], stream: TextIO | None = None, *, run_
     """Print what a run achieved and where everything lies; what the summary lacks is shown as "-".
 
     Keys of `summary`: recipe, world_size, zero_stage, steps, seconds, images_per_second, float_top1, top1,
-    oscillating_pct (the last three in percent), float_bytes, packed_bytes, packed_file, checkpoint.
+    oscillating_pct, oscillating_peak_pct (the last four in percent), float_bytes, packed_bytes, packed_file, checkpoint.
     `run_dir` is where metrics and report lie.
     """
     stream = stream or sys.stdout
@@ -150,9 +150,9 @@ def closing_table(summary: dict[str, Any], stream: TextIO | None = None, *, run_
 
 
 def _result_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    def shown(key: str, form: str) -> str:
+    def shown(key: str, form: str, absent: str = "-") -> str:
         value = summary.get(key)
-        return "-" if value is None else form.format(value)
+        return absent if value is None else form.format(value)
 
     packed = _size(summary.get("packed_bytes"))
     if summary.get("packed_bytes") and summary.get("float_bytes"):
@@ -161,7 +161,10 @@ def _result_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("float top-1", shown("float_top1", "{:.2f} %")),
         ("quantized top-1", shown("top1", "{:.2f} %")),
-        ("oscillating weights", shown("oscillating_pct", "{:.2f} %")),
+        (
+            "oscillating weights",
+            shown("oscillating_pct", "{:.2f} %") + shown("oscillating_peak_pct", ", at most {:.2f} %", ""),
+        ),
         ("float size", _size(summary.get("float_bytes"))),
         ("packed size", packed),
         ("steps", shown("steps", "{:,}")),
