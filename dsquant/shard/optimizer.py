@@ -278,6 +278,7 @@ class ShardQuantization:
                 "clip_ratio": share[2],
                 "bins": share[3:],
                 "scale": weight.replicated_scale.tolist(),
+                "qmin": weight.qmin,
                 "numel": weight.site.numel,
                 "n_bits": weight.site.spec.n_bits,
             }

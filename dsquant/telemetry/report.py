@@ -66,7 +66,7 @@ CHARTS = (
     ),
     Chart(
         "Oscillating weights",
-        "percent of all quantized weights",
+        "percent of the weights at 4 bits or less",
         (
             Curves("oscillation", "oscillating_pct", "oscillating", marks=True),
             Curves("oscillation", "frozen_pct", "frozen", dashed=True, skip_zero=True),
@@ -267,10 +267,10 @@ def _site_table(sites: dict[str, dict[str, Any]]) -> str:
         rows.append(
             f'<tr><td>{escape(name)}</td><td class="share" style="--w:{share:.0f}%">'
             f"{_num(site.get('oscillating_pct'), '.2f')}</td><td>{_num(site.get('frozen_pct'), '.2f')}</td>"
-            f"<td>{_num(site.get('changed_pct'), '.2f')}</td><td>{_num(site.get('clip_ratio'), '.4f')}</td>"
+            f"<td>{_num(site.get('clip_ratio'), '.4f')}</td>"
             f"<td>{_scale(site.get('scale'))}</td><td>{_bins(site)}</td></tr>"
         )
-    head = ("site", "oscillating %", "frozen %", "changed %", "clip ratio", "scale", "codes, lowest to highest")
+    head = ("site", "oscillating %", "frozen %", "clip ratio", "scale", "codes, lowest to highest")
     return f"<table><thead>{_head(head)}</thead><tbody>{''.join(rows)}</tbody></table>"
 
 
