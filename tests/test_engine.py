@@ -1,0 +1,114 @@
+"""The engine on two ranks: what must not change a result, and what must be refused."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from dsquant.config import QuantConfig, RunConfig, StageConfig
+from dsquant.engine import Engine, init_world, micro_batch_size
+from dsquant.errors import ConfigError, TrainingError
+
+KWARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+BATCH = 8
+ZERO = {"zero_allow_untested_optimizer": True}
+
+
+def build(zero_stage, *, quantized=True, perturb=False, **stage_options):
+    """Build an engine whose activation scales are all 0.5, so that nothing but the options differs."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **KWARGS)
+    quant = QuantConfig(weight={"n_bits": 4}, activation={"n_bits": 4}) if quantized else None
+    stage = StageConfig(steps=10, batch_size=BATCH, lr=1e-3, weight_decay=0.0, quant=quant, **stage_options)
+    data = {"source": "digits", "image_size": 16}
+    run = RunConfig(recipe="test", model={"name": "x", "num_classes": 5}, data=data, stages={"s": stage})
+    world = init_world()
+    engine = Engine(model, run, stage, ZERO | {"zero_optimization": {"stage": zero_stage}}, world, 10)
+    if quantized:
+        engine.state.values[: engine.state.n_activation] = 0.5 + (0.1 * world.rank if perturb else 0.0)
+        engine.finish_calibration()
+    return engine
+
+
+def batches(world, parts):
+    """Cut the same global batches of 8 into `parts` micro-batches a rank."""
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(6):
+        images = torch.randn(BATCH, 3, 16, 16, generator=generator)
+        labels = torch.randint(0, 5, (BATCH,), generator=generator)
+        yield list(
+            zip(
+                images.chunk(world.size * parts)[world.rank :: world.size],
+                labels.chunk(world.size * parts)[world.rank :: world.size],
+                strict=True,
+            )
+        )
+
+
+def losses(zero_stage, **stage_options):
+    engine = build(zero_stage, **stage_options)
+    found = []
+    for micro_batches in batches(engine.world, engine.stage.gradient_accumulation):
+        total = torch.zeros(())
+        for images, labels in micro_batches:
+            loss = F.cross_entropy(engine.forward(images), labels)
+            engine.backward(loss)
+            engine.step(1e-3)
+            total += loss.detach() / len(micro_batches)
+        torch.distributed.all_reduce(total)
+        found.append(total.item() / engine.world.size)
+    engine.destroy()
+    return found
+
+
+def compare_options():
+    """Run on each rank: the same training with options that must not matter."""
+    return {
+        "plain": losses(2),
+        "checkpointed": losses(2, activation_checkpointing=True),
+        "accumulated": losses(2, gradient_accumulation=2),
+        "accumulated on zero 3": losses(3, gradient_accumulation=2),
+        "loosely clipped": losses(1, gradient_clipping=1e6),
+        "tightly clipped": losses(1, gradient_clipping=1e-6, optimizer="sgd"),
+    }
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    from tests.ranks import launch
+
+    return launch(2, "tests.test_engine:compare_options", {}, tmp_path_factory.mktemp("engine") / "ranks", timeout=300)[
+        0
+    ]
+
+
+def test_activation_checkpointing_changes_no_loss(compared):
+    assert compared["checkpointed"] == compared["plain"]
+
+
+@pytest.mark.parametrize("how", ["accumulated", "accumulated on zero 3"])
+def test_accumulated_micro_batches_equal_one_large_batch(compared, how):
+    assert compared[how] == pytest.approx(compared["plain"], abs=1e-4)
+
+
+def test_clipping_acts_only_beyond_its_norm(compared):
+    assert compared["loosely clipped"] == pytest.approx(compared["plain"], abs=1e-5)
+    free = compared["tightly clipped"]
+    assert free != pytest.approx(compared["plain"], abs=1e-3)
+
+
+def perturbed_state():
+    with pytest.raises(TrainingError, match=r"rank 0 and ranks \[1\]"):
+        build(1, perturb=True)
+    return True
+
+
+def test_ranks_whose_scales_differ_are_found_before_training(run_ranks):
+    assert run_ranks(2, "tests.test_engine:perturbed_state", timeout=200) == [True, True]
+
+
+def test_a_batch_that_ranks_do_not_divide_is_refused():
+    stage = StageConfig(steps=1, batch_size=10, lr=1e-3, gradient_accumulation=2)
+    assert micro_batch_size(stage, 5) == 1
+    with pytest.raises(ConfigError, match="10 is not divisible by 4 ranks x 2"):
+        micro_batch_size(stage, 4)
