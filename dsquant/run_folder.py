@@ -49,10 +49,10 @@ def _from_rank0(decide: Callable[[], Any]) -> Any:
 def _new(recipe: str | None, overrides: dict[str, Any], out_dir: str | None) -> tuple[RunConfig, Path]:
     config = load_config(recipe or DEFAULT_RECIPE, overrides)
     if out_dir is None:
-        run_dir = next(p for p in _candidates(config.recipe) if not p.exists())
+        run_dir = next(p for p in _candidates(config.recipe) if not _has_begun(p))
     else:
         run_dir = Path(out_dir)
-        if (run_dir / RECIPE_FILE).exists():
+        if _has_begun(run_dir):
             raise ConfigError(f"{run_dir} already holds a run; pass --resume to continue it, or another --out_dir")
     run_dir = run_dir.resolve()
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -79,6 +79,12 @@ def _resumed(recipe: str | None, overrides: dict[str, Any], out_dir: str | None)
     if difference := _difference(kept.model_dump(mode="json"), config.model_dump(mode="json")):
         raise ConfigError(f"--resume: {difference}; a resumed run keeps its recipe, start a new --out_dir to change it")
     return config, run_dir
+
+
+def _has_begun(run_dir: Path) -> bool:
+    """Tell whether a folder holds records of training; one whose start failed (a wrong path, say) is free."""
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0
 
 
 def _candidates(recipe: str, until_free: bool = False):

@@ -17,6 +17,7 @@ NO_DS_CONFIG = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimize
 
 
 def train(
+    *words: str,
     recipe: str | None = None,
     ds_config: str | None = None,
     out_dir: str | None = None,
@@ -30,6 +31,7 @@ def train(
     Any recipe field can be set by its dotted name: --stages.w2a2.epochs=30 --data.num_workers=8 --seed=1
 
     Args:
+        words: none; every option has a name.
         recipe: name of a recipe in dsquant/recipes, or the path of a YAML file (default: digits_w2a2).
         ds_config: DeepSpeed JSON with the ZeRO stage, see ds_configs/ (default: ZeRO 1).
         out_dir: folder of the run (default: runs/RECIPE, numbered where taken; with --resume, the newest of these).
@@ -37,6 +39,8 @@ def train(
         resume: continue the run in out_dir from its newest whole checkpoint.
         local_rank: set by the launcher; ignored, the environment says it.
     """
+    if words:
+        raise DsquantError(f"{words[0]!r} belongs to no option; see --help")
     from dsquant.config import load_ds_config
     from dsquant.engine import init_world
     from dsquant.loop import Run
@@ -51,8 +55,9 @@ def train(
 
 
 def main() -> None:
+    wants_help = {"-h", "--help"} & set(sys.argv[1:])  # fire would take it for one more override
     try:
-        fire.Fire(train)
+        fire.Fire(train, ["--", "--help"] if wants_help else None, name="train.py")
     except DsquantError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # what every rank meets, rank 0 reports; it then ends the others
