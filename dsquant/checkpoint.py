@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dsquant.config import RunConfig, parse_config
 from dsquant.engine import Engine
-from dsquant.errors import CheckpointError
+from dsquant.errors import CheckpointError, TrainingError
 from dsquant.models.registry import build_model, insert_sites, load_strict
 from dsquant.ops.fake_quantize import dequantize, quantize
 from dsquant.quant.state import QuantState
@@ -43,7 +43,9 @@ def save_checkpoint(
     """Save an engine between optimizer steps; every rank calls this.
 
     `done` marks the end of the stage; `results` (top-1 and the like so far) travel in the manifest.
+    Raises TrainingError, and writes nothing, where a latent is not finite.
     """
+    _check_finite(engine)
     final = checkpoint_dir(run_dir, stage, engine.step_index)
     partial = final.with_name(f".{final.name}.partial")
     if engine.world.rank == 0:
@@ -68,6 +70,18 @@ def save_checkpoint(
         _rotate(final.parent, config.checkpoint.keep_last)
     dist.barrier()
     return final
+
+
+def _check_finite(engine: Engine) -> None:
+    finite = torch.stack(
+        [f.values.isfinite().all() for fs in engine.shards.fragments for f in fs] or [torch.tensor(True)]
+    )
+    together = finite.all().int().to(engine.world.device)
+    dist.all_reduce(together, op=dist.ReduceOp.MIN)
+    if not together.item():
+        raise TrainingError(
+            f"step {engine.step_index}: a weight is not finite; nothing was saved, resume from the last checkpoint"
+        )
 
 
 def _owned_tensors(engine: Engine) -> dict[str, Tensor]:

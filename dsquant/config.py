@@ -216,10 +216,14 @@ class CheckpointConfig(Section):
 
 
 class RunConfig(Section):
-    """Hold one run: model, data, an ordered set of stages, and how it is watched and kept."""
+    """Hold one run: model, data, an ordered set of stages, and how it is watched and kept.
+
+    `max_steps` caps the optimizer steps of each stage; schedules end there.
+    """
 
     recipe: str
     seed: Count = 0
+    max_steps: Positive | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     model: ModelConfig
     data: DataConfig

@@ -211,6 +211,11 @@ class Engine:
                 self.quantization.begin_step(self.step_index / self.total_steps, lr / self.stage.lr)
         self.ds.step()
         if boundary:
+            if not self.ds.was_step_applied():
+                raise TrainingError(
+                    f"step {self.step_index + 1}: a gradient is not finite; lower the learning rate ({self.stage.lr}) or "
+                    "clip gradients (gradient_clipping); the last checkpoint is untouched"
+                )
             self.step_index += 1
             if self.quantization is not None:
                 self.quantization.finish_step()

@@ -107,24 +107,22 @@ class Run:
         run_dir: where everything of the run lies, the same on every rank.
         world: this process among its peers.
         resume: continue from the newest whole checkpoint.
-        max_steps: cap on the optimizer steps of each stage.
     """
 
     def __init__(
-        self, config: RunConfig, ds_config: dict[str, Any], run_dir: Path, world: World, *, resume: bool = False,
-        max_steps: int | None = None,
-    ):  # fmt: skip
+        self, config: RunConfig, ds_config: dict[str, Any], run_dir: Path, world: World, *, resume: bool = False
+    ):
         self.config, self.ds_config, self.run_dir, self.world = config, ds_config, run_dir, world
         self.main = world.rank == 0
         self.train_shards, self.val_shards = open_data(config.data, run_dir, world.rank)
-        self.totals = {name: self._total_steps(stage, max_steps) for name, stage in config.stages.items()}
+        self.totals = {name: self._total_steps(stage) for name, stage in config.stages.items()}
         self.start = latest_checkpoint(run_dir, list(config.stages)) if resume else None
         self.summary: dict[str, Any] = {}
         self.began = time.monotonic()
 
-    def _total_steps(self, stage: StageConfig, max_steps: int | None) -> int:
+    def _total_steps(self, stage: StageConfig) -> int:
         steps = stage.steps or max(1, round(stage.epochs * (self.train_shards.total // stage.batch_size)))
-        return steps if max_steps is None else min(steps, max_steps)
+        return min(steps, self.config.max_steps or steps)
 
     def execute(self) -> dict[str, Any]:
         """Run every stage that is not done, convert the last, and return the summary."""

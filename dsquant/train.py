@@ -49,9 +49,11 @@ def train(
     del local_rank
     ds = load_ds_config(ds_config) if ds_config else dict(NO_DS_CONFIG)
     world = init_world()
+    if max_steps is not None:
+        overrides["max_steps"] = max_steps
     config, run_dir = prepare_run(recipe, overrides, out_dir, resume)
     world.use_precision(config.precision)
-    Run(config, ds, run_dir, world, resume=resume, max_steps=max_steps).execute()
+    Run(config, ds, run_dir, world, resume=resume).execute()
 
 
 def main() -> None:
