@@ -218,12 +218,14 @@ class CheckpointConfig(Section):
 class RunConfig(Section):
     """Hold one run: model, data, an ordered set of stages, and how it is watched and kept.
 
-    `max_steps` caps the optimizer steps of each stage; schedules end there.
+    `max_steps` caps the optimizer steps of each stage; schedules end there. `cpu_threads` are those of a rank that
+    trains on a CPU (default: the cores shared out over the ranks of a node; OMP_NUM_THREADS, where set, decides).
     """
 
     recipe: str
     seed: Count = 0
     max_steps: Positive | None = None
+    cpu_threads: Positive | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     model: ModelConfig
     data: DataConfig

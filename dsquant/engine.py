@@ -45,6 +45,12 @@ class World:
     device: torch.device
     bf16: bool = False
 
+    def use_threads(self, cpu_threads: int | None) -> None:
+        """Give a rank that trains on a CPU its threads; ranks that each take all cores would wait for one another."""
+        if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or self.size)
+            torch.set_num_threads(cpu_threads or max(1, len(os.sched_getaffinity(0)) // ranks))
+
     def use_precision(self, precision: str) -> None:
         """Choose "bf16", "fp32", or with "auto" bf16 on an accelerator and fp32 on a CPU."""
         self.bf16 = self.device.type != "cpu" if precision == "auto" else precision == "bf16"

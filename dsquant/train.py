@@ -53,6 +53,7 @@ def train(
         overrides["max_steps"] = max_steps
     config, run_dir = prepare_run(recipe, overrides, out_dir, resume)
     world.use_precision(config.precision)
+    world.use_threads(config.cpu_threads)
     Run(config, ds, run_dir, world, resume=resume).execute()
 
 
