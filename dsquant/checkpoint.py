@@ -8,6 +8,7 @@ name only after every file and the manifest are on disk: a checkpoint is there w
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ from dsquant.models.registry import build_model, insert_sites, load_strict
 from dsquant.ops.fake_quantize import dequantize, quantize
 from dsquant.quant.state import QuantState
 
+logger = logging.getLogger(__name__)
 FORMAT, VERSION, MANIFEST = "dsquant-checkpoint", 1, "manifest.json"
 
 
@@ -337,9 +339,13 @@ def latest_checkpoint(run_dir: Path, stages: list[str], stage: str | None = None
     for name in reversed([stage] if stage else stages):
         for path in sorted((run_dir / "checkpoints" / name).glob("step_*"), reverse=True):
             try:
-                return Checkpoint.open(path)
+                found = Checkpoint.open(path)
             except CheckpointError as error:
                 problems.append(str(error))
+                continue
+            if problems and not (dist.is_initialized() and dist.get_rank()):
+                logger.warning("%s; going back to %s", problems[-1], path)
+            return found
     if problems:
         raise CheckpointError("no checkpoint of this run is whole:\n  " + "\n  ".join(problems))
     return None

@@ -30,9 +30,9 @@ from dsquant.config import DataConfig, RunConfig, StageConfig
 from dsquant.convert import convert_run
 from dsquant.data import EvalStream, ShardSet, TrainStream, build_transform, make_digits
 from dsquant.engine import Engine, World, micro_batch_size
-from dsquant.errors import TrainingError
+from dsquant.errors import CheckpointError, TrainingError
 from dsquant.losses import stage_loss
-from dsquant.models import build_model
+from dsquant.models import build_model, insert_sites
 from dsquant.quant.calibrate import calibrate
 from dsquant.telemetry.console import Console, closing_table
 from dsquant.telemetry.metrics import METRICS_FILE, MetricsLog, write_summary
@@ -114,11 +114,25 @@ class Run:
     ):
         self.config, self.ds_config, self.run_dir, self.world = config, ds_config, run_dir, world
         self.main = world.rank == 0
+        self._check_stages()
         self.train_shards, self.val_shards = open_data(config.data, run_dir, world.rank)
         self.totals = {name: self._total_steps(stage) for name, stage in config.stages.items()}
         self.start = latest_checkpoint(run_dir, list(config.stages)) if resume else None
+        if self.start and self.start.config.model != config.model:
+            raise CheckpointError(
+                f"{self.start.path} is of another model: {self.start.config.model} there and {config.model} here"
+            )
         self.summary: dict[str, Any] = {}
         self.began = time.monotonic()
+
+    def _check_stages(self) -> None:
+        """Raise ConfigError for a later stage's fault now, before an earlier one has trained for hours."""
+        for stage in self.config.stages.values():
+            micro_batch_size(stage, self.world.size)
+            if stage.quant is not None:
+                plain = self.config.model.model_copy(update={"pretrained": False, "checkpoint": None})
+                with torch.random.fork_rng(devices=[]):
+                    insert_sites(build_model(plain), stage.quant.policy(), stage.quant.grad_scale)
 
     def _total_steps(self, stage: StageConfig) -> int:
         steps = stage.steps or max(1, round(stage.epochs * (self.train_shards.total // stage.batch_size)))

@@ -81,8 +81,9 @@ def free_port() -> int:
 
 
 def records(run_dir: Path, kind: str, stage: str | None = None) -> list[dict]:
-    """Return the records of one kind in RUN/metrics.jsonl, read without dsquant."""
-    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """Return the records of one kind in RUN/metrics.jsonl, read without dsquant; a line being written is left out."""
+    whole, _, _ = (run_dir / "metrics.jsonl").read_text().rpartition("\n")
+    found = [json.loads(line) for line in whole.splitlines()]
     return [r for r in found if r["kind"] == kind and stage in (None, r["stage"])]
 
 

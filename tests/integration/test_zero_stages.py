@@ -91,8 +91,10 @@ def quantized_engine(zero, world):
     return engine
 
 
-def digests(stages):
-    """Return, for every ZeRO stage, the digest of this rank's quantizer state after calibration and after 20 steps."""
+def agreement(stages):
+    """On one rank, for every ZeRO stage: the digest of the quantizer state after calibration and after 20 steps, and what
+    check_state_agrees says once rank 1 holds a scale that is off by one unit in the last place.
+    """
     import deepspeed
 
     from dsquant.engine import init_world
@@ -107,30 +109,13 @@ def digests(stages):
             engine.backward(torch.nn.functional.cross_entropy(logits, torch.randint(10, (32,))))
             engine.step(1e-3)
         engine.check_state_agrees()
-        found[zero] = calibrated, engine.state.digest()
+        found[zero] = calibrated, engine.state.digest(), perturbed_on_rank1(engine)
         engine.destroy()
     return found
 
 
-def test_the_quantizer_state_is_the_same_on_every_rank_after_calibration_and_after_20_steps(run_ranks):
-    stages = ["zero0", "zero1", "zero2", "zero3", "zero3_offload"]
-    first, second = run_ranks(2, "tests.integration.test_zero_stages:digests", stages=stages, env=ENV)
-    assert first == second
-    assert all(calibrated != trained for calibrated, trained in first.values())
-    assert len({calibrated for calibrated, _ in first.values()}) == 1
-    assert len({trained for _, trained in first.values()}) == 1
-
-
-def perturb_on_rank1():
-    """Return what check_state_agrees says once rank 1 holds a scale that is off by one unit in the last place."""
-    import deepspeed
-
-    from dsquant.engine import init_world
-
-    deepspeed.init_distributed(dist_backend="gloo")
-    world = init_world()
-    engine = quantized_engine("zero1", world)
-    if world.rank == 1:
+def perturbed_on_rank1(engine):
+    if engine.world.rank == 1:
         engine.state.values[5] = torch.nextafter(engine.state.values[5], torch.tensor(9.0))
     try:
         engine.check_state_agrees()
@@ -138,20 +123,38 @@ def perturb_on_rank1():
         return str(error)
 
 
-def test_a_rank_whose_quantizer_state_differs_stops_every_rank(run_ranks):
-    messages = run_ranks(2, "tests.integration.test_zero_stages:perturb_on_rank1", env=ENV)
+@pytest.fixture(scope="module")
+def agreements(tmp_path_factory):
+    """Return what `agreement` found on each of two ranks."""
+    stages = ["zero0", "zero1", "zero2", "zero3", "zero3_offload"]
+    target, folder = "tests.integration.test_zero_stages:agreement", tmp_path_factory.mktemp("agreement") / "ranks"
+    return ranks.launch(2, target, {"stages": stages}, folder, 200, ENV)
+
+
+def test_the_quantizer_state_is_the_same_on_every_rank_after_calibration_and_after_20_steps(agreements):
+    first, second = ({zero: digests[:2] for zero, digests in rank.items()} for rank in agreements)
+    assert first == second
+    assert all(calibrated != trained for calibrated, trained in first.values())
+    assert len(set(first.values())) == 1, "ZeRO stages differ"
+
+
+def test_a_rank_whose_quantizer_state_differs_stops_every_rank(agreements):
+    messages = [message for rank in agreements for _, _, message in rank.values()]
     assert all(message is not None and "ranks [1]" in message for message in messages), messages
 
 
 @pytest.fixture(scope="module")
 def bf16_runs(tmp_path_factory, pretrained):
-    """Return the folders of 20 steps a stage in bfloat16 on ZeRO 2 and 3."""
+    """Return the folder of runs of 20 steps a stage in bfloat16 on ZeRO 2 and 3, and of one whose second stage stands still."""
     folder = tmp_path_factory.mktemp("bf16")
     overrides = {"precision": "bf16", "model.checkpoint": str(pretrained)}
+    still = {"stages.w2a2.lr": 1e-30, "stages.w2a2.weight_decay": 0.0, "stages.w2a2.quant.obr.weight": 0.0}
     runs = [
-        {"ds_config": ds_config(z), "overrides": overrides, "out_dir": str(folder / z), "max_steps": 20}
-        for z in ("zero2", "zero3")
-    ]
+        {"ds_config": ds_config(zero), "overrides": overrides | changes, "out_dir": str(folder / name), "max_steps": steps}
+        for name, zero, changes, steps in [
+            ("zero2", "zero2", {}, 20), ("zero3", "zero3", {}, 20), ("still", "zero2", still, 2)
+        ]
+    ]  # fmt: skip
     ranks.launch(2, "tests.integration.runs:train_in_process", {"runs": runs}, folder / "ranks", 200, ENV)
     return folder
 
@@ -176,3 +179,9 @@ def test_in_bfloat16_codes_are_decided_on_float32_latents(bf16_runs, zero):
         assert latents[name].dtype is scale.dtype is torch.float32
         assert torch.equal(found.view_as(rows).float(), wanted), name
         assert not torch.equal(latents[name], latents[name].bfloat16().float()), name
+
+
+def test_a_stage_in_bfloat16_starts_from_the_float32_latents_of_the_one_before(bf16_runs):
+    before, after = (load_run_checkpoint(bf16_runs / "still", stage).latents for stage in ("fp", "w2a2"))
+    for name, latent in before.items():
+        torch.testing.assert_close(after[name], latent, rtol=0, atol=1e-20, msg=lambda m, name=name: f"{name}: {m}")
