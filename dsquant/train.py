@@ -13,6 +13,7 @@ import fire  # noqa: E402
 
 from dsquant.errors import DsquantError  # noqa: E402
 
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
 NO_DS_CONFIG = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
 
 
@@ -65,6 +66,11 @@ def main() -> None:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # what every rank meets, rank 0 reports; it then ends the others
         sys.exit(f"dsquant: {error}")
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LOST_PEER):
+            raise
+        time.sleep(5)  # the rank that ended says why; the launcher ends this one meanwhile
+        sys.exit("dsquant: another rank has ended; its message says why")
 
 
 if __name__ == "__main__":

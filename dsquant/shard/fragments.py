@@ -161,6 +161,7 @@ def _map_zero3(optimizer, names) -> ShardMap:
                 fragments[group].append(Fragment(names[id(p)], flats[group], start, mine, rank * part, full_shape(p)))
 
     def publish() -> None:
+        optimizer._partition_all_parameters()  # as its step does: parameters that are whole already would not be gathered
         for index in range(len(flats)):
             optimizer._reassign_or_swap_out_partitioned_parameters(index)
         if optimizer.persistent_parameters:
