@@ -138,10 +138,12 @@ class Engine:
             _checkpoint_activations(model)
         self.optimizer = make_optimizer(model, stage)
         self.ds_config = merge_ds_config(ds_config, self._owned())
+        exact = {name: p.detach().clone() for name, p in model.named_parameters()} if world.bf16 else {}
         self.ds, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=self.ds_config, dist_init_required=False
         )
         self.shards: ShardMap = map_shards(self.ds)
+        self._restore_masters(exact)
         self.state: QuantState | None = None
         self.quantization: ShardQuantization | None = None
         self.step_index = 0
@@ -167,6 +169,13 @@ class Engine:
         self.quantization.initialize_scales()
         self.quantization.start()
         self.optimizer.quantization = self.quantization
+
+    def _restore_masters(self, exact: dict[str, Tensor]) -> None:
+        """Give the masters their float32 weights back: DeepSpeed has copied them from the model after its cast to bf16."""
+        for fragment in (f for fragments in self.shards.fragments for f in fragments):
+            if fragment.name in exact:
+                start = fragment.offset
+                fragment.values.copy_(exact[fragment.name].view(-1)[start : start + fragment.numel])
 
     @property
     def module(self) -> nn.Module:

@@ -160,12 +160,16 @@ def _map_zero3(optimizer, names) -> ShardMap:
             if mine:
                 fragments[group].append(Fragment(names[id(p)], flats[group], start, mine, rank * part, full_shape(p)))
 
+    # Looked up here, so that a DeepSpeed that moved them is noticed before the first step.
+    partition_all, reassign = optimizer._partition_all_parameters, optimizer._reassign_or_swap_out_partitioned_parameters
+    persistent = optimizer.persistent_parameters
+
     def publish() -> None:
-        optimizer._partition_all_parameters()  # as its step does: parameters that are whole already would not be gathered
+        partition_all()  # as its step does: parameters that are whole already would not be gathered
         for index in range(len(flats)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(index)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+            reassign(index)
+        if persistent:
+            persistent[0].all_gather(persistent)
 
     return ShardMap(flats, fragments, members, False, False, publish)
 

@@ -213,6 +213,7 @@ MOVED = {
         "grad_position",
         "fp16_partitioned_groups_flat",
         "persistent_parameters",
+        "_partition_all_parameters",
         "_reassign_or_swap_out_partitioned_parameters",
     ],
     "bf16 zero1 fp32 sums": ["bf16_groups", "update_lp_params"],
