@@ -27,7 +27,7 @@ from dsquant.config import RunConfig, parse_config
 from dsquant.engine import Engine
 from dsquant.errors import CheckpointError, TrainingError
 from dsquant.models.registry import build_model, insert_sites, load_strict
-from dsquant.ops.fake_quantize import dequantize, quantize
+from dsquant.ops.fake_quantize import dequantize
 from dsquant.quant.state import QuantState
 
 logger = logging.getLogger(__name__)
@@ -389,11 +389,10 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
     state = QuantState(sites.weights, sites.activations)
     state.load_state_dict(checkpoint.replicated("quant"))
     sites.bind(state, trainable=False)
-    parameters = dict(model.named_parameters())
+    parameters, codes = dict(model.named_parameters()), checkpoint.codes
     with torch.no_grad():
         for site in sites.weights:
-            runs = parameters[site.name].data.view(-1, site.grouping.n_groups, site.grouping.inner)
-            scale = state.get(site.name)[None, :, None]
-            codes = quantize(runs, scale, None, site.spec.qmin, site.spec.qmax)
-            runs.copy_(dequantize(codes, scale, None))
+            runs = (-1, site.grouping.n_groups, site.grouping.inner)
+            levels, scale = codes[site.name].float().view(runs), state.get(site.name)[None, :, None]
+            parameters[site.name].data.view(runs).copy_(dequantize(levels, scale, None, site.spec.levels))
     return model.eval()

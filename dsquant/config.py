@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dsquant.errors import ConfigError
-from dsquant.spec import MAX_BITS, MIN_BITS, Granularity, PolicyRule, QuantSpec, SitePolicy
+from dsquant.spec import MAX_BITS, MIN_BITS, Bias, Granularity, Method, PolicyRule, QuantSpec, SitePolicy
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "digits_w2a2"
@@ -72,7 +72,9 @@ class TensorQuant(Section):
 
     n_bits: Bits
     granularity: Granularity = Granularity.PER_TENSOR
+    method: Method = Method.LSQ
     offset: Flag = False
+    bias: Bias = Bias.NONE
 
 
 class RuleConfig(Section):
@@ -81,7 +83,9 @@ class RuleConfig(Section):
     match: str
     n_bits: Bits | None = None
     granularity: Granularity | None = None
+    method: Method | None = None
     offset: Flag | None = None
+    bias: Bias | None = None
     lr_scale: NonNegative | None = None
     quantize: Flag = True
 
@@ -93,13 +97,14 @@ class RuleConfig(Section):
 class ObrConfig(Section):
     """Weigh oscillation-aware bin regularization (Quantization Variation, section 4.3; method of the closed form).
 
-    `sum` is the paper's formula, `mean` the authors' code. The weight rises by a cosine from 0 at `start` (a share of
-    the stage's steps) to `weight` at its end; quantizers above `max_bits` are left out.
+    `sum` is the paper's formula, `mean` the authors' code, `kernel_mean` a sum over output channels of means (Nagel et al.
+    2022). The weight rises by a cosine from 0 at `start` (a share of the stage's steps) to `weight` at its end; quantizers
+    above `max_bits` are left out.
     """
 
     weight: NonNegative = 0.0
     start: Fraction = 0.25
-    aggregation: Literal["sum", "mean"] = "sum"
+    aggregation: Literal["sum", "mean", "kernel_mean"] = "sum"
     mse_weight: NonNegative = 1.0
     variance_weight: NonNegative = 1.0
     max_bits: Bits = 4
@@ -114,12 +119,34 @@ class FreezeConfig(Section):
     last: Fraction = 0.01
 
 
+class DampeningConfig(Section):
+    """Weigh oscillation dampening, agg((sg[w_hat] - clip(w))^2), as OBR is weighed (Nagel et al. 2022, section 4.1)."""
+
+    weight: NonNegative = 0.0
+    start: Fraction = 0.25
+    aggregation: Literal["sum", "mean", "kernel_mean"] = "kernel_mean"
+    max_bits: Bits = 4
+
+
+class CgaConfig(Section):
+    """Train only the weights within `boundary_range` steps of a boundary between two codes (OFQ, confidence-guided annealing).
+
+    All others keep their latent, whatever the optimizer's moments and decay would do to it. For a last, short stage.
+    """
+
+    enabled: Flag = False
+    boundary_range: Annotated[float, Field(gt=0, le=0.5)] = 0.005
+    max_bits: Bits = 4
+
+
 class OscillationConfig(Section):
     """Set the tracker: momentum of the frequency, and the frequency above which a weight counts as oscillating."""
 
     momentum: Annotated[float, Field(gt=0, le=1)] = 0.001
     threshold: Fraction = 0.005
     freeze: FreezeConfig = FreezeConfig()
+    dampening: DampeningConfig = DampeningConfig()
+    cga: CgaConfig = CgaConfig()
 
 
 class CalibrationConfig(Section):
@@ -134,18 +161,23 @@ class QuantConfig(Section):
 
     weight: TensorQuant
     activation: TensorQuant
-    rules: tuple[RuleConfig, ...] = (RuleConfig(match="patch_embed.*", n_bits=8), RuleConfig(match="head*", n_bits=8))
+    rules: tuple[RuleConfig, ...] = (
+        RuleConfig(match="patch_embed.*", n_bits=8, method=Method.LSQ),
+        RuleConfig(match="head*", n_bits=8, method=Method.LSQ),
+    )
+    weight_init: Literal["mse", "lsq", "lsq_plus"] = "mse"
     scale_lr: Annotated[float, Field(gt=0)] = 1e-3
     scale_lr_mode: Literal["relative", "absolute"] = "relative"
-    grad_scale: Literal["lsq", "none"] = "lsq"
+    scale_optimizer: Literal["adam", "sgd"] = "adam"
+    grad_scale: Literal["lsq", "mdq", "none"] = "lsq"
     calibration: CalibrationConfig = CalibrationConfig()
     obr: ObrConfig = ObrConfig()
     oscillation: OscillationConfig = OscillationConfig()
 
     @model_validator(mode="after")
     def _no_weight_offset(self):
-        if self.weight.offset:
-            raise ValueError("weight.offset: weights are symmetric; an offset is for activations")
+        if self.weight.offset or self.weight.bias is not Bias.NONE:
+            raise ValueError("weight.offset, weight.bias: weights are symmetric; both are for activations")
         return self
 
     def policy(self) -> SitePolicy:

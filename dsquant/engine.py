@@ -164,7 +164,7 @@ class Engine:
 
     def _attach(self, quant: QuantConfig) -> None:
         """Create the quantizer state and set the weight scales on the shards; activations stay float until calibrated."""
-        self.state = QuantState(self.sites.weights, self.sites.activations, self.world.device)
+        self.state = QuantState(self.sites.weights, self.sites.activations, self.world.device, quant.scale_optimizer)
         self.quantization = ShardQuantization(self.shards, self.sites.weights, self.state, quant)
         self.quantization.initialize_scales()
         self.quantization.start()
@@ -216,14 +216,17 @@ class Engine:
         """Accumulate the gradients of a micro-batch."""
         self.ds.backward(loss)
 
-    def step(self, lr: float) -> None:
-        """Take an optimizer step if this micro-batch completes one; `lr` is the learning rate it uses."""
+    def step(self, lr: float, observe: bool = False) -> None:
+        """Take an optimizer step if this micro-batch completes one; `lr` is the learning rate it uses.
+
+        `observe` has a quantized stage measure its regularizers' gradient against the task's.
+        """
         boundary = self.ds.is_gradient_accumulation_boundary()
         if boundary:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             if self.quantization is not None:
-                self.quantization.begin_step(self.step_index / self.total_steps, lr / self.stage.lr)
+                self.quantization.begin_step(self.step_index / self.total_steps, lr / self.stage.lr, observe)
         self.ds.step()
         if boundary:
             if not self.ds.was_step_applied():

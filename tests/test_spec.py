@@ -30,7 +30,7 @@ def test_the_range_is_that_of_lsq(n_bits, signed, expected):
 @pytest.mark.parametrize("n_bits", [-1, 0, 1, 9, 16])
 def test_a_number_of_bits_outside_2_to_8_is_refused_by_name(n_bits):
     for build in (lambda: qrange(n_bits, True), lambda: QuantSpec(n_bits)):
-        with pytest.raises(ConfigError, match=f"n_bits is {n_bits}.*2 to 8"):
+        with pytest.raises(ConfigError, match=f"n_bits is {n_bits}.*1 to 8"):
             build()
 
 

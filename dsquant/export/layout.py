@@ -1,6 +1,6 @@
 """What a packed file holds: names, dtypes and shapes of its tensors, and how codes become weights.
 
-Weights are symmetric: `w_hat = code * scale`, element i of a weight in row-major order taking the scale of group
+Weights are symmetric: `w_hat = (code + shift) * scale`, element i of a weight in row-major order taking the scale of group
 `(i // inner) % n_groups`. docs/packed_format.md says the same for readers that are not this one.
 """
 
@@ -27,23 +27,30 @@ def group_scales(scale: Tensor, shape: tuple[int, ...], grouping: Grouping) -> T
     return scale.view(1, -1, 1).expand(cycles, grouping.n_groups, grouping.inner).reshape(shape)
 
 
-def encode(latent: Tensor, scale: Tensor, site: WeightSite) -> Tensor:
-    """Return the int8 codes `round(clip(w / scale, qmin, qmax))` of a float32 weight, in its shape."""
+def encode(latent: Tensor, scale: Tensor, site: WeightSite, centre: Tensor | None = None) -> Tensor:
+    """Return the int8 codes `round(clip((w - centre) / scale - shift, qmin, qmax))` of a float32 weight, in its shape."""
     scales = group_scales(scale, site.shape, site.grouping)
-    return quantize(latent, scales, None, site.spec.qmin, site.spec.qmax).to(torch.int8)
+    centres = None if centre is None else group_scales(centre, site.shape, site.grouping)
+    return quantize(latent, scales, centres, site.spec.levels).to(torch.int8)
 
 
 def decode(packed: Tensor, scale: Tensor, site: WeightSite) -> Tensor:
-    """Return the image `w_hat = code * scale`, float32 in the weight's shape: what training's forward pass read."""
+    """Return the image `w_hat = (code + shift) * scale`, float32 in the weight's shape: what training's forward pass read."""
     codes = unpack(packed, site.spec.n_bits, site.numel // site.shape[0]).view(site.shape)
-    return dequantize(codes.float(), group_scales(scale, site.shape, site.grouping), None)
+    return dequantize(codes.float(), group_scales(scale, site.shape, site.grouping), None, site.spec.levels)
 
 
 def site_table(weights: list[WeightSite], activations: list[ActivationSite]) -> dict[str, dict[str, dict[str, Any]]]:
     """Describe sites as the file's header does: all that decoding weights and quantizing activations needs."""
     return {
         "weights": {
-            site.name: {"n_bits": site.spec.n_bits, "shape": list(site.shape), **asdict(site.grouping)}
+            site.name: {
+                "n_bits": site.spec.n_bits,
+                "method": str(site.spec.method),
+                "shift": site.spec.levels.shift,
+                "shape": list(site.shape),
+                **asdict(site.grouping),
+            }
             for site in weights
         },
         "activations": {
@@ -51,8 +58,12 @@ def site_table(weights: list[WeightSite], activations: list[ActivationSite]) -> 
                 "n_bits": site.spec.n_bits,
                 "signed": site.spec.signed,
                 "granularity": str(site.spec.granularity),
+                "method": str(site.spec.method),
+                "shift": site.spec.levels.shift,
                 "offset": site.spec.offset,
+                "bias": str(site.spec.bias),
                 "n_groups": site.n_groups,
+                "features": site.features,
             }
             for site in activations
         },
@@ -72,14 +83,9 @@ def site_tensors(weights: list[WeightSite], activations: list[ActivationSite]) -
         layout[f"{site.name}_scale"] = ("F32", (site.grouping.n_groups,))
         layout[f"{site.name}_shape"] = ("I64", (len(site.shape),))
     for site in activations:
-        for role in roles(site):
-            layout[f"{site.name}.{role}"] = ("F32", (site.n_groups,))
+        for role, numel in site.values.items():
+            layout[f"{site.name}.{role}"] = ("F32", (numel,))
     return layout
-
-
-def roles(site: ActivationSite) -> tuple[str, ...]:
-    """Return the values that an activation site has in the file."""
-    return ("scale", "offset") if site.spec.offset else ("scale",)
 
 
 def weight_site(name: str, entry: dict[str, Any]) -> WeightSite:
@@ -88,10 +94,11 @@ def weight_site(name: str, entry: dict[str, Any]) -> WeightSite:
     if min(*shape, grouping.n_groups, grouping.inner) < 1:
         raise ValueError(f"{name} has shape {shape} and {grouping}")
     grouping.check(shape)
-    return WeightSite(name, shape, QuantSpec(index(entry["n_bits"])), grouping)
+    return WeightSite(name, shape, QuantSpec(index(entry["n_bits"]), method=entry["method"]), grouping)
 
 
 def activation_site(name: str, entry: dict[str, Any]) -> ActivationSite:
     """Make a site of a header entry; raises as `weight_site`."""
-    spec = QuantSpec(index(entry["n_bits"]), entry["signed"], entry["granularity"], entry["offset"])
-    return ActivationSite(name, spec, index(entry["n_groups"]))
+    given = {key: entry[key] for key in ("signed", "granularity", "offset", "method", "bias")}
+    spec = QuantSpec(index(entry["n_bits"]), **given)
+    return ActivationSite(name, spec, index(entry["n_groups"]), features=index(entry["features"]))

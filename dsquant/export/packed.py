@@ -25,7 +25,6 @@ from dsquant.export.layout import (
     decode,
     encode,
     packed_shape,
-    roles,
     site_table,
     site_tensors,
     weight_site,
@@ -73,7 +72,7 @@ def write_packed(
     Args:
         latents: every parameter of the model by upstream name, float32.
         buffers: every persistent buffer; floats are stored in float32, other dtypes as they are.
-        scales: "site:scale" and "site:offset" -> (n_groups,) values of every site.
+        scales: "site:scale", "site:offset" and so on: the values of every site and role.
         data: image_size, channels, mean, std, interpolation and crop_pct of the images that the model takes.
         training: a JSON mapping that records where the model comes from.
         codes: int8 codes, weight-shaped, that training used; a weight without them is encoded from its latent.
@@ -91,8 +90,8 @@ def write_packed(
         raise ExportError(f"{stray[0]} has codes but is no quantized weight of this model")
     rest = [(name, tensor) for name, tensor in [*latents.items(), *buffers.items()] if name not in quantized]
     parts = [{name: tensor.float() if tensor.is_floating_point() else tensor} for name, tensor in rest]
-    parts += [_weight_tensors(s, latents[s.name], scales[f"{s.name}:scale"], codes.get(s.name)) for s in weight_sites]
-    parts += [{f"{s.name}.{role}": scales[f"{s.name}:{role}"]} for s in activation_sites for role in roles(s)]
+    parts += [_weight_tensors(s, latents[s.name], scales, codes.get(s.name)) for s in weight_sites]
+    parts += [{f"{s.name}.{role}": scales[f"{s.name}:{role}"]} for s in activation_sites for role in s.values]
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -133,14 +132,14 @@ def _checked_scales(
     scales: dict[str, Tensor], weights: list[WeightSite], activations: list[ActivationSite]
 ) -> dict[str, Tensor]:
     """Return float32 scales on the CPU, one for each site and role. Raises ExportError naming the first odd one."""
-    sizes = {f"{s.name}:scale": s.grouping.n_groups for s in weights}
-    sizes |= {f"{s.name}:{role}": s.n_groups for s in activations for role in roles(s)}
+    sizes = {f"{s.name}:{role}": s.grouping.n_groups for s in weights for role in s.roles}
+    sizes |= {f"{s.name}:{role}": numel for s in activations for role, numel in s.values.items()}
     if odd := sorted(sizes.keys() ^ scales.keys()):
         raise ExportError(f"{odd[0]} is {'missing' if odd[0] in sizes else 'of no site of this model'}")
     found = {key: value.detach().float().cpu() for key, value in scales.items()}
     for key, value in found.items():
         if tuple(value.shape) != (sizes[key],):
-            raise ExportError(f"{key} is {tuple(value.shape)}, its site has {sizes[key]} groups")
+            raise ExportError(f"{key} is {tuple(value.shape)}, its site has {sizes[key]} values")
         if not bool(value.isfinite().all()):
             raise ExportError(f"{key} holds NaN or infinity; convert an earlier checkpoint")
         if key.endswith(":scale") and bool((value <= 0).any()):
@@ -148,9 +147,12 @@ def _checked_scales(
     return found
 
 
-def _weight_tensors(site: WeightSite, latent: Tensor, scale: Tensor, codes: Tensor | None) -> dict[str, Tensor]:
+def _weight_tensors(
+    site: WeightSite, latent: Tensor, scales: dict[str, Tensor], codes: Tensor | None
+) -> dict[str, Tensor]:
+    scale = scales[f"{site.name}:scale"]
     if codes is None:
-        codes = encode(latent.detach().cpu(), scale, site)
+        codes = encode(latent.detach().cpu(), scale, site, scales.get(f"{site.name}:centre"))
     elif codes.dtype != torch.int8 or tuple(codes.shape) != site.shape:
         raise ExportError(f"{site.name}: codes are {codes.dtype} {tuple(codes.shape)}, not int8 {site.shape}")
     low, high = int(codes.min()), int(codes.max())

@@ -22,7 +22,7 @@ from dsquant.spec import WeightSite
 class PackedWeight(nn.Module):
     """Give a module a `weight` decoded from `weight_packed` (int32) and `weight_scale` (float32) at each use.
 
-    The image is float32 `code * scale`, cast to the dtype that the module was moved to; scales stay float32.
+    The image is float32 `(code + shift) * scale`, cast to the dtype that the module was moved to; scales stay float32.
     """
 
     site: WeightSite
@@ -65,8 +65,8 @@ class PackedActivation(ActivationQuantizer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        device = fn(self._scale).device
-        self.bind(self._scale.to(device), None if self._offset is None else self._offset.to(device))
+        device = fn(self._values["scale"]).device
+        self.bind({role: values.to(device) for role, values in self._values.items()})
         return self
 
 
@@ -84,9 +84,8 @@ def load_packed(path: str | Path, device: torch.device | str = "cpu", *, cache: 
     model, sites = _build(packed)
     _load_rest(model, packed)
     for name, quantizer in sites.quantizers.items():
-        offset = packed.tensor(f"{name}.offset") if quantizer.site.spec.offset else None
         become(quantizer, PackedActivation)
-        quantizer.bind(packed.tensor(f"{name}.scale"), offset)
+        quantizer.bind({role: packed.tensor(f"{name}.{role}") for role in quantizer.site.values})
     for site in sites.weights:
         module = model.get_submodule(site.name.removesuffix(".weight"))
         become(module, PACKED_CLASSES[type(module)])

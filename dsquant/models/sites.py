@@ -29,7 +29,10 @@ class Sites:
         features: elements of the input of one sample. heads: heads that lie side by side in the input.
         out_blocks: separate quantizers along the output rows (3 for a fused q, k, v); out_heads: heads in one such block.
         """
-        input_quantizer = self.activation(f"{name}.input", features, signed=signed, offset=offset, heads=heads)
+        input_quantizer = self.activation(
+            f"{name}.input", features, signed=signed, offset=offset, heads=heads,
+            tokens=features // module.in_features, features=module.in_features,
+        )  # fmt: skip
         shape = (module.out_features, module.in_features)
         self._weight(f"{name}.weight", shape, heads=heads, out_blocks=out_blocks, out_heads=out_heads)
         become(module, QuantLinear, input_quantizer=input_quantizer)
@@ -43,15 +46,18 @@ class Sites:
 
     def activation(
         self, name: str, numel: int, *, signed: bool = True, offset: bool = False, heads: int | None = None,
-        heads_first: bool = False,
+        heads_first: bool = False, tokens: int | None = None, features: int | None = None,
     ) -> ActivationQuantizer | None:  # fmt: skip
-        """Return the quantizer of an activation of `numel` elements a sample, or None where the policy leaves it float."""
-        spec = self.policy.activation_spec(name, signed=signed, offset=offset)
+        """Return the quantizer of an activation of `numel` elements a sample, or None where the policy leaves it float.
+
+        tokens: length of its next to last dimension, for per_token. features: of its last, for an input of a linear layer.
+        """
+        spec = self.policy.activation_spec(name, signed=signed, offset=offset, linear=features is not None)
         if spec is None:
             return None
-        n_groups = _activation_groups(name, spec, heads)
-        site = ActivationSite(name, spec, n_groups, numel // n_groups)
-        factor = lsq_grad_scale(site.numel, spec.qmax) if self.grad_scale == "lsq" else 1.0
+        n_groups = _activation_groups(name, spec, heads, tokens)
+        site = ActivationSite(name, spec, n_groups, numel // n_groups, features or 1)
+        factor = 1.0 if self.grad_scale == "none" else lsq_grad_scale(site.numel, spec.grad_qmax)
         self.quantizers[name] = ActivationQuantizer(site, heads_first=heads_first, grad_scale=factor)
         return self.quantizers[name]
 
@@ -68,14 +74,16 @@ class Sites:
         """Point every activation quantizer at its values in `state`; frozen copies serve inference."""
         find = state.leaf if trainable else state.get
         for name, quantizer in self.quantizers.items():
-            quantizer.bind(find(name), find(name, "offset"))
+            quantizer.bind({role: find(name, role) for role in quantizer.site.values})
 
 
-def _activation_groups(name: str, spec: QuantSpec, heads: int | None) -> int:
+def _activation_groups(name: str, spec: QuantSpec, heads: int | None, tokens: int | None) -> int:
     if spec.granularity is Granularity.PER_TENSOR:
         return 1
     if spec.granularity is Granularity.PER_HEAD and heads:
         return heads
+    if spec.granularity is Granularity.PER_TOKEN and tokens and tokens > 1:
+        return tokens
     raise ConfigError(f"{name} has no {spec.granularity} quantizer; give it per_tensor by a quant rule")
 
 
@@ -87,6 +95,8 @@ def _weight_grouping(
         return Grouping(out_blocks, numel // out_blocks)
     if spec.granularity is Granularity.PER_CHANNEL:
         return Grouping(shape[0], numel // shape[0])
+    if spec.granularity is Granularity.PER_TOKEN:
+        raise ConfigError(f"{name} is a weight; per_token is for activations, match them with *.input and the like")
     if out_heads:
         return Grouping(out_blocks * out_heads, numel // (out_blocks * out_heads))
     if heads:

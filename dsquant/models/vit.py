@@ -74,7 +74,7 @@ def insert_sites(model: VisionTransformer, sites: Sites) -> None:
 def _insert_attention(name: str, attention: Attention, tokens: int, sites: Sites) -> None:
     heads, features = attention.num_heads, tokens * attention.qkv.in_features
     sites.linear(f"{name}.qkv", attention.qkv, features=features, out_blocks=3, out_heads=heads)
-    per_head = {"heads": heads, "heads_first": True}
+    per_head = {"heads": heads, "heads_first": True, "tokens": tokens}
     quantizers = {
         f"{part}_quantizer": sites.activation(f"{name}.{part}", tokens * attention.proj.in_features, **per_head)
         for part in ("q", "k", "v")

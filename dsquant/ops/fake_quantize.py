@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsquant.spec import Levels
+
 BLOCK_ELEMENTS = 1 << 18
 
 
@@ -22,27 +24,34 @@ def blocks(x: Tensor, elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
         yield slice(start, min(rows, start + step))
 
 
-def quantize(x: Tensor, scale: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> Tensor:
-    """Return float32 integer codes `round(clip((x - offset) / scale, qmin, qmax))`, rounding half to even.
+def quantize(x: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels) -> Tensor:
+    """Return float32 integer codes `round(clip((x - offset) / scale - shift, qmin, qmax))`, rounding half to even.
 
     x is any float tensor, scale and offset float32 tensors that broadcast to it. LSQ+ (Bhalgat et al. 2020), eq. 1.
     """
     x = x.float()
     v = x / scale if offset is None else (x - offset).div_(scale)
-    return v.clamp_(qmin, qmax).round_()
+    return to_codes_(v, levels)
 
 
-def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-    """Return `x_hat = codes * scale + offset` in float32, overwriting float32 `codes`."""
-    x_hat = codes.mul_(scale)
+def to_codes_(v: Tensor, levels: Levels) -> Tensor:
+    """Turn float32 `v = (x - offset) / scale` into its codes, in place."""
+    if levels.shift:
+        v.sub_(levels.shift)
+    return v.clamp_(levels.qmin, levels.qmax).round_()
+
+
+def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels) -> Tensor:
+    """Return `x_hat = (codes + shift) * scale + offset` in float32, overwriting float32 `codes`."""
+    x_hat = (codes.add_(levels.shift) if levels.shift else codes).mul_(scale)
     return x_hat if offset is None else x_hat.add_(offset)
 
 
-def quantize_dequantize(x: Tensor, scale: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> Tensor:
+def quantize_dequantize(x: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels) -> Tensor:
     """Return x_hat in the dtype of x, block by block."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for block in blocks(x):
-        out[block] = dequantize(quantize(x[block], scale, offset, qmin, qmax), scale, offset)
+        out[block] = dequantize(quantize(x[block], scale, offset, levels), scale, offset, levels)
     return out
 
 
@@ -72,71 +81,79 @@ class ScaleGradient:
         return (self.scale * grad_scale).float(), d_offset
 
 
-def pass_inside(grad: Tensor, v: Tensor, qmin: int, qmax: int) -> Tensor:
-    """Return G where qmin <= v <= qmax, both edges included, else 0; one pass, no mask.
+def pass_inside(grad: Tensor, v: Tensor, levels: Levels) -> Tensor:
+    """Return G where low <= v <= high, both edges included, else 0; one pass, no mask.
 
     hardtanh's own backward leaves the edges out, so it is given the next float32 beyond each.
     """
-    return torch.ops.aten.hardtanh_backward(grad, v, *_just_beyond(qmin, qmax))
+    return torch.ops.aten.hardtanh_backward(grad, v, *_just_beyond(levels.low, levels.high))
 
 
 @cache
-def _just_beyond(qmin: int, qmax: int) -> tuple[float, float]:
-    low, high = np.nextafter(np.float32([qmin, qmax]), np.float32([-np.inf, np.inf]))
+def _just_beyond(low: float, high: float) -> tuple[float, float]:
+    low, high = np.nextafter(np.float32([low, high]), np.float32([-np.inf, np.inf]))
     return float(low), float(high)
 
 
 def backward_block(
-    x: Tensor, grad: Tensor, scale: Tensor, offset: Tensor | None, qmin: int, qmax: int, sums: ScaleGradient
+    x: Tensor, grad: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels, sums: ScaleGradient
 ) -> tuple[Tensor, Tensor]:
     """Return (dL/dx, x_hat), both float32, of one block and add its share of the scale and offset gradients.
 
-    With v = (x - offset) / scale: dL/dx = G where qmin <= v <= qmax, else 0;
-    dL/dscale = sum G * (round(v) - v inside, qmin below, qmax above); dL/doffset = sum G outside. LSQ eq. 3, LSQ+.
-    The first is summed as G * (code - clip(v)), zero outside, plus (G - dL/dx) * code, zero inside: no cancellation.
+    With v = (x - offset) / scale: dL/dx = G where low <= v <= high, else 0;
+    dL/dscale = sum G * (level - v inside, level outside), level = code + shift, or G * level throughout where the grid is
+    elastic; dL/doffset = sum G outside. LSQ eq. 3, LSQ+; BiT (Liu et al. 2022), section 3.2.
+    The first is summed as G * (level - clip(v)) plus (G - dL/dx) * clip(v), zero inside: no cancellation.
     """
     x, grad = x.float(), grad.float()
     v = x / scale if offset is None else (x - offset).div_(scale)
-    d_x = pass_inside(grad, v, qmin, qmax)
-    codes = v.clamp_(qmin, qmax).round()
-    sums.scale += dot_like(grad, torch.sub(codes, v, out=v), scale)
-    blocked = torch.sub(grad, d_x, out=v)
-    sums.scale += dot_like(blocked, codes, scale)
+    d_x = pass_inside(grad, v, levels)
+    if levels.shift or levels.reach:
+        level = to_codes_(v.clone(), levels).add_(levels.shift)
+        v.clamp_(levels.low, levels.high)
+    else:  # the levels end where the gradient does: one clip serves both
+        level = v.clamp_(levels.qmin, levels.qmax).round()
+    if levels.elastic:
+        sums.scale += dot_like(grad, level, scale)
+        blocked = grad - d_x if offset is not None else None
+    else:
+        sums.scale += dot_like(grad, level - v, scale)
+        blocked = grad - d_x
+        sums.scale += dot_like(blocked, v, scale)
     if offset is not None:
         sums.offset += sum_like(blocked, offset)
-    return d_x, dequantize(codes, scale, offset)
+    x_hat = level.mul_(scale)
+    return d_x, x_hat if offset is None else x_hat.add_(offset)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, offset, qmin, qmax, grad_scale):
+    def forward(ctx, x, scale, offset, levels, grad_scale):
         ctx.save_for_backward(x, scale, offset)
-        ctx.limits = qmin, qmax, grad_scale
-        return quantize_dequantize(x, scale, offset, qmin, qmax)
+        ctx.levels, ctx.grad_scale = levels, grad_scale
+        return quantize_dequantize(x, scale, offset, levels)
 
     @staticmethod
     def backward(ctx, grad):
         x, scale, offset = ctx.saved_tensors
-        qmin, qmax, grad_scale = ctx.limits
         sums = ScaleGradient(scale, offset)
         d_x = torch.empty_like(grad, memory_format=torch.contiguous_format)
         for block in blocks(x):
-            d_x[block], _ = backward_block(x[block], grad[block], scale, offset, qmin, qmax, sums)
-        return d_x, *sums.results(grad_scale), None, None, None
+            d_x[block], _ = backward_block(x[block], grad[block], scale, offset, ctx.levels, sums)
+        return d_x, *sums.results(ctx.grad_scale), None, None
 
 
-def fake_quantize(
-    x: Tensor, scale: Tensor, offset: Tensor | None, qmin: int, qmax: int, grad_scale: float = 1.0
-) -> Tensor:
-    """Return `x_hat = scale * round(clip((x - offset) / scale, qmin, qmax)) + offset`, differentiable in all three.
+def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels, grad_scale: float = 1.0) -> Tensor:
+    """Return x_hat = scale * (round(clip((x - offset) / scale - shift, qmin, qmax)) + shift) + offset, differentiable.
 
     Args:
         x: activation (B, ...), float32 or bfloat16; the result has its shape and dtype.
         scale: positive float32 tensor that broadcasts to x and is the same along dim 0, the samples.
         offset: float32 tensor of the shape of scale, or None.
+        levels: the grid, and how far the gradient passes.
         grad_scale: factor on the gradients of scale and offset.
 
-    Saves x and the scales only. Straight-through: the gradient passes in full where qmin <= (x - offset)/scale <= qmax,
+    Saves x and the scales only. Straight-through: the gradient passes in full where low <= (x - offset)/scale <= high,
     both edges included. Source: LSQ (Esser et al. 2020), LSQ+ (Bhalgat et al. 2020).
     """
-    return _FakeQuantize.apply(x, scale, offset, qmin, qmax, grad_scale)
+    return _FakeQuantize.apply(x, scale, offset, levels, grad_scale)

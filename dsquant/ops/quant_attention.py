@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from dsquant.ops.fake_quantize import ScaleGradient, backward_block, blocks, dequantize, quantize
+from dsquant.spec import Levels
 
 
 class QuantArgs(NamedTuple):
-    """Bundle what one quantizer needs: scale and offset tensors, code range, gradient factor."""
+    """Bundle what one quantizer needs: scale and offset tensors, the grid, gradient factor."""
 
     scale: Tensor
     offset: Tensor | None
-    qmin: int
-    qmax: int
+    levels: Levels
     grad_scale: float = 1.0
 
 
@@ -26,13 +26,13 @@ def _apply(x: Tensor, args: QuantArgs | None) -> Tensor:
     """Return x_hat in float32, or x itself where the site is float."""
     if args is None:
         return x.float()
-    return dequantize(quantize(x, args.scale, args.offset, args.qmin, args.qmax), args.scale, args.offset)
+    return dequantize(quantize(x, args.scale, args.offset, args.levels), args.scale, args.offset, args.levels)
 
 
 def _apply_backward(x: Tensor, grad: Tensor, args: QuantArgs | None, sums: ScaleGradient | None) -> Tensor:
     if args is None:
         return grad
-    return backward_block(x, grad, args.scale, args.offset, args.qmin, args.qmax, sums)[0]
+    return backward_block(x, grad, args.scale, args.offset, args.levels, sums)[0]
 
 
 def _probabilities(q_scaled: Tensor, k_hat: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class _QuantAttention(torch.autograd.Function):
                 d_p, p_hat = d_p_hat, p
             else:
                 a = args[2]
-                d_p, p_hat = backward_block(p, d_p_hat, a.scale, a.offset, a.qmin, a.qmax, sums[2])
+                d_p, p_hat = backward_block(p, d_p_hat, a.scale, a.offset, a.levels, sums[2])
             d_v[block] = _apply_backward(v[block], p_hat.transpose(-2, -1) @ g, args[3], sums[3])
             d_s = torch._softmax_backward_data(d_p, p, -1, torch.float32)
             d_q[block] = _apply_backward(q[block], (d_s @ k_hat).mul_(ctx.softmax_scale), args[0], sums[0])
@@ -93,9 +93,9 @@ def _assemble(specs, tensors) -> list[QuantArgs | None]:
         if spec is None:
             found.append(None)
             continue
-        has_offset, qmin, qmax, grad_scale = spec
+        has_offset, levels, grad_scale = spec
         scale = rest.pop(0)
-        found.append(QuantArgs(scale, rest.pop(0) if has_offset else None, qmin, qmax, grad_scale))
+        found.append(QuantArgs(scale, rest.pop(0) if has_offset else None, levels, grad_scale))
     return found
 
 
@@ -116,6 +116,6 @@ def quant_attention(
     Sites: Quantization Variation (TMLR 2024), multi-head self-attention.
     """
     all_args = (q_args, k_args, probs_args, v_args)
-    specs = tuple(None if a is None else (a.offset is not None, a.qmin, a.qmax, a.grad_scale) for a in all_args)
+    specs = tuple(None if a is None else (a.offset is not None, a.levels, a.grad_scale) for a in all_args)
     tensors = [t for a in all_args if a is not None for t in (a.scale, a.offset) if t is not None]
     return _QuantAttention.apply(q, k, v, softmax_scale, specs, *tensors)

@@ -14,7 +14,7 @@ from torch import Tensor
 from dsquant.errors import TrainingError
 from dsquant.quant.modules import ActivationQuantizer
 from dsquant.quant.state import SCALE_FLOOR, QuantState
-from dsquant.spec import QuantSpec
+from dsquant.spec import Granularity, QuantSpec
 
 BINS = 1024
 SCALE_GRID, OFFSET_GRID, REFINEMENTS = 128, 24, 20
@@ -25,6 +25,8 @@ def group_rows(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
     groups, x = quantizer.site.n_groups, x.float()
     if groups == 1:
         return x.reshape(1, -1)
+    if quantizer.site.spec.granularity is Granularity.PER_TOKEN:
+        return x.movedim(-2, 0).reshape(groups, -1)
     if quantizer.heads_first:
         return x.transpose(0, 1).reshape(groups, -1)
     return x.unflatten(-1, (groups, -1)).movedim(-2, 0).reshape(groups, -1)
@@ -156,29 +158,32 @@ def _fit_group(n: Tensor, x: Tensor, spec: QuantSpec) -> tuple[float, float]:
 def _candidates(low: float, high: float, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     shares = torch.logspace(-2, 0, SCALE_GRID, dtype=torch.float64)
     if not spec.offset:
-        reach = max(high / max(1, spec.qmax), low / spec.qmin if spec.qmin else 0.0, SCALE_FLOOR)
+        grid = spec.levels
+        reach = max(high / grid.high, low / grid.low if grid.low else 0.0, SCALE_FLOOR)
         scales = reach * shares
         return scales, torch.zeros_like(scales)
     span = max(high - low, SCALE_FLOOR)
     scales = (span * shares / (spec.qmax - spec.qmin)).repeat_interleave(OFFSET_GRID)
     room = span - scales * (spec.qmax - spec.qmin)
     starts = torch.linspace(0, 1, OFFSET_GRID, dtype=torch.float64).repeat(SCALE_GRID)
-    return scales, low + room * starts - spec.qmin * scales
+    return scales, low + room * starts - spec.levels.low * scales
 
 
-def _codes(x: Tensor, scale, offset, spec: QuantSpec) -> Tensor:
-    return ((x - offset) / scale).clamp(spec.qmin, spec.qmax).round()
+def _levels(x: Tensor, scale, offset, spec: QuantSpec) -> Tensor:
+    """Return code + shift of float64 values, in units of the scale."""
+    grid = spec.levels
+    return ((x - offset) / scale - grid.shift).clamp(grid.qmin, grid.qmax).round() + grid.shift
 
 
 def _errors(n: Tensor, x: Tensor, scales: Tensor, offsets: Tensor, spec: QuantSpec) -> Tensor:
     s, o = scales[:, None], offsets[:, None]
-    return ((_codes(x, s, o, spec) * s + o - x).square() * n).sum(1)
+    return ((_levels(x, s, o, spec) * s + o - x).square() * n).sum(1)
 
 
 def _refine(n: Tensor, x: Tensor, s: float, o: float, error: float, spec: QuantSpec) -> tuple[float, float]:
     best = (error, s, o)
     for _ in range(REFINEMENTS):
-        q = _codes(x, s, o, spec)
+        q = _levels(x, s, o, spec)
         if spec.offset:
             o = float((n * (x - s * q)).sum() / n.sum())
         qq = float((n * q * q).sum())

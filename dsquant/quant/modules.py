@@ -9,10 +9,11 @@ from enum import Enum
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsquant.errors import ConfigError
 from dsquant.ops.fake_quantize import fake_quantize
 from dsquant.ops.quant_attention import QuantArgs
 from dsquant.ops.quant_linear import quant_linear
-from dsquant.spec import ActivationSite
+from dsquant.spec import ActivationSite, Granularity
 
 
 class Mode(Enum):
@@ -34,12 +35,11 @@ class ActivationQuantizer(nn.Module):
         self.site, self.heads_first, self.grad_scale = site, heads_first, grad_scale
         self.mode = Mode.FLOAT
         self.observer = None
-        self._scale: Tensor | None = None
-        self._offset: Tensor | None = None
+        self._values: dict[str, Tensor] = {}
 
-    def bind(self, scale: Tensor, offset: Tensor | None) -> None:
-        """Read scale and offset, (n_groups,) float32, from these tensors from now on."""
-        self._scale, self._offset = scale, offset
+    def bind(self, values: dict[str, Tensor]) -> None:
+        """Read scale and offset (n_groups,), biases before and after (features,), float32, from these from now on."""
+        self._values = values
         self.mode = Mode.QUANTIZE
 
     def args(self, x: Tensor) -> QuantArgs | None:
@@ -49,8 +49,18 @@ class ActivationQuantizer(nn.Module):
         if self.mode is Mode.FLOAT:
             return None
         spec = self.site.spec
-        scale, offset = self._spread(self._scale, x), self._spread(self._offset, x)
-        return QuantArgs(scale, offset, spec.qmin, spec.qmax, self.grad_scale)
+        scale, offset = (self._spread(self._values.get(role), x) for role in ("scale", "offset"))
+        return QuantArgs(scale, offset, spec.levels, self.grad_scale)
+
+    def shifted(self, x: Tensor) -> Tensor:
+        """Return x plus the bias before the quantizer, where it has one."""
+        before = self._values.get("before")
+        return x if before is None else x + before.to(x.dtype)
+
+    def shifted_bias(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Return a linear layer's bias with the one after the quantizer folded in: `bias + weight @ after`."""
+        after = self._values.get("after")
+        return bias if after is None else F.linear(after.to(weight.dtype), weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         args = self.args(x)
@@ -60,6 +70,13 @@ class ActivationQuantizer(nn.Module):
         """Give (n_groups,) values a shape that broadcasts to x."""
         if values is None or self.site.n_groups == 1:
             return values
+        if self.site.spec.granularity is Granularity.PER_TOKEN:
+            if x.shape[-2] != self.site.n_groups:
+                raise ConfigError(
+                    f"{self.site.name} has a scale for each of {self.site.n_groups} tokens and got {x.shape[-2]}; "
+                    "give inputs of one length, or per_tensor by a quant rule"
+                )
+            return values.view(-1, 1)
         if self.heads_first:
             return values.view(x.shape[1], 1, -1)
         return values.repeat_interleave(x.shape[-1] // self.site.n_groups)
@@ -80,10 +97,14 @@ class QuantLinear(nn.Linear):
     input_quantizer: ActivationQuantizer | None
 
     def forward(self, x: Tensor) -> Tensor:
-        args = None if self.input_quantizer is None else self.input_quantizer.args(x)
+        quantizer, weight = self.input_quantizer, self.weight
+        if quantizer is None:
+            return F.linear(x, weight, self.bias)
+        x = quantizer.shifted(x)
+        args = quantizer.args(x)
         if args is None:
-            return F.linear(x, self.weight, self.bias)
-        return quant_linear(x, self.weight, self.bias, *args)
+            return F.linear(x, weight, self.bias)
+        return quant_linear(x, weight, quantizer.shifted_bias(weight, self.bias), *args)
 
 
 class QuantConv2d(nn.Conv2d):

@@ -1,4 +1,4 @@
-"""One flat, replicated float32 tensor for all scales and offsets of a model, outside ZeRO, with its own small Adam.
+"""One flat, replicated float32 tensor for all scales and offsets of a model, outside ZeRO, with its own small optimizer.
 
 DeepSpeed would cast scales to bf16, decay them, revert those initialised late and mix their hyper-parameters; none of
 that touches a tensor it does not own. Gradients arrive in float64, summed over all ranks, and are rounded once.
@@ -43,16 +43,19 @@ class QuantState:
     """
 
     def __init__(
-        self, weights: list[WeightSite], activations: list[ActivationSite], device: torch.device | str = "cpu"
-    ):
+        self, weights: list[WeightSite], activations: list[ActivationSite], device: torch.device | str = "cpu",
+        optimizer: str = "adam",
+    ):  # fmt: skip
+        self.optimizer = optimizer
         self.entries: dict[str, Entry] = {}
         self._multipliers: list[float] = []
         for site in activations:
-            for role in ("scale", "offset") if site.spec.offset else ("scale",):
-                self._add(site.name, role, site.n_groups, site.spec.lr_scale)
+            for role, numel in site.values.items():
+                self._add(site.name, role, numel, site.spec.lr_scale)
         self.n_activation = len(self._multipliers)
         for site in weights:
-            self._add(site.name, "scale", site.grouping.n_groups, site.spec.lr_scale)
+            for role in site.roles:
+                self._add(site.name, role, site.grouping.n_groups, site.spec.lr_scale)
         size = len(self._multipliers)
         self.values, self.grads, self.exp_avg, self.exp_avg_sq, self.lr = (
             torch.zeros(size, dtype=torch.float32, device=device) for _ in range(5)
@@ -82,29 +85,37 @@ class QuantState:
         return leaf
 
     def set_learning_rates(self, base: float, mode: str) -> None:
-        """Fix each value's learning rate; in relative mode an offset moves with the scale of its own site."""
+        """Fix each value's learning rate; in relative mode offsets and biases move with the scale of their own site."""
         multipliers = torch.tensor(self._multipliers, dtype=torch.float32, device=self.values.device)
         self.lr = base * multipliers
         if mode == "relative":
             for entry in self.entries.values():
-                self.lr[entry.slice] *= self.get(entry.name)
+                scale = self.get(entry.name)
+                self.lr[entry.slice] *= scale if scale.numel() == entry.numel else scale.mean()
 
     def take_activation_grads(self, world_size: int) -> Tensor:
         """Return the activation part of the gradients divided by world_size, float64, ready to be summed over ranks."""
         return self.grads[: self.n_activation].double() / world_size
 
     def update(self, where: slice | Tensor, lr_factor: float, betas: tuple[float, float], eps: float = 1e-8) -> None:
-        """Take one Adam step on the values at `where` with the summed gradients there; no weight decay, scales stay positive.
+        """Step the values at `where` with the summed gradients there; no weight decay, scales stay positive.
 
-        value -= lr * lr_factor * m_hat / (sqrt(v_hat) + eps). Call `begin_step` once before the updates of a step.
+        adam: value -= lr * lr_factor * m_hat / (sqrt(v_hat) + eps). sgd, where gradient scales have an effect:
+        m = beta1 * m + g, value -= lr * lr_factor * m. Call `begin_step` once before the updates of a step.
         """
         beta1, beta2 = betas
         grad = self.grads[where]
+        if self.optimizer == "sgd":
+            self.exp_avg[where] = m = self.exp_avg[where].mul(beta1).add_(grad)
+            self._put(where, self.values[where] - self.lr[where] * lr_factor * m)
+            return
         m = self.exp_avg[where].mul(beta1).add_(grad, alpha=1 - beta1)
         v = self.exp_avg_sq[where].mul(beta2).addcmul_(grad, grad, value=1 - beta2)
         self.exp_avg[where], self.exp_avg_sq[where] = m, v
         m_hat, v_hat = m / (1 - beta1**self.step_count), v / (1 - beta2**self.step_count)
-        new = self.values[where] - self.lr[where] * lr_factor * m_hat / (v_hat.sqrt() + eps)
+        self._put(where, self.values[where] - self.lr[where] * lr_factor * m_hat / (v_hat.sqrt() + eps))
+
+    def _put(self, where: slice | Tensor, new: Tensor) -> None:
         self.values[where] = torch.where(self._is_scale[where], new.clamp(min=SCALE_FLOOR), new)
 
     def begin_step(self) -> None:

@@ -161,7 +161,10 @@ def _map_zero3(optimizer, names) -> ShardMap:
                 fragments[group].append(Fragment(names[id(p)], flats[group], start, mine, rank * part, full_shape(p)))
 
     # Looked up here, so that a DeepSpeed that moved them is noticed before the first step.
-    partition_all, reassign = optimizer._partition_all_parameters, optimizer._reassign_or_swap_out_partitioned_parameters
+    partition_all, reassign = (
+        optimizer._partition_all_parameters,
+        optimizer._reassign_or_swap_out_partitioned_parameters,
+    )
     persistent = optimizer.persistent_parameters
 
     def publish() -> None:

@@ -15,9 +15,9 @@ from dsquant.errors import ShardError
 from dsquant.quant.modules import lsq_grad_scale
 from dsquant.quant.state import SCALE_FLOOR, QuantState
 from dsquant.shard.fragments import ShardMap
-from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, track
-from dsquant.shard.regularizers import add_obr_gradient, bin_index, bin_sums, obr_weight
-from dsquant.shard.weight_quantizers import ShardedWeight, mse_scales
+from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, near_boundary, track
+from dsquant.shard.regularizers import bin_index, bin_sums, divisor, regularizer_gradient, regularizer_weight
+from dsquant.shard.weight_quantizers import ShardedWeight, Tile, moment_scales, mse_scales
 from dsquant.spec import WeightSite
 
 
@@ -96,22 +96,53 @@ class ShardQuantization:
         for flat, fragments, members in zip(shards.flats, shards.fragments, shards.members, strict=True):
             mine = {f.name: f for f in fragments}
             found = [
-                ShardedWeight(by_name[name], state.get(name), mine.get(name)) for name in members if name in by_name
+                ShardedWeight(by_name[name], state.get(name), mine.get(name), state.get(name, "centre"))
+                for name in members
+                if name in by_name
             ]
             self._in_flat[id(flat)] = found
             self.weights.update((w.site.name, w) for w in found)
         if missing := [site.name for site in sites if site.name not in self.weights]:
             raise ShardError(f"{missing[0]} is to be quantized and no optimizer steps it (is it frozen?)")
         self._latents: dict[str, Tensor] = {}
-        self._lr_factor, self._obr_weight, self._threshold = 1.0, 0.0, None
-        self._activations_pending = False
+        self._lr_factor, self._obr, self._dampening, self._threshold = 1.0, 0.0, 0.0, None
+        self._activations_pending, self._observed = False, False
+        self._held: dict[str, tuple[Tensor, Tensor]] = {}  # CGA: which weights may move, and where all were
+        self._norms: dict[str, Tensor] = {}  # of the last observed step: squared norms of task and regularizer gradient
 
     @torch.no_grad()
     def initialize_scales(self) -> None:
-        """Set every weight scale to its MSE optimum over all shards."""
-        weights = list(self.weights.values())
-        for weight, scale in zip(weights, mse_scales(weights, self._sum, self._max, SCALE_FLOOR), strict=True):
-            weight.replicated_scale.copy_(scale)
+        """Set every weight scale over all shards: a learned one by the recipe's `weight_init`, a statistic as it is."""
+        learned = [w for w in self.weights.values() if w.learned]
+        if self.config.weight_init == "mse":
+            for weight, scale in zip(learned, mse_scales(learned, self._sum, self._max, SCALE_FLOOR), strict=True):
+                weight.replicated_scale.copy_(scale)
+        else:
+            self._take_moments(learned, self.config.weight_init)
+        if self.config.grad_scale == "mdq":
+            self._mdq_factors = self._inverse_root_norms(learned)
+        self._take_moments(list(self.weights.values()), "statistic")
+
+    def _moments(self, weights: list[ShardedWeight]) -> list[Tensor]:
+        """Return, for each weight, float64 (n_groups, 3) sums of |w|, w and w^2 over all shards."""
+        sums = [w.moment_sums().to(self.state.values.device) for w in weights]
+        if not self.contributes:
+            sums = [torch.zeros_like(s) for s in sums]
+        return list(self._sum(torch.cat(sums)).split([w.n_groups for w in weights])) if weights else []
+
+    def _inverse_root_norms(self, weights: list[ShardedWeight]) -> dict[str, float]:
+        """Return 1 / sqrt(qmax * ||w||_1) of each weight, a group's share of the norm (Quantization Variation, code)."""
+        norms = [float(sums[:, 0].mean()) for sums in self._moments(weights)]
+        return {w.site.name: (w.site.spec.grad_qmax * n) ** -0.5 for w, n in zip(weights, norms, strict=True)}
+
+    def _take_moments(self, weights: list[ShardedWeight], rule: str) -> None:
+        """Set the scales (and centres) that a rule finds from moments; "statistic" leaves learned scales alone."""
+        weights = [w for w in weights if rule != "statistic" or not w.learned]
+        for weight, total in zip(weights, self._moments(weights), strict=True):
+            scale, mean = moment_scales(weight, total, rule)
+            weight.replicated_scale.copy_(scale.clamp(min=SCALE_FLOOR))
+            if weight.replicated_centre is not None:
+                weight.replicated_centre.copy_(mean)
 
     @torch.no_grad()
     def start(self) -> None:
@@ -141,9 +172,14 @@ class ShardQuantization:
         self.shards.publish()
         self.finish_step()
 
-    def begin_step(self, progress: float, lr_factor: float) -> None:
-        """Fix what this optimizer step needs: `progress` through the stage in [0, 1], and the schedule's lr factor."""
-        self._obr_weight = obr_weight(self.config.obr, progress)
+    def begin_step(self, progress: float, lr_factor: float, observe: bool = False) -> None:
+        """Fix what this optimizer step needs: `progress` through the stage in [0, 1], and the schedule's lr factor.
+
+        `observe` has the step measure how strong the regularizer's gradient is beside the task's.
+        """
+        self._obr = regularizer_weight(self.config.obr, progress)
+        self._dampening = regularizer_weight(self.config.oscillation.dampening, progress)
+        self._observed = observe
         self._threshold = freeze_threshold(self.config.oscillation.freeze, progress)
         self._lr_factor = lr_factor
         self._activations_pending = True
@@ -183,62 +219,106 @@ class ShardQuantization:
             self._activations_pending = False
         for weight, total in zip(weights, reduced, strict=False):
             d_scale, bins = total[: weight.n_groups], total[weight.n_groups :]
-            if bins.numel():
-                self._regularize(weight, bins.view(2, -1))
-            self._step_scale(weight, d_scale)
+            self._regularize(weight, bins.view(2, -1))
+            self._hold(weight)
+            if weight.learned:
+                self._step_scale(weight, d_scale)
 
     def _gather_sums(self, weight: ShardedWeight) -> tuple[Tensor, Tensor]:
         """Mask this rank's gradient and return float64 sums: d scale (n_groups,), bins (2, n_groups * n_bins) or (2, 0)."""
-        regularized, device = self._is_regularized(weight), self.state.values.device
+        spread, device = self._spread(weight) > 0, self.state.values.device
         size = weight.n_groups * weight.n_bins
-        bins = torch.zeros(2, size if regularized else 0, dtype=torch.float64, device=device)
+        bins = torch.zeros(2, size if spread else 0, dtype=torch.float64, device=device)
         d_scale = torch.zeros(weight.n_groups, dtype=torch.float64, device=device)
         if weight.fragment is None:
             return d_scale, bins
         scales = weight.scales()
-        grad_flat = weight.fragment.of(weight.fragment.flat.grad)
+        grad_flat = weight.gradient
         for tile in weight.tiles:
-            scale, w = scales[tile.groups].unsqueeze(1), tile.of(weight.fragment.values)
+            scale, w = scales[tile.groups].unsqueeze(1), weight.around_centre(tile, tile.of(weight.fragment.values))
             rows = weight.lsq_tile(tile, w, tile.of(grad_flat), scale)
             d_scale.index_add_(0, tile.groups.to(device), rows.to(device))
-            if regularized:
+            if spread:
                 index = bin_index(tile.of(weight.tracker.codes), tile.groups, weight.qmin, weight.n_bins)
-                clipped = torch.clamp(w, weight.qmin * scale, weight.qmax * scale)
+                clipped = torch.clamp(w, weight.levels.low * scale, weight.levels.high * scale)
                 bins += bin_sums(clipped, index, size).to(device)
         return (d_scale, bins) if self.contributes else (torch.zeros_like(d_scale), torch.zeros_like(bins))
 
-    def _is_regularized(self, weight: ShardedWeight) -> bool:
-        return self._obr_weight > 0 and weight.site.spec.n_bits <= self.config.obr.max_bits
+    def _spread(self, weight: ShardedWeight) -> float:
+        """Return the factor of the variance term of OBR at this step; 0 where it is off for this weight."""
+        obr = self.config.obr
+        return self._obr * obr.variance_weight if weight.site.spec.n_bits <= obr.max_bits else 0.0
+
+    def _pull(self, weight: ShardedWeight) -> float:
+        """Return the factor of (w_hat - w)^2 at this step, of OBR and of dampening together."""
+        site, n_bits = weight.site, weight.site.spec.n_bits
+        numel, rows = site.numel // site.fused, site.shape[0] // site.fused
+        obr, dampening, found = self.config.obr, self.config.oscillation.dampening, 0.0
+        if n_bits <= obr.max_bits:
+            found += self._obr * obr.mse_weight / divisor(obr.aggregation, numel, rows)
+        if n_bits <= dampening.max_bits:
+            found += self._dampening / divisor(dampening.aggregation, numel, rows)
+        return found
 
     def _regularize(self, weight: ShardedWeight, bins: Tensor) -> None:
-        if weight.fragment is None:
+        """Add the regularizers' gradient to that of the task."""
+        pull, spread = self._pull(weight), self._spread(weight)
+        if not (pull or spread) or weight.fragment is None:
             return
-        scales, bins = weight.scales(), bins.to(weight.device)
-        grad_flat = weight.fragment.of(weight.fragment.flat.grad)
+        bins, norms = bins.to(weight.device), torch.zeros(2, dtype=torch.float64, device=weight.device)
         for tile in weight.tiles:
-            scale, w = scales[tile.groups].unsqueeze(1), tile.of(weight.fragment.values)
-            codes = tile.of(weight.tracker.codes)
-            index = bin_index(codes, tile.groups, weight.qmin, weight.n_bins)
-            grad, limits = tile.of(grad_flat), (weight.qmin, weight.qmax)
-            numel = weight.site.numel // weight.site.fused
-            add_obr_gradient(grad, w, scale, codes, limits, index, bins, self.config.obr, self._obr_weight, numel)
-            if weight.tracker.frozen is not None:
-                grad.masked_fill_(tile.of(weight.tracker.frozen), 0.0)
+            found, grad = self._regularizer_tile(weight, tile, bins, pull, spread), tile.of(weight.gradient)
+            if self._observed:
+                norms += torch.stack([grad.double().square().sum(), found.double().square().sum()])
+            grad.add_(found)
+        if self._observed:
+            self._norms[weight.site.name] = norms
+
+    def _regularizer_tile(self, weight: ShardedWeight, tile: Tile, bins: Tensor, pull: float, spread: float) -> Tensor:
+        scale = weight.scales()[tile.groups].unsqueeze(1)
+        w = weight.around_centre(tile, tile.of(weight.fragment.values))
+        codes = tile.of(weight.tracker.codes)
+        index = bin_index(codes, tile.groups, weight.qmin, weight.n_bins) if spread else codes
+        found = regularizer_gradient(w, scale, weight.level(tile), weight.levels, index, bins, pull, spread)
+        if weight.tracker.frozen is not None:
+            found.masked_fill_(tile.of(weight.tracker.frozen), 0.0)
+        return found
+
+    def _hold(self, weight: ShardedWeight) -> None:
+        """For CGA: stop the gradient of all but the weights near a boundary, and remember where they are."""
+        cga = self.config.oscillation.cga
+        if not cga.enabled or weight.fragment is None or weight.site.spec.n_bits > cga.max_bits:
+            return
+        values, scales = weight.fragment.values, weight.scales()
+        free = torch.empty_like(values, dtype=torch.bool)
+        for tile in weight.tiles:
+            v = weight.around_centre(tile, tile.of(values)) / scales[tile.groups].unsqueeze(1)
+            tile.of(free).copy_(near_boundary(v, weight.levels, cga.boundary_range))
+        weight.gradient.mul_(free)
+        self._held[weight.site.name] = free, values.clone()
 
     def _step_scale(self, weight: ShardedWeight, d_scale: Tensor) -> None:
         where = self.state.entries[f"{weight.site.name}:scale"].slice
-        factor = 1.0
-        if self.config.grad_scale == "lsq":
-            factor = lsq_grad_scale(weight.site.numel // weight.n_groups, weight.qmax)
-        self.state.grads[where] = (d_scale * factor).float()
+        self.state.grads[where] = (d_scale * self._grad_scale(weight)).float()
         self.state.update(where, self._lr_factor, self.betas)
+
+    def _grad_scale(self, weight: ShardedWeight) -> float:
+        per_group, qmax = weight.site.numel // weight.n_groups, weight.site.spec.grad_qmax
+        if self.config.grad_scale == "lsq":
+            return lsq_grad_scale(per_group, qmax)
+        return self._mdq_factors[weight.site.name] if self.config.grad_scale == "mdq" else 1.0
 
     @torch.no_grad()
     def after_inner_step(self, flats: list[Tensor]) -> None:
         """Decide new codes, record oscillations, and leave the image in the flats."""
-        for flat in flats:
-            for weight in self._in_flat[id(flat)]:
-                self._write_image(weight, record=True)
+        weights = [w for flat in flats for w in self._in_flat[id(flat)]]
+        for weight in weights:
+            if weight.site.name in self._held:
+                free, before = self._held.pop(weight.site.name)
+                weight.fragment.values.copy_(torch.where(free, weight.fragment.values, before))
+        self._take_moments(weights, "statistic")
+        for weight in weights:
+            self._write_image(weight, record=True)
 
     def _write_image(self, weight: ShardedWeight, record: bool) -> None:
         """Keep the latent aside and put the image in its place; `record` a step of the tracker on the way."""
@@ -263,15 +343,26 @@ class ShardQuantization:
             w.copy_(image)
 
     def statistics(self) -> dict[str, dict[str, float | list[float]]]:
-        """Return, for each weight over all shards: oscillating, frozen and clipped %, scales and bin occupancy."""
+        """Return, for each weight over all shards: oscillating, frozen and clipped %, scales and bin occupancy.
+
+        Where the last step was observed, `regularizer_ratio` is the norm of the regularizers' gradient over the task's.
+        """
         threshold, weights = self.config.oscillation.threshold, list(self.weights.values())
-        counts = [w.statistics(self.latent(w) if w.fragment else None, threshold).cpu() for w in weights]
+        none = torch.zeros(2, dtype=torch.float64)
+        counts = [
+            torch.cat([
+                self._norms.get(w.site.name, none).cpu(),
+                w.statistics(self.latent(w) if w.fragment else None, threshold).cpu(),
+            ])
+            for w in weights
+        ]  # fmt: skip
         if not self.contributes:
             counts = [torch.zeros_like(c) for c in counts]
         totals = self._sum(torch.cat(counts)).split([c.numel() for c in counts])
         found = {}
         for weight, total in zip(weights, totals, strict=True):
-            share = (total / weight.site.numel).tolist()
+            task, regularizer = total[:2].sqrt().tolist()
+            share = (total[2:] / weight.site.numel).tolist()
             found[weight.site.name] = {
                 "oscillating_pct": 100 * share[0],
                 "frozen_pct": 100 * share[1],
@@ -282,6 +373,8 @@ class ShardQuantization:
                 "numel": weight.site.numel,
                 "n_bits": weight.site.spec.n_bits,
             }
+            if regularizer:
+                found[weight.site.name]["regularizer_ratio"] = regularizer / max(task, 1e-30)
         return found
 
     def _sum(self, values: Tensor) -> Tensor:

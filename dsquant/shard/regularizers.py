@@ -1,10 +1,11 @@
-"""Oscillation-aware bin regularization (OBR) in closed form, on shards.
+"""Oscillation-aware bin regularization (OBR) and dampening in closed form, on shards.
 
-L = sum_m [ agg((sg[w_q] - w_c)^2) + sum_bins Var(w_c in the bin) ] with w_c = clip(w, s qmin, s qmax), w_q its rounding.
+L = sum_m [ agg((sg[w_q] - w_c)^2) + sum_bins Var(w_c in the bin) ] with w_c = clip(w, s low, s high), w_q its image.
 Gradient of an unclipped weight in bin k of scale group g: 2 (w - s k) * a + 2 (w - mu_gk) / (n_gk - 1), zero where
-clipped; a = 1 for `sum` (the paper), 1 / numel for `mean` (the authors' code). The gradient that would reach the scale
-through clipped weights is stopped: the regularizer is to move weights within bins, not the bins.
-Source: "Quantization Variation" (TMLR 2024), section 4.3.
+clipped; a = 1 for `sum` (the paper), 1 / numel for `mean` (the authors' code), rows / numel for `kernel_mean`. Dampening is
+the first term alone. The gradient that would reach the scale through clipped weights is stopped: the regularizer is to
+move weights within bins, not the bins.
+Sources: "Quantization Variation" (TMLR 2024), section 4.3; Nagel et al. 2022, section 4.1.
 """
 
 import math
@@ -12,11 +13,12 @@ import math
 import torch
 from torch import Tensor
 
-from dsquant.config import ObrConfig
+from dsquant.config import DampeningConfig, ObrConfig
 from dsquant.ops.fake_quantize import pass_inside
+from dsquant.spec import Levels
 
 
-def obr_weight(config: ObrConfig, progress: float) -> float:
+def regularizer_weight(config: ObrConfig | DampeningConfig, progress: float) -> float:
     """Return lambda at a share of the stage: 0 before `start`, then a cosine rise to `weight`."""
     if config.weight == 0 or progress < config.start:
         return 0.0
@@ -42,30 +44,33 @@ def bin_sums(w_clipped: Tensor, index: Tensor, size: int) -> Tensor:
     return sums
 
 
-def add_obr_gradient(
-    grad: Tensor, w: Tensor, scale: Tensor, codes: Tensor, limits: tuple[int, int], index: Tensor, sums: Tensor,
-    config: ObrConfig, weight: float, numel: int,
-) -> None:  # fmt: skip
-    """Add `weight` times the closed-form OBR gradient of a tile to `grad`, in place.
+def divisor(aggregation: str, numel: int, rows: int) -> int:
+    """Return what a sum over a weight is divided by: 1 (sum), numel (mean), or numel / rows (kernel_mean)."""
+    return {"sum": 1, "mean": numel, "kernel_mean": numel // rows}[aggregation]
 
-    grad, w: (rows, cols) float32; scale (rows, 1); codes int8 like w; limits (qmin, qmax); index from `bin_index`; sums
-    (2, bins) over the whole weight, all shards; numel: elements that `mean` divides by (a third of a fused q, k, v).
+
+def regularizer_gradient(
+    w: Tensor, scale: Tensor, level: Tensor, levels: Levels, index: Tensor, sums: Tensor, pull: float, spread: float
+) -> Tensor:
+    """Return the closed-form gradient of `pull * sum (w_hat - w_c)^2 + spread * sum_bins Var(w_c in the bin)` for a tile.
+
+    w, level (code + shift): (rows, cols); scale (rows, 1); index from `bin_index` and sums (2, bins) over the
+    whole weight, all shards, both read only where `spread` is not 0. Zero where the gradient of w does not pass.
     """
-    a = 2 * weight * config.mse_weight / (1 if config.aggregation == "sum" else numel)
-    pull = torch.sub(w, codes * scale).mul_(a)
-    if config.variance_weight:
+    found = torch.sub(w, level * scale).mul_(2 * pull)
+    if spread:
         counts, totals = sums
         mean = (totals / counts.clamp(min=1)).float()
-        factor = torch.where(counts > 1, 2 * weight * config.variance_weight / (counts - 1).clamp(min=1), 0.0).float()
+        factor = torch.where(counts > 1, 2 * spread / (counts - 1).clamp(min=1), 0.0).float()
         flat = index.view(-1)  # index_select: a table look-up by `[]` is ten times slower on CPU
-        pull.addcmul_(w - mean.index_select(0, flat).view_as(w), factor.index_select(0, flat).view_as(w))
-    grad.add_(pass_inside(pull, w / scale, *limits))
+        found.addcmul_(w - mean.index_select(0, flat).view_as(w), factor.index_select(0, flat).view_as(w))
+    return pass_inside(found, w / scale, levels)
 
 
 def obr_loss(w_clipped: Tensor, w_quantized: Tensor, index: Tensor, size: int, config: ObrConfig) -> Tensor:
     """Return the OBR value of a whole weight, float64; the shard step uses its gradient only, tests use both."""
     difference = (w_quantized - w_clipped).double().square()
-    loss = config.mse_weight * (difference.sum() if config.aggregation == "sum" else difference.mean())
+    loss = config.mse_weight * difference.sum() / divisor(config.aggregation, w_clipped.numel(), w_clipped.shape[0])
     counts, totals = bin_sums(w_clipped, index, size)
     deviation = (w_clipped.double() - (totals / counts.clamp(min=1))[index]).square()
     spread = torch.zeros(size, dtype=torch.float64).index_add_(0, index.view(-1), deviation.view(-1))

@@ -1,4 +1,7 @@
-"""LSQ with learned scales on the shards of one weight: initialisation, gradients, images, statistics.
+"""Weight quantizers on the shards of one weight: initialisation, gradients, images, statistics.
+
+One piece of code serves every method: `spec.Levels` says where the levels are and how far the gradient passes, and a
+scale is either learned or, for StatsQ and BWN, a statistic of the latents that every step takes anew.
 
 A weight's fragments are viewed as 2-D tiles whose rows each belong to one scale group, so that one piece of code serves
 every granularity and every way ZeRO slices a weight. Sums over elements are float64: they must not show the slicing.
@@ -13,7 +16,7 @@ from torch import Tensor
 from dsquant.ops.fake_quantize import pass_inside, quantize
 from dsquant.shard.fragments import Fragment
 from dsquant.shard.oscillation import TrackerState
-from dsquant.spec import Grouping, WeightSite
+from dsquant.spec import LEARNED, Grouping, WeightSite
 
 MSE_TOLERANCE, MSE_ITERATIONS = 1e-5, 2000
 
@@ -55,14 +58,17 @@ def make_tiles(offset: int, numel: int, grouping: Grouping, device: torch.device
 class ShardedWeight:
     """Quantize this rank's part of one weight.
 
-    `scale` is the (n_groups,) float32 view in QuantState, the same on every rank. A rank that owns no element of the
-    weight has no fragment and still takes part in its sums.
+    `scale` is the (n_groups,) float32 view in QuantState, the same on every rank, and so is `centre`, which only BWN has:
+    the mean that its codes are decided around. A rank that owns no element of the weight has no fragment and still takes
+    part in its sums.
     """
 
-    def __init__(self, site: WeightSite, scale: Tensor, fragment: Fragment | None):
+    def __init__(self, site: WeightSite, scale: Tensor, fragment: Fragment | None, centre: Tensor | None = None):
         self.site, self.fragment = site, fragment
-        self.replicated_scale = scale
-        self.qmin, self.qmax = site.spec.qmin, site.spec.qmax
+        self.replicated_scale, self.replicated_centre = scale, centre
+        self.levels = site.spec.levels
+        self.learned = site.spec.method in LEARNED
+        self.qmin, self.qmax = self.levels.qmin, self.levels.qmax
         self.n_groups, self.n_bins = site.grouping.n_groups, 2**site.spec.n_bits
         self.device = fragment.flat.device if fragment else torch.device("cpu")
         offset, numel = (fragment.offset, fragment.numel) if fragment else (0, 0)
@@ -72,6 +78,17 @@ class ShardedWeight:
     def scales(self) -> Tensor:
         """Return the scales on the device of the shard."""
         return self.replicated_scale.to(self.device)
+
+    @property
+    def gradient(self) -> Tensor:
+        """Return this rank's part of the gradient, 1-D."""
+        return self.fragment.of(self.fragment.flat.grad)
+
+    def around_centre(self, tile: Tile, w: Tensor) -> Tensor:
+        """Return w less the mean of its group for BWN, and w itself otherwise."""
+        if self.replicated_centre is None:
+            return w
+        return w - self.replicated_centre.to(self.device)[tile.groups].unsqueeze(1)
 
     def group_sums(self, rows_of: Callable[[Tile], Tensor]) -> Tensor:
         """Add up (rows, k) float64 results of each tile into (n_groups, k)."""
@@ -92,41 +109,66 @@ class ShardedWeight:
         return found
 
     def mse_sums(self, scale: Tensor) -> Tensor:
-        """Return float64 (n_groups, 2): <w, q> and <q, q> for codes q under `scale`, of this rank's part."""
+        """Return float64 (n_groups, 2): <w, q> and <q, q> for levels q under `scale`, of this rank's part."""
         scale = scale.to(self.device)
 
         def rows_of(tile: Tile) -> Tensor:
             w = tile.of(self.fragment.values)
-            q = quantize(w, scale[tile.groups].unsqueeze(1), None, self.qmin, self.qmax)
+            q = quantize(w, scale[tile.groups].unsqueeze(1), None, self.levels).add_(self.levels.shift)
             return torch.stack([(w * q).sum(1, dtype=torch.float64), q.square().sum(1, dtype=torch.float64)], dim=1)
 
         found = self.group_sums(rows_of)
         return torch.zeros(self.n_groups, 2, dtype=torch.float64) if found is None else found
 
+    def moment_sums(self) -> Tensor:
+        """Return float64 (n_groups, 3): sums of |w|, w and w^2 over this rank's part."""
+
+        def rows_of(tile: Tile) -> Tensor:
+            w = tile.of(self.fragment.values).double()
+            return torch.stack([w.abs().sum(1), w.sum(1), w.square().sum(1)], dim=1)
+
+        found = self.group_sums(rows_of)
+        return torch.zeros(self.n_groups, 3, dtype=torch.float64) if found is None else found
+
     def lsq_tile(self, tile: Tile, w: Tensor, grad: Tensor, scale: Tensor) -> Tensor:
         """Mask `grad` by the straight-through rule in place and return float64 row sums of d scale.
 
-        d scale = sum G * (code - v inside, qmin below, qmax above) with v = w / scale; the codes are those of the image
-        that the forward pass used.
+        d scale = sum G * (level - v inside, level outside), or G * level throughout for an elastic grid, with v = w / scale;
+        the levels are those of the image that the forward pass used. A scale that is a statistic has no gradient.
         """
-        v, codes = w / scale, tile.of(self.tracker.codes)
-        passed = pass_inside(grad, v, self.qmin, self.qmax)
-        d_scale = torch.sub(codes, v.clamp_(self.qmin, self.qmax), out=v).mul_(grad).addcmul_(grad - passed, codes)
-        if self.tracker.frozen is not None:  # the image of a frozen weight is scale * code, and its code is a constant
+        v, level = w / scale, self.level(tile)
+        passed = pass_inside(grad, v, self.levels)
+        if self.levels.elastic or not self.learned:
+            d_scale = level * grad
+        else:
+            cut = v.clamp_(self.levels.low, self.levels.high)
+            blocked = (grad - passed).mul_(cut)
+            d_scale = torch.sub(level, cut, out=v).mul_(grad).add_(blocked)
+        if (
+            self.tracker.frozen is not None
+        ):  # the image of a frozen weight is scale * level, and its level is a constant
             frozen = tile.of(self.tracker.frozen)
-            d_scale = torch.where(frozen, codes * grad, d_scale)
+            d_scale = torch.where(frozen, level * grad, d_scale)
             passed.masked_fill_(frozen, 0.0)
         grad.copy_(passed)
         return d_scale.sum(1, dtype=torch.float64)
 
+    def level(self, tile: Tile) -> Tensor:
+        """Return code + shift of a tile, in units of the scale."""
+        codes = tile.of(self.tracker.codes)
+        return codes + self.levels.shift if self.levels.shift else codes
+
     def image_tile(self, tile: Tile, latent: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Return (codes float32, w_hat float32) of a tile; frozen weights keep their code, and their latent its centre."""
-        codes = quantize(latent, scale, None, self.qmin, self.qmax)
+        codes = quantize(self.around_centre(tile, latent), scale, None, self.levels)
+        frozen = None
         if self.tracker is not None and self.tracker.frozen is not None:
             frozen = tile.of(self.tracker.frozen)
             codes = torch.where(frozen, tile.of(self.tracker.codes).float(), codes)
-            latent.copy_(torch.where(frozen, codes * scale, latent))
-        return codes, codes * scale
+        image = (codes + self.levels.shift) * scale if self.levels.shift else codes * scale
+        if frozen is not None:
+            latent.copy_(torch.where(frozen, image, latent))
+        return codes, image
 
     def statistics(self, latent: Tensor, threshold: float) -> Tensor:
         """Return float64 counts of this rank's part: oscillating, frozen, clipped, then one a bin."""
@@ -137,8 +179,8 @@ class ShardedWeight:
         counts[0] = (state.frequency > threshold).sum()
         counts[1] = state.frozen.sum() if state.frozen is not None else 0
         for tile in self.tiles:
-            v = tile.of(latent) / scales[tile.groups].unsqueeze(1)
-            counts[2] += ((v < self.qmin) | (v > self.qmax)).sum()
+            v = self.around_centre(tile, tile.of(latent)) / scales[tile.groups].unsqueeze(1)
+            counts[2] += ((v < self.levels.low) | (v > self.levels.high)).sum()
         counts[3:] = torch.bincount(state.codes.to(torch.int64) - self.qmin, minlength=self.n_bins)
         return counts
 
@@ -147,14 +189,14 @@ def mse_scales(
     weights: list[ShardedWeight], all_sum: Callable[[Tensor], Tensor], all_max: Callable[[Tensor], Tensor],
     floor: float,
 ) -> list[Tensor]:  # fmt: skip
-    """Return, for each weight, the (n_groups,) float32 scales that minimise ||w - s q(w, s)||^2 from max|w| / qmax on.
+    """Return, for each weight, the (n_groups,) float32 scales that minimise ||w - s q(w, s)||^2 from max|w| / high on.
 
-    Fixed point: q = round(clip(w / s)), s = <w, q> / <q, q>, until every scale moves by less than 1e-5 of itself; sums
+    Fixed point: q the levels of w / s, s = <w, q> / <q, q>, until every scale moves by less than 1e-5 of itself; sums
     over shards in float64. Source: method of the authors' code (Quantization Variation, initialisation).
     """
     sizes = [w.n_groups for w in weights]
     biggest = all_max(torch.cat([w.absolute_max().cpu() for w in weights]))
-    scales = [m / w.qmax for m, w in zip(biggest.split(sizes), weights, strict=True)]
+    scales = [m / w.levels.high for m, w in zip(biggest.split(sizes), weights, strict=True)]
     scales = [s.clamp(min=floor) for s in scales]
     active = list(range(len(weights)))
     for _ in range(MSE_ITERATIONS):
@@ -170,3 +212,21 @@ def mse_scales(
         if not active:
             break
     return scales
+
+
+def moment_scales(weight: ShardedWeight, sums: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    """Return float32 (n_groups,) scale and mean of a weight from its sums of |w|, w and w^2 over all shards.
+
+    lsq: 2 mean|w| / sqrt(qmax) (Esser et al. 2020). lsq_plus: max(|mu - 3 sigma|, |mu + 3 sigma|) / 2^(b-1) (Bhalgat et
+    al. 2020, weights). statistic: 2 mean|w| / 2^(b-1), which is StatsQ's (OFQ) and at 1 bit BWN's step 2 mean|w|.
+    """
+    n, half = weight.site.numel // weight.n_groups, 2 ** (weight.site.spec.n_bits - 1)
+    mean_abs, mean, mean_square = (sums / n).unbind(1)
+    if rule == "lsq":
+        scale = 2 * mean_abs / weight.site.spec.grad_qmax**0.5
+    elif rule == "lsq_plus":
+        sigma = (mean_square - mean.square()).clamp(min=0).sqrt()
+        scale = torch.maximum((mean - 3 * sigma).abs(), (mean + 3 * sigma).abs()) / half
+    else:
+        scale = 2 * mean_abs / half
+    return scale.float(), mean.float()

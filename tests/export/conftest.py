@@ -89,7 +89,7 @@ def make_case(n_bits=2, granularity="per_tensor", rules=(), activation="per_tens
     images = {s.name: expected_image(codes[s.name], scales[f"{s.name}:scale"], s) for s in sites.weights}
     oracle.load_state_dict({**latents, **images})
     for name, quantizer in sites.quantizers.items():
-        quantizer.bind(scales[f"{name}:scale"], scales.get(f"{name}:offset"))
+        quantizer.bind({role: scales[f"{name}:{role}"] for role in quantizer.site.values})
     arguments = {
         "latents": latents,
         "buffers": {},

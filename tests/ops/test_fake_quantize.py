@@ -8,6 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from dsquant.ops import fake_quantize as op
 from dsquant.ops.fake_quantize import blocks, dequantize, fake_quantize, quantize
 from dsquant.quant.modules import lsq_grad_scale
+from dsquant.spec import Levels
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden.json").read_text())
 X, GRAD, ALPHA = (torch.tensor(GOLDEN["input"][key]) for key in ("w", "grad_out", "alpha"))
@@ -35,7 +36,7 @@ def oracle(x, scale, offset, qmin, qmax, grad):
 def run(x, scale, offset, qmin, qmax, grad, factor=1.0):
     """Return the same of the op under test."""
     x, scale, offset = (t if t is None else t.detach().clone().requires_grad_() for t in (x, scale, offset))
-    x_hat = fake_quantize(x, scale, offset, qmin, qmax, factor)
+    x_hat = fake_quantize(x, scale, offset, Levels(qmin, qmax), factor)
     x_hat.backward(grad)
     return x_hat.detach(), [t.grad for t in (x, scale, offset) if t is not None]
 
@@ -82,9 +83,11 @@ def test_unsigned_golden_vectors_with_an_offset(n_bits):
 def test_rounding_is_half_to_even():
     v = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5])
     expected = torch.tensor([-2.0, -2.0, 0.0, 0.0, 2.0, 2.0, 4.0])
-    assert torch.equal(quantize(v, torch.tensor(1.0), None, -8, 7), expected)
-    assert torch.equal(fake_quantize(v * 0.25, torch.tensor(0.25), None, -8, 7), expected * 0.25)
-    assert torch.equal(fake_quantize(v * 0.25 + 1, torch.tensor(0.25), torch.tensor(1.0), -8, 7), expected * 0.25 + 1)
+    assert torch.equal(quantize(v, torch.tensor(1.0), None, Levels(-8, 7)), expected)
+    assert torch.equal(fake_quantize(v * 0.25, torch.tensor(0.25), None, Levels(-8, 7)), expected * 0.25)
+    assert torch.equal(
+        fake_quantize(v * 0.25 + 1, torch.tensor(0.25), torch.tensor(1.0), Levels(-8, 7)), expected * 0.25 + 1
+    )
 
 
 @pytest.mark.parametrize(("qmin", "qmax"), [(-2, 1), (0, 3)])
@@ -146,7 +149,7 @@ def test_only_the_input_and_the_scales_are_saved(has_offset):
     offset = leaf(0.1) if has_offset else None
     saved = []
     with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        fake_quantize(x, scale, offset, 0, 3)
+        fake_quantize(x, scale, offset, Levels(0, 3))
     inputs = [t for t in (x, scale, offset) if t is not None]
     assert len(saved) == len(inputs)
     assert [s.data_ptr() for s in saved] == [t.data_ptr() for t in inputs]
@@ -201,10 +204,10 @@ def test_a_strided_input_gives_what_a_contiguous_one_gives():
 def test_codes_are_integers_in_range_and_rebuild_x_hat():
     torch.manual_seed(5)
     x = torch.randn(64, 64) * 3
-    codes = quantize(x, torch.tensor(0.37), torch.tensor(-0.2), 0, 7)
+    codes = quantize(x, torch.tensor(0.37), torch.tensor(-0.2), Levels(0, 7))
     assert torch.equal(codes, codes.round())
     assert (codes.min(), codes.max()) == (0, 7)
-    x_hat = fake_quantize(x, torch.tensor(0.37), torch.tensor(-0.2), 0, 7)
-    assert torch.equal(dequantize(codes, torch.tensor(0.37), torch.tensor(-0.2)), x_hat)
-    again = quantize(x_hat, torch.tensor(0.37), torch.tensor(-0.2), 0, 7)
+    x_hat = fake_quantize(x, torch.tensor(0.37), torch.tensor(-0.2), Levels(0, 7))
+    assert torch.equal(dequantize(codes, torch.tensor(0.37), torch.tensor(-0.2), Levels(0, 7)), x_hat)
+    again = quantize(x_hat, torch.tensor(0.37), torch.tensor(-0.2), Levels(0, 7))
     assert torch.equal(again * 0.37 + -0.2, x_hat)

@@ -4,6 +4,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dsquant.ops.fake_quantize import blocks, fake_quantize
 from dsquant.ops.quant_attention import QuantArgs, quant_attention
+from dsquant.spec import Levels
 
 B, H, N, D = 3, 2, 7, 4
 SOFTMAX_SCALE = D**-0.5
@@ -31,7 +32,7 @@ def case(name, dtype=torch.float32):
         base = 0.12 if site == "probs" else 2.5 / (qmax + 1)
         scale = (base * (1 + 0.3 * torch.rand(shape))).requires_grad_()
         offset = (0.05 * torch.randn(shape)).requires_grad_() if site in offsets.split() else None
-        args[site] = QuantArgs(scale, offset, qmin, qmax, 0.5) if site in quantized.split() else None
+        args[site] = QuantArgs(scale, offset, Levels(qmin, qmax), 0.5) if site in quantized.split() else None
     return qkv, torch.randn(B, H, N, D).to(dtype), args
 
 
@@ -68,7 +69,7 @@ def by_autograd(x, args):
     scale, offset = (
         None if t is None else t * args.grad_scale + (t * (1 - args.grad_scale)).detach() for t in args[:2]
     )
-    x_hat = straight_through((x if offset is None else x - offset) / scale, args.qmin, args.qmax) * scale
+    x_hat = straight_through((x if offset is None else x - offset) / scale, args.levels.qmin, args.levels.qmax) * scale
     return x_hat if offset is None else x_hat + offset
 
 
@@ -133,7 +134,7 @@ def test_a_probability_on_the_edge_of_its_range_passes_its_gradient():
     q, eye = torch.zeros(1, 1, 4, 4, requires_grad=True), torch.eye(4).view(1, 1, 4, 4)
     scale = torch.tensor([0.25 / 3], requires_grad=True)
     assert 0.25 / scale == 3
-    out = quant_attention(q, eye, eye, 1.0, None, None, QuantArgs(scale, None, 0, 3), None)
+    out = quant_attention(q, eye, eye, 1.0, None, None, QuantArgs(scale, None, Levels(0, 3)), None)
     out[0, 0, 0, 0].backward()
     assert scale.grad == 0  # inside: round(v) - v; beyond the edge it would be qmax
     assert torch.equal(q.grad[0, 0, 0], 0.25 * (torch.tensor([1.0, 0.0, 0.0, 0.0]) - 0.25))

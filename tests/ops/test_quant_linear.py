@@ -5,6 +5,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dsquant.ops.fake_quantize import blocks, fake_quantize
 from dsquant.ops.quant_linear import quant_linear
+from dsquant.spec import Levels
 
 
 def inputs(shape=(5, 7, 12), out=9, *, bias=True, offset=True, groups=1, dtype=torch.float32):
@@ -20,8 +21,8 @@ def inputs(shape=(5, 7, 12), out=9, *, bias=True, offset=True, groups=1, dtype=t
     return [None if t is None else t.requires_grad_() for t in tensors]
 
 
-def compose(x, weight, bias, scale, offset, qmin, qmax, grad_scale=1.0):
-    return F.linear(fake_quantize(x, scale, offset, qmin, qmax, grad_scale), weight, bias)
+def compose(x, weight, bias, scale, offset, levels, grad_scale=1.0):
+    return F.linear(fake_quantize(x, scale, offset, levels, grad_scale), weight, bias)
 
 
 def outcome(function, tensors, grad, *limits):
@@ -38,8 +39,8 @@ def outcome(function, tensors, grad, *limits):
 def test_it_equals_quantizing_then_a_linear_layer(shape, bias, offset, groups):
     tensors = inputs(shape, bias=bias, offset=offset, groups=groups)
     grad = torch.randn(*shape[:-1], 9)
-    fused = outcome(quant_linear, tensors, grad, 0, 3, 0.25)
-    composed = outcome(compose, tensors, grad, 0, 3, 0.25)
+    fused = outcome(quant_linear, tensors, grad, Levels(0, 3), 0.25)
+    composed = outcome(compose, tensors, grad, Levels(0, 3), 0.25)
     assert torch.equal(fused[0], composed[0])
     for found, expected in zip(fused[1:], composed[1:], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -54,7 +55,7 @@ def straight_through(v, qmin, qmax):
 def test_it_equals_autograd_in_float64():
     x, weight, bias, scale, offset = tensors = inputs()
     grad = torch.randn(5, 7, 9)
-    found = outcome(quant_linear, tensors, grad, 0, 3)
+    found = outcome(quant_linear, tensors, grad, Levels(0, 3))
     doubles = [t.detach().double().requires_grad_() for t in tensors]
     x, weight, bias, scale, offset = doubles
     y = (straight_through((x - offset) / scale, 0, 3) * scale + offset) @ weight.t() + bias
@@ -66,8 +67,8 @@ def test_it_equals_autograd_in_float64():
 def test_bfloat16_equals_the_composition_in_bfloat16():
     tensors = inputs(dtype=torch.bfloat16)
     grad = torch.randn(5, 7, 9).bfloat16()
-    fused = outcome(quant_linear, tensors, grad, 0, 3)
-    composed = outcome(compose, tensors, grad, 0, 3)
+    fused = outcome(quant_linear, tensors, grad, Levels(0, 3))
+    composed = outcome(compose, tensors, grad, Levels(0, 3))
     assert [t.dtype for t in fused] == [t.dtype for t in composed]
     assert torch.equal(fused[0], composed[0])
     assert torch.equal(fused[1], composed[1])
@@ -81,16 +82,16 @@ def test_the_input_is_saved_once_and_no_quantized_copy_of_it(offset):
     x, weight, _, scale, shift = tensors
     saved = []
     with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        quant_linear(*tensors, 0, 3)
+        quant_linear(*tensors, Levels(0, 3))
     expected = [t.data_ptr() for t in (x, weight, scale, shift) if t is not None]
     assert sorted(t.data_ptr() for t in saved) == sorted(expected)
 
 
 def test_the_size_of_blocks_changes_no_result(monkeypatch):
     tensors, grad = inputs(groups=3), torch.randn(5, 7, 9)
-    whole = outcome(quant_linear, tensors, grad, 0, 3)
+    whole = outcome(quant_linear, tensors, grad, Levels(0, 3))
     monkeypatch.setattr(blocks, "__defaults__", (1,))
-    split = outcome(quant_linear, tensors, grad, 0, 3)
+    split = outcome(quant_linear, tensors, grad, Levels(0, 3))
     for found, expected in zip(split[:4], whole[:4], strict=True):  # y, x, weight and bias: no sum crosses blocks
         assert torch.equal(found, expected)
     for found, expected in zip(split[4:], whole[4:], strict=True):
@@ -100,7 +101,7 @@ def test_the_size_of_blocks_changes_no_result(monkeypatch):
 def test_gradients_arrive_where_the_input_needs_none():
     """The first layer of a model: its input is the image."""
     x, weight, bias, scale, offset = inputs()
-    y = quant_linear(x.detach(), weight, bias, scale, offset, 0, 3)
+    y = quant_linear(x.detach(), weight, bias, scale, offset, Levels(0, 3))
     y.sum().backward()
     expected = outcome(compose, [x, weight, bias, scale, offset], torch.ones_like(y), 0, 3)
     for leaf, wanted in zip((weight, bias, scale, offset), expected[2:], strict=True):

@@ -4,7 +4,7 @@ import torch
 from dsquant.errors import CheckpointError
 from dsquant.ops.fake_quantize import fake_quantize
 from dsquant.quant.state import SCALE_FLOOR, QuantState
-from dsquant.spec import ActivationSite, Grouping, QuantSpec, WeightSite
+from dsquant.spec import ActivationSite, Grouping, Levels, QuantSpec, WeightSite
 
 BETAS = (0.9, 0.999)
 ACTIVATIONS = [
@@ -99,9 +99,9 @@ def test_autograd_writes_into_the_flat_gradient_and_adds_up():
     storage = state.grads.data_ptr()
     x = torch.linspace(-2, 2, 40)
     reference = [t.detach().clone().requires_grad_() for t in (scale, offset)]
-    fake_quantize(x, *reference, 0, 3).sum().backward()
+    fake_quantize(x, *reference, Levels(0, 3)).sum().backward()
     for times in (1, 2):
-        fake_quantize(x, scale, offset, 0, 3).sum().backward()
+        fake_quantize(x, scale, offset, Levels(0, 3)).sum().backward()
         torch.testing.assert_close(state.grads[3:5], times * torch.cat([r.grad for r in reference]))
     assert state.grads[3:5].abs().min() > 0
     assert state.grads.data_ptr() == storage

@@ -7,9 +7,16 @@ import pytest
 import torch
 
 from dsquant.config import ObrConfig
-from dsquant.shard.regularizers import add_obr_gradient, bin_index, bin_sums, obr_loss, obr_weight
+from dsquant.shard.regularizers import (
+    bin_index,
+    bin_sums,
+    divisor,
+    obr_loss,
+    regularizer_gradient,
+    regularizer_weight,
+)
 from dsquant.shard.weight_quantizers import make_tiles
-from dsquant.spec import Grouping
+from dsquant.spec import Grouping, Levels
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden.json").read_text())
 GROUPINGS = {"tensor": (1, 240), "rows": (12, 20), "qkv": (3, 80), "in heads": (4, 5)}
@@ -64,7 +71,10 @@ def closed_form(w, scales, grouping, n_bits, config, *, weight=1.0, cuts=(), sta
     for begin, part in zip(edges, parts, strict=False):
         own = grad[begin:]
         for tile, scale, values, codes, edges_of, index in part:
-            add_obr_gradient(tile.of(own), values, scale, codes, edges_of, index, sums, config, weight, w.numel())
+            pull = weight * config.mse_weight / divisor(config.aggregation, w.numel(), w.shape[0])
+            spread = weight * config.variance_weight
+            level, levels = codes.float(), Levels(*edges_of)
+            tile.of(own).add_(regularizer_gradient(values, scale, level, levels, index, sums, pull, spread))
     return grad.view(w.shape)
 
 
@@ -191,7 +201,7 @@ def test_bin_sums_of_fragments_add_up_to_those_of_the_whole(grouping):
 )  # fmt: skip
 def test_the_schedule_is_that_of_the_authors_code(epoch, expected, half_digit):
     """lambda(t) = 0.01 + (0 - 0.01) / 2 * (1 + cos(pi (t - T/4) / (3T/4))) from a quarter of T = 150 on."""
-    found = obr_weight(ObrConfig(weight=0.01, start=0.25), epoch / 150)
+    found = regularizer_weight(ObrConfig(weight=0.01, start=0.25), epoch / 150)
     assert found == pytest.approx(expected, abs=half_digit)
     if epoch >= 37.5:
         formula = 0.01 + 0.5 * (0 - 0.01) * (1 + math.cos(math.pi * (epoch - 37.5) / 112.5))
@@ -200,5 +210,5 @@ def test_the_schedule_is_that_of_the_authors_code(epoch, expected, half_digit):
 
 def test_the_schedule_ends_at_its_weight_wherever_it_starts():
     for start in (0.0, 0.5, 1.0):
-        assert obr_weight(ObrConfig(weight=0.2, start=start), 1.5) == pytest.approx(0.2)
-    assert obr_weight(ObrConfig(weight=0.0, start=0.0), 1.0) == 0
+        assert regularizer_weight(ObrConfig(weight=0.2, start=start), 1.5) == pytest.approx(0.2)
+    assert regularizer_weight(ObrConfig(weight=0.0, start=0.0), 1.0) == 0
