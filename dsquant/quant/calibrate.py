@@ -26,6 +26,7 @@ def group_rows(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
     if groups == 1:
         return x.reshape(1, -1)
     if quantizer.site.spec.granularity is Granularity.PER_TOKEN:
+        quantizer.check_tokens(x)
         return x.movedim(-2, 0).reshape(groups, -1)
     if quantizer.heads_first:
         return x.transpose(0, 1).reshape(groups, -1)
