@@ -250,14 +250,15 @@ class StageConfig(Section):
     """Describe one stage: what it starts from, what it quantizes, how long and how it is optimized.
 
     `batch_size` is global: images per optimizer step over all ranks and accumulation steps. `quant: null` trains in
-    float. Give `epochs` or `steps`.
+    float. Give `epochs` or `steps`; a float stage of 0 steps takes the model (`model.pretrained`, `model.checkpoint`) as it
+    is, to start and teach later ones.
     """
 
     init_from: str | None = None
     quant: QuantConfig | None = None
     distill: DistillConfig | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
-    steps: Positive | None = None
+    steps: Count | None = None
     batch_size: Positive
     gradient_accumulation: Positive = 1
     optimizer: Literal["adamw", "adam", "sgd", "radam", "nadam"] = "adamw"
@@ -276,6 +277,8 @@ class StageConfig(Section):
     def _one_length(self):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give a stage either epochs or steps")
+        if self.steps == 0 and self.quant is not None:
+            raise ValueError("steps: 0 is for a float stage that is taken as it is; a quantized stage needs steps")
         return self
 
 
@@ -295,6 +298,15 @@ class CheckpointConfig(Section):
     keep_last: Positive = 2
 
 
+class Target(Section):
+    """Record the figure that a recipe is to be held against: published by whom, and ours where it was run."""
+
+    metric: str
+    published: float
+    source: str
+    measured: float | None = None  # None: not run here
+
+
 class RunConfig(Section):
     """Hold one run: model, data, an ordered set of stages, and how it is watched and kept.
 
@@ -312,6 +324,7 @@ class RunConfig(Section):
     stages: dict[str, StageConfig] = Field(min_length=1)
     telemetry: TelemetryConfig = TelemetryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    targets: dict[str, Target] = {}
 
     @model_validator(mode="after")
     def _stages_point_back(self):
@@ -322,25 +335,50 @@ class RunConfig(Section):
                 if source and source not in seen:
                     raise ValueError(f"stages.{name}.{key} is {source!r}; earlier stages are {seen}")
             seen.append(name)
+        if stray := sorted(self.targets.keys() - set(seen)):
+            raise ValueError(f"targets.{stray[0]}: no such stage; stages are {seen}")
         return self
 
 
 def load_config(recipe: str = DEFAULT_RECIPE, overrides: dict[str, Any] | None = None) -> RunConfig:
-    """Read a recipe by name or path, apply dotted overrides, and check it. Raises ConfigError."""
+    """Read a recipe by name or path, apply dotted overrides, and check it. Raises ConfigError.
+
+    A recipe may start with `extends: NAME_OR_FILE`: what it says is then laid over that recipe, mapping by mapping; a stage
+    set to null is left out, and lists replace lists.
+    """
+    tree, path = _read_recipe(recipe, ())
+    for key, value in (overrides or {}).items():
+        _set(tree, key, value)
+    return parse_config(tree, str(path))
+
+
+def _read_recipe(recipe: str, above: tuple[Path, ...]) -> tuple[dict[str, Any], Path]:
+    """Return a recipe's tree, with all that it extends beneath it, and its path; `above` are those that extend it."""
     path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise ConfigError(f"no recipe {recipe!r}: give the path of a YAML file or one of {known}")
+    if path.resolve() in above:
+        raise ConfigError(f"{path} extends itself, by way of {above[-1]}")
     try:
         tree = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no mapping of recipe keys")
+    beneath = tree.pop("extends", None)
+    if beneath is not None:
+        base = str(path.parent / beneath) if str(beneath).endswith((".yaml", ".yml")) else str(beneath)
+        tree = _laid_over(_read_recipe(base, (*above, path.resolve()))[0] | {"recipe": path.stem}, tree)
+        tree["stages"] = {name: stage for name, stage in (tree.get("stages") or {}).items() if stage is not None}
     tree.setdefault("recipe", path.stem)
-    for key, value in (overrides or {}).items():
-        _set(tree, key, value)
-    return parse_config(tree, str(path))
+    return tree, path
+
+
+def _laid_over(beneath: Any, above: Any) -> Any:
+    if not (isinstance(beneath, dict) and isinstance(above, dict)):
+        return above
+    return beneath | {key: _laid_over(beneath.get(key), value) for key, value in above.items()}
 
 
 def parse_config(tree: dict[str, Any], where: str) -> RunConfig:

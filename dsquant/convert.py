@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dsquant.config import ModelConfig, load_config
@@ -28,6 +29,22 @@ def convert_run(run_dir: str | Path, out: str | Path, stage: str | None = None) 
     from dsquant.checkpoint import load_run_checkpoint  # evaluating a packed file needs no DeepSpeed
 
     return pack_checkpoint(load_run_checkpoint(Path(run_dir), stage), out)
+
+
+def export_float(run_dir: str | Path, out: str | Path, stage: str | None = None) -> Path:
+    """Write the float32 weights and buffers of a run's newest checkpoint, or of one of its stages, by upstream name.
+
+    The safetensors file is what `model.checkpoint` takes; of a quantized stage it holds the latents. Raises
+    CheckpointError where there is no whole checkpoint.
+    """
+    from dsquant.checkpoint import load_float, load_run_checkpoint
+
+    model, path = load_float(load_run_checkpoint(Path(run_dir), stage)), Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
+    partial.replace(path)
+    return path
 
 
 def pack_checkpoint(checkpoint: "Checkpoint", out: str | Path) -> PackedInfo:

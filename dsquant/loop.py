@@ -135,6 +135,8 @@ class Run:
                     insert_sites(build_model(plain), stage.quant.policy(), stage.quant.grad_scale)
 
     def _total_steps(self, stage: StageConfig) -> int:
+        if stage.steps == 0:
+            return 0
         steps = stage.steps or max(1, round(stage.epochs * (self.train_shards.total // stage.batch_size)))
         return min(steps, self.config.max_steps or steps)
 
@@ -248,15 +250,18 @@ class Run:
         batches = stream.batches(engine.step_index * stage.gradient_accumulation)
         buffer = StepBuffer([], [], time.monotonic())
         engine.train()
+        if total == 0:  # taken as it is
+            self._record_evaluation(name, engine)
+            self._save(name, engine, done=True)
         while engine.step_index < total:
             lr = learning_rate(stage, engine.step_index, total)
-            sums = self._step(name, stage, engine, batches, teacher, lr)
-            step = engine.step_index
-            buffer.add(step, lr, sums)
+            step = engine.step_index + 1
             last = step == total
             saves = last or (self.config.checkpoint.every_steps and step % self.config.checkpoint.every_steps == 0)
             evaluates = last or step % eval_every == 0
-            observes = engine.quantization and (last or step % self.config.telemetry.oscillation_every == 0)
+            observes = bool(engine.quantization) and (last or step % self.config.telemetry.oscillation_every == 0)
+            sums = self._step(name, stage, engine, batches, teacher, lr, observes)
+            buffer.add(step, lr, sums)
             if step % every == 0 or saves or evaluates or observes:
                 self._flush(name, stage, buffer)
             if observes:
@@ -270,7 +275,7 @@ class Run:
 
     def _step(
         self, name: str, stage: StageConfig, engine: Engine, batches: Iterator[tuple[Tensor, Tensor]],
-        teacher: nn.Module | None, lr: float,
+        teacher: nn.Module | None, lr: float, observe: bool = False,
     ) -> Tensor:  # fmt: skip
         """Take one optimizer step and return float64 (loss, right answers, images) of this rank, on its device."""
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
@@ -290,7 +295,7 @@ class Run:
                 sums += torch.stack(
                     [loss.detach().double() * len(labels), right.double(), right.new_tensor(len(labels))]
                 )
-            engine.step(lr)
+            engine.step(lr, observe)
         return sums
 
     def _flush(self, name: str, stage: StageConfig, buffer: StepBuffer) -> None:

@@ -334,3 +334,54 @@ def test_a_ds_config_that_cannot_be_read_is_named(tmp_path, text, said):
     with pytest.raises(ConfigError, match=said) as found:
         load_ds_config(path)
     assert "zero.json" in str(found.value)
+
+
+def recipe_at(folder, name, text):
+    path = folder / f"{name}.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_recipe_is_laid_over_the_one_it_extends(tmp_path):
+    path = recipe_at(
+        tmp_path, "mine",
+        "extends: digits_w2a2\nseed: 7\nstages:\n  w2a2: {quant: {weight: {n_bits: 3}}}\n  w3a3: {init_from: fp, epochs: 1,"
+        " batch_size: 32, lr: 1.0e-3}\n",
+    )  # fmt: skip
+    found, base = load_config(path), load_config("digits_w2a2")
+    assert (found.recipe, found.seed) == ("mine", 7)
+    assert found.model == base.model
+    assert list(found.stages) == ["fp", "w2a2", "w3a3"]
+    assert found.stages["w2a2"].quant.weight.n_bits == 3
+    assert found.stages["w2a2"].quant.activation == base.stages["w2a2"].quant.activation
+    assert found.stages["w2a2"].lr == base.stages["w2a2"].lr
+
+
+def test_a_stage_set_to_null_is_left_out_of_the_recipe_beneath(tmp_path):
+    found = load_config(recipe_at(tmp_path, "float_only", "extends: digits_w2a2\nstages: {w2a2: null}\n"))
+    assert list(found.stages) == ["fp"]
+
+
+def test_a_recipe_that_extends_itself_is_an_error(tmp_path):
+    recipe_at(tmp_path, "a", "extends: b.yaml\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_config(recipe_at(tmp_path, "b", "extends: a.yaml\n"))
+
+
+def test_an_extended_recipe_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="no recipe 'nonesuch'"):
+        load_config(recipe_at(tmp_path, "a", "extends: nonesuch\n"))
+
+
+def test_a_target_of_no_stage_is_an_error(tmp_path):
+    target = "{metric: top1, published: 59.73, source: README of the authors}"
+    text = "extends: digits_w2a2\ntargets: {%s: " + target + "}\n"
+    assert load_config(recipe_at(tmp_path, "good", text % "w2a2")).targets["w2a2"].measured is None
+    with pytest.raises(ConfigError, match=r"targets\.w9a9: no such stage"):
+        load_config(recipe_at(tmp_path, "bad", text % "w9a9"))
+
+
+def test_only_a_float_stage_may_be_taken_as_it_is():
+    assert load_config("digits_w2a2", {"stages.fp.epochs": None, "stages.fp.steps": 0}).stages["fp"].steps == 0
+    with pytest.raises(ConfigError, match="steps: 0 is for a float stage"):
+        load_config("digits_w2a2", {"stages.w2a2.epochs": None, "stages.w2a2.steps": 0})

@@ -55,7 +55,7 @@ class Sites:
         spec = self.policy.activation_spec(name, signed=signed, offset=offset, linear=features is not None)
         if spec is None:
             return None
-        n_groups = _activation_groups(name, spec, heads, tokens)
+        n_groups = _activation_groups(name, spec, heads, tokens, features)
         site = ActivationSite(name, spec, n_groups, numel // n_groups, features or 1)
         factor = 1.0 if self.grad_scale == "none" else lsq_grad_scale(site.numel, spec.grad_qmax)
         self.quantizers[name] = ActivationQuantizer(site, heads_first=heads_first, grad_scale=factor)
@@ -77,13 +77,17 @@ class Sites:
             quantizer.bind({role: find(name, role) for role in quantizer.site.values})
 
 
-def _activation_groups(name: str, spec: QuantSpec, heads: int | None, tokens: int | None) -> int:
+def _activation_groups(
+    name: str, spec: QuantSpec, heads: int | None, tokens: int | None, features: int | None
+) -> int:  # fmt: skip
     if spec.granularity is Granularity.PER_TENSOR:
         return 1
     if spec.granularity is Granularity.PER_HEAD and heads:
         return heads
     if spec.granularity is Granularity.PER_TOKEN and tokens and tokens > 1:
         return tokens
+    if spec.granularity is Granularity.PER_CHANNEL and features:
+        return features
     raise ConfigError(f"{name} has no {spec.granularity} quantizer; give it per_tensor by a quant rule")
 
 
