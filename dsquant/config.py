@@ -169,10 +169,16 @@ class OscillationConfig(Section):
 
 
 class CalibrationConfig(Section):
-    """Say how many training batches set the first activation scales, and in how many rounds."""
+    """Say how many training batches set the first activation scales, in how many rounds, and by which rule.
+
+    mse fits scale and offset to the least squared error. lsq: 2 mean|x| / sqrt(qmax), twice that where unsigned (OFQ, BiT).
+    qv: 2 mean|x| / sqrt(qmax) with the qmax of signed codes everywhere (code of Quantization Variation). Offsets of the last
+    two start at 0.
+    """
 
     batches: Positive = 4
     rounds: Positive = 2
+    init: Literal["mse", "lsq", "qv"] = "mse"
 
 
 def _as_value_error(key: str, check: Callable[..., object], *values: object) -> None:

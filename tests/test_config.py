@@ -124,7 +124,7 @@ def test_what_is_allowed_in_a_stage_does_not_depend_on_the_name_of_the_stage():
     [
         ("stages__w2a2__lr", "fast", "number"),
         ("stages__w2a2__steps", 2.5, "integer"),
-        ("stages__w2a2__steps", 0, "greater than 0"),
+        ("stages__w2a2__steps", -1, "greater than or equal to 0"),
         ("stages__w2a2__quant__weight__n_bits", "two", "integer"),
         ("stages__w2a2__quant__weight__n_bits", 0, "greater than or equal to 1"),
         ("stages__w2a2__quant__activation__n_bits", 9, "less than or equal to 8"),
