@@ -150,10 +150,15 @@ class OscillationConfig(Section):
 
 
 class CalibrationConfig(Section):
-    """Say how many training batches set the first activation scales, and in how many rounds."""
+    """Say how many training batches set the first activation scales, and in how many rounds.
+
+    `inherit` takes every scale, offset and bias, weights' too, from the stage of `init_from` instead, which must have the
+    same sites: for fine-tuning that goes on where that stage ended (CGA).
+    """
 
     batches: Positive = 4
     rounds: Positive = 2
+    inherit: Flag = False
 
 
 class QuantConfig(Section):
@@ -229,6 +234,8 @@ class StageConfig(Section):
     def _one_length(self):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give a stage either epochs or steps")
+        if self.quant is not None and self.quant.calibration.inherit and self.init_from is None:
+            raise ValueError("quant.calibration.inherit needs init_from, the quantized stage that it goes on from")
         if self.steps == 0 and self.quant is not None:
             raise ValueError("steps: 0 is for a float stage that is taken as it is; a quantized stage needs steps")
         return self

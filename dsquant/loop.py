@@ -191,7 +191,10 @@ class Run:
             restore(engine, resumed)
         elif stage.quant is not None:
             self.summary.pop("oscillating_peak_pct", None)
-            self._calibrate(engine, stage, stream)
+            if stage.quant.calibration.inherit:
+                engine.inherit(load_run_checkpoint(self.run_dir, stage.init_from).quant)
+            else:
+                self._calibrate(engine, stage, stream)
         self.console.begin_stage(name, total, engine.step_index)
         if self.metrics and resumed is None:
             self.metrics.write("stage", name, 0, event="begin", total=total, zero_stage=engine.zero_stage)
