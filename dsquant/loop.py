@@ -239,7 +239,7 @@ class Run:
         engine.eval()
         calibrate(
             engine.sites.quantizers, engine.state, engine.evaluate_logits, images, stage.quant.calibration.rounds,
-            bind=lambda: engine.sites.bind(engine.state),
+            bind=lambda: engine.sites.bind(engine.state), init=stage.quant.calibration.init,
         )  # fmt: skip
         engine.train()
         engine.finish_calibration()
