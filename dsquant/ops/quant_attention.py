@@ -140,6 +140,7 @@ def quant_attention(
     k_args: QuantArgs | None,
     probs_args: QuantArgs | None,
     v_args: QuantArgs | None,
+    *,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
