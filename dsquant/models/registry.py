@@ -5,16 +5,22 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dsquant.config import ModelConfig
 from dsquant.errors import CheckpointError, ConfigError
-from dsquant.models import vit
+from dsquant.models import swin, vit
 from dsquant.models.sites import Sites
 from dsquant.spec import SitePolicy
 
-FAMILIES = {VisionTransformer: vit.insert_sites}
+FAMILIES = {
+    VisionTransformer: vit.insert_sites,
+    SwinTransformer: swin.insert_sites,
+    SwinTransformerV2: swin.insert_sites,
+}
 
 
 def build_model(config: ModelConfig) -> nn.Module:
