@@ -69,6 +69,8 @@ class SoftLabelSettings:
         whole = {"crops": self.crops, "top_k": self.top_k, "seed": self.seed}
         if odd := next((key for key, value in whole.items() if type(value) is not int), None):
             raise ConfigError(f"{odd} is {whole[odd]!r}, not a whole number")
+        if type(self.temperature) not in (int, float):
+            raise ConfigError(f"temperature is {self.temperature!r}, not a number")
         faults = {
             f"crops is {self.crops}; it must be at least 1": self.crops < 1,
             f"top_k is {self.top_k}; the teacher has {self.num_classes} classes, give 1 to {self.num_classes}": not (
