@@ -39,6 +39,7 @@ LAYERS = {
     "engine": ENGINE,
     "benchmark": ENGINE | {"engine"},
     "checkpoint": ENGINE | {"engine"},
+    "soft_labels": MODELS | {"config", "engine", "checkpoint", "data"},
     "loop": ENGINE | {"engine", "checkpoint", "losses", "data", "telemetry", "analysis", "export", "convert"},
     "train": ENGINE
     | {"engine", "checkpoint", "losses", "data", "telemetry", "analysis", "export", "convert", "loop", "run_folder"},

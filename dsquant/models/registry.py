@@ -2,19 +2,27 @@
 
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import timm
+import timm.data
 import torch
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dsquant.config import ModelConfig
 from dsquant.errors import CheckpointError, ConfigError
-from dsquant.models import vit
+from dsquant.models import swin, vit
 from dsquant.models.sites import Sites
 from dsquant.spec import LEARNED, ActivationSite, Bias, SitePolicy, WeightSite
 
-FAMILIES = {VisionTransformer: vit.insert_sites}
+FAMILIES = {
+    VisionTransformer: vit.insert_sites,
+    SwinTransformer: swin.insert_sites,
+    SwinTransformerV2: swin.insert_sites,
+}
 
 
 def build_model(config: ModelConfig) -> nn.Module:
@@ -37,6 +45,21 @@ def build_model(config: ModelConfig) -> nn.Module:
     if config.checkpoint:
         load_strict(model, read_float_weights(config.checkpoint), config.checkpoint)
     return model
+
+
+def pretrained_view(name: str) -> dict[str, Any]:
+    """Return what timm says of a model's own weights: num_classes, and how it sees images.
+
+    Keys: num_classes, image_size, channels, mean, std, interpolation. Raises ConfigError for an unknown name.
+    """
+    if not timm.is_model(name):
+        near = ", ".join(get_close_matches(name, timm.list_models(), n=4)) or "none; see timm.list_models()"
+        raise ConfigError(f"timm has no model {name!r}; similar names: {near}")
+    known = timm.get_pretrained_cfg(name).to_dict()
+    found = timm.data.resolve_data_config(pretrained_cfg=known)
+    channels, _, size = found["input_size"]
+    shown = {key: found[key] for key in ("mean", "std", "interpolation")}
+    return {"num_classes": known["num_classes"], "image_size": size, "channels": channels, **shown}
 
 
 def read_float_weights(path: str) -> dict[str, Tensor]:

@@ -23,23 +23,26 @@ class Sites:
         return [quantizer.site for quantizer in self.quantizers.values()]
 
     def linear(self, name: str, module: nn.Linear, *, features: int, signed: bool = True, offset: bool = False,
-               heads: int | None = None, out_blocks: int = 1, out_heads: int | None = None) -> None:  # fmt: skip
+               heads: int | None = None, out_blocks: int = 1, out_heads: int | None = None,
+               tokens: int | None = None) -> None:  # fmt: skip
         """Quantize a linear layer's input and weight.
 
         features: elements of the input of one sample. heads: heads that lie side by side in the input.
         out_blocks: separate quantizers along the output rows (3 for a fused q, k, v); out_heads: heads in one such block.
+        tokens: length of the input's next to last dimension, where that is not all positions of a sample; 1 allows no
+        per_token scales.
         """
         input_quantizer = self.activation(
             f"{name}.input", features, signed=signed, offset=offset, heads=heads,
-            tokens=features // module.in_features, features=module.in_features,
+            tokens=tokens or features // module.in_features, features=module.in_features,
         )  # fmt: skip
         shape = (module.out_features, module.in_features)
         self._weight(f"{name}.weight", shape, heads=heads, out_blocks=out_blocks, out_heads=out_heads)
         become(module, QuantLinear, input_quantizer=input_quantizer)
 
-    def conv(self, name: str, module: nn.Conv2d, *, features: int) -> None:
+    def conv(self, name: str, module: nn.Conv2d, *, features: int, signed: bool = True) -> None:
         """Quantize a convolution's input and weight, one scale each (per_channel: one a filter)."""
-        input_quantizer = self.activation(f"{name}.input", features)
+        input_quantizer = self.activation(f"{name}.input", features, signed=signed)
         shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
         self._weight(f"{name}.weight", shape)
         become(module, QuantConv2d, input_quantizer=input_quantizer)

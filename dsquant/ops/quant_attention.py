@@ -1,4 +1,4 @@
-"""Attention with quantized q, k, probabilities and v that saves q, k and v only.
+"""Attention with quantized q, k, probabilities and v that saves q, k, v and what is added to the scores only.
 
 The scores and probabilities of a few images at a time are formed, used and dropped; backward forms them again. So the
 memory of a training step does not grow with the square of the sequence, and the work stays in a core's cache.
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsquant.ops.fake_quantize import ScaleGradient, backward_block, blocks, dequantize, quantize
+from dsquant.ops.fake_quantize import ScaleGradient, backward_block, blocks, dequantize, quantize, sum_like
 from dsquant.spec import Levels
 
 
@@ -35,49 +35,81 @@ def _apply_backward(x: Tensor, grad: Tensor, args: QuantArgs | None, sums: Scale
     return backward_block(x, grad, args.scale, args.offset, args.levels, sums)[0]
 
 
-def _probabilities(q_scaled: Tensor, k_hat: Tensor) -> Tensor:
-    return (q_scaled @ k_hat.transpose(-2, -1)).softmax(dim=-1)
+def _probabilities(q_scaled: Tensor, k_hat: Tensor, *additions: Tensor | None) -> Tensor:
+    scores = q_scaled @ k_hat.transpose(-2, -1)
+    for addition in additions:
+        if addition is not None:
+            scores.add_(addition)
+    return scores.softmax(dim=-1)
 
 
 class _QuantAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, softmax_scale, specs, *tensors):
-        ctx.save_for_backward(q, k, v, *tensors)
-        ctx.softmax_scale, ctx.specs = softmax_scale, specs
+    def forward(ctx, q, k, v, softmax_scale, bias, mask, specs, *tensors):
+        learned = isinstance(softmax_scale, Tensor)
+        ctx.save_for_backward(q, k, v, softmax_scale if learned else None, bias, mask, *tensors)
+        ctx.softmax_scale, ctx.specs = None if learned else softmax_scale, specs
         args = _assemble(specs, tensors)
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
         for block in _image_blocks(q, k):
-            p = _probabilities(_apply(q[block], args[0]) * softmax_scale, _apply(k[block], args[1]))
+            q_scaled = _apply(q[block], args[0]) * softmax_scale
+            p = _probabilities(q_scaled, _apply(k[block], args[1]), bias, _rows(mask, block, q.shape[0]))
             out[block] = _apply(p, args[2]) @ _apply(v[block], args[3])
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, *tensors = ctx.saved_tensors
+        q, k, v, scale, bias, mask, *tensors = ctx.saved_tensors
         args = _assemble(ctx.specs, tensors)
         sums = [None if a is None else ScaleGradient(a.scale, a.offset) for a in args]
+        softmax_scale = ctx.softmax_scale if scale is None else scale
+        d_scale, d_bias = (None if t is None else torch.zeros_like(t, dtype=torch.float64) for t in (scale, bias))
         d_q, d_k, d_v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
         for block in _image_blocks(q, k):
             g = grad[block].float()
-            q_scaled = _apply(q[block], args[0]) * ctx.softmax_scale
-            k_hat, v_hat = _apply(k[block], args[1]), _apply(v[block], args[3])
-            p = _probabilities(q_scaled, k_hat)
-            d_p_hat = g @ v_hat.transpose(-2, -1)
-            if args[2] is None:
-                d_p, p_hat = d_p_hat, p
-            else:
-                a = args[2]
-                d_p, p_hat = backward_block(p, d_p_hat, a.scale, a.offset, a.levels, sums[2])
+            q_hat, k_hat, v_hat = _apply(q[block], args[0]), _apply(k[block], args[1]), _apply(v[block], args[3])
+            q_scaled = q_hat * softmax_scale
+            p = _probabilities(q_scaled, k_hat, bias, _rows(mask, block, q.shape[0]))
+            d_p, p_hat = _through_probabilities(p, g @ v_hat.transpose(-2, -1), args[2], sums[2])
             d_v[block] = _apply_backward(v[block], p_hat.transpose(-2, -1) @ g, args[3], sums[3])
             d_s = torch._softmax_backward_data(d_p, p, -1, torch.float32)
-            d_q[block] = _apply_backward(q[block], (d_s @ k_hat).mul_(ctx.softmax_scale), args[0], sums[0])
+            d_q_scaled = d_s @ k_hat
+            if scale is not None:
+                d_scale += sum_like(d_q_scaled * q_hat, scale)
+            if bias is not None:
+                d_bias += sum_like(d_s, bias)
+            d_q[block] = _apply_backward(q[block], d_q_scaled.mul_(softmax_scale), args[0], sums[0])
             d_k[block] = _apply_backward(k[block], d_s.transpose(-2, -1) @ q_scaled, args[1], sums[1])
-        d_tensors = []
-        for a, s in zip(args, sums, strict=True):
-            if a is not None:
-                d_scale, d_offset = s.results(a.grad_scale)
-                d_tensors += [d_scale] if a.offset is None else [d_scale, d_offset]
-        return d_q, d_k, d_v, None, None, *d_tensors
+        d_scale, d_bias = (None if d is None else d.to(t.dtype) for d, t in ((d_scale, scale), (d_bias, bias)))
+        return d_q, d_k, d_v, d_scale, d_bias, None, None, *_flat_results(args, sums)
+
+
+def _through_probabilities(
+    p: Tensor, grad: Tensor, args: QuantArgs | None, sums: ScaleGradient | None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of float probabilities and their image."""
+    if args is None:
+        return grad, p
+    return backward_block(p, grad, args.scale, args.offset, args.levels, sums)
+
+
+def _flat_results(args: list[QuantArgs | None], sums: list[ScaleGradient | None]) -> list[Tensor]:
+    """Return the gradients of all scales and offsets in the order in which `_assemble` takes them."""
+    found = []
+    for a, s in zip(args, sums, strict=True):
+        if a is not None:
+            d_scale, d_offset = s.results(a.grad_scale)
+            found += [d_scale] if a.offset is None else [d_scale, d_offset]
+    return found
+
+
+def _rows(mask: Tensor | None, block: slice, batch: int) -> Tensor | None:
+    """Return a mask's part for a block of the batch, whose row i takes row `i % len(mask)`."""
+    if mask is None or mask.shape[0] == 1:
+        return mask
+    if mask.shape[0] == batch:
+        return mask[block]
+    return mask[torch.arange(block.start, block.stop, device=mask.device) % mask.shape[0]]
 
 
 def _image_blocks(q: Tensor, k: Tensor):
@@ -103,19 +135,45 @@ def quant_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    softmax_scale: float,
+    softmax_scale: float | Tensor,
     q_args: QuantArgs | None,
     k_args: QuantArgs | None,
     probs_args: QuantArgs | None,
     v_args: QuantArgs | None,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Return `Q_p(softmax((Q_q(q) * softmax_scale) Q_k(k)^T)) Q_v(v)`, each Q a `fake_quantize` or, for None, identity.
+    """Return `Q_p(softmax((Q_q(q) * softmax_scale) Q_k(k)^T + bias + mask)) Q_v(v)`, each Q a `fake_quantize` or identity.
 
-    q, k, v are (B, H, N, D), float32 or bfloat16; the arithmetic is float32 and the result (B, H, N, D) has the dtype
-    of v. Scales broadcast to (B, H, N, D) for q, k, v and to (B, H, N, N) for the probabilities.
-    Sites: Quantization Variation (TMLR 2024), multi-head self-attention.
+    Args:
+        q, k, v: (B, H, N, D), float32 or bfloat16; the arithmetic is float32, the result (B, H, N, D) of v's dtype.
+        softmax_scale: a number, or a float tensor that broadcasts to (B, H, N, D) and is the same along dim 0, such as
+            the (H, 1, 1) of cosine attention; a tensor gets a gradient.
+        q_args, k_args, probs_args, v_args: quantizers; None leaves a site in float. Scales broadcast to (B, H, N, D) for
+            q, k, v and to (B, H, N, N) for the probabilities.
+        bias: float tensor that broadcasts to (1, H, N, N), added to the scores; gets a gradient, summed over the batch.
+        mask: constant float tensor that broadcasts to (M, H, N, N), M a divisor of B: image or window i of the batch takes
+            row `i % M`. M = 1 is one mask for all, M = B one each, windows of an image repeat every M.
+
+    Saves its tensor arguments only. Raises ValueError for a bias or mask of another kind.
+    Sites: Quantization Variation (TMLR 2024), multi-head self-attention; bias and windows: Swin (Liu et al. 2021), eq. 4.
     """
+    if bias is not None and bias.dim() > 3 and bias.shape[0] != 1:
+        raise ValueError(f"bias {tuple(bias.shape)} differs along the batch; it must broadcast to (1, H, N, N)")
+    if mask is not None:
+        mask = _checked_mask(mask, q.shape[0])
     all_args = (q_args, k_args, probs_args, v_args)
     specs = tuple(None if a is None else (a.offset is not None, a.levels, a.grad_scale) for a in all_args)
     tensors = [t for a in all_args if a is not None for t in (a.scale, a.offset) if t is not None]
-    return _QuantAttention.apply(q, k, v, softmax_scale, specs, *tensors)
+    return _QuantAttention.apply(q, k, v, softmax_scale, bias, mask, specs, *tensors)
+
+
+def _checked_mask(mask: Tensor, batch: int) -> Tensor:
+    """Return a mask with all four dimensions."""
+    if not mask.is_floating_point() or mask.requires_grad:
+        raise ValueError("mask is added to the scores and constant: give floats without a gradient, or give it as bias")
+    mask = mask[(None,) * (4 - mask.dim())]
+    if batch % mask.shape[0]:
+        raise ValueError(f"mask {tuple(mask.shape)} has {mask.shape[0]} rows, which do not divide a batch of {batch}")
+    return mask

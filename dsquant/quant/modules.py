@@ -105,15 +105,17 @@ class QuantLinear(nn.Linear):
 
     input_quantizer: ActivationQuantizer | None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the layer's output; `bias` stands in for its own where a model keeps it elsewhere (SwinV2's qkv)."""
         quantizer, weight = self.input_quantizer, self.weight
+        bias = self.bias if bias is None else bias
         if quantizer is None:
-            return F.linear(x, weight, self.bias)
+            return F.linear(x, weight, bias)
         x = quantizer.shifted(x)
         args = quantizer.args(x)
         if args is None:
-            return F.linear(x, weight, self.bias)
-        return quant_linear(x, weight, quantizer.shifted_bias(weight, self.bias), *args)
+            return F.linear(x, weight, bias)
+        return quant_linear(x, weight, quantizer.shifted_bias(weight, bias), *args)
 
 
 class QuantConv2d(nn.Conv2d):

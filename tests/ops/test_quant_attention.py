@@ -151,3 +151,124 @@ def test_a_strided_q_k_v_gives_what_a_contiguous_one_gives():
     for a, b in zip(outcome(quant_attention, strided, args, grad), outcome(quant_attention, contiguous, args, grad),
                     strict=True):  # fmt: skip
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+WINDOWS = 4  # two images of two windows; a mask of two rows repeats
+
+
+def scored_case(bias=None, mask=None, head_scale=False, dtype=torch.float32):
+    """Return leaves and QuantArgs of four batch rows, and keywords: a softmax scale for each head, a bias, a mask."""
+    torch.manual_seed(3)
+    _, _, args = case("all, per head, offsets")
+    qkv = [torch.randn(WINDOWS, H, N, D).to(dtype).requires_grad_() for _ in range(3)]
+    grad = torch.randn(WINDOWS, H, N, D).to(dtype)
+    scale = (0.3 + torch.rand(H, 1, 1)).requires_grad_() if head_scale else SOFTMAX_SCALE
+    extra = {
+        "bias": None if bias is None else torch.randn(bias).requires_grad_(),
+        "mask": None if mask is None else torch.where(torch.rand(mask) < 0.3, -100.0, 0.0),
+    }
+    return qkv, grad, args, scale, extra
+
+
+def scored_outcome(attend, qkv, args, scale, extra, grad):
+    out = attend(*qkv, scale, *args.values(), **extra)
+    learned = [t for t in (scale, extra["bias"]) if isinstance(t, torch.Tensor)]
+    return [out.detach(), *torch.autograd.grad(out, leaves(qkv, args) + learned, grad)]
+
+
+def attend_with_scores(q, k, v, softmax_scale, q_args, k_args, probs_args, v_args, bias, mask):
+    """Add everything to whole scores and leave the gradients to autograd; images outermost, then their windows."""
+    q, k, v = by_autograd(q, q_args), by_autograd(k, k_args), by_autograd(v, v_args)
+    scores = (q * softmax_scale) @ k.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = (scores.view(-1, len(mask), H, N, N) + mask.double()).view(-1, H, N, N)
+    return by_autograd(scores.softmax(-1), probs_args) @ v
+
+
+SCORED = {
+    "bias": {"bias": (H, N, N)},
+    "bias with a leading 1": {"bias": (1, H, N, N)},
+    "mask of two windows": {"mask": (2, 1, N, N)},
+    "mask of keys, one row an image": {"mask": (WINDOWS, 1, 1, N)},
+    "mask of all": {"mask": (1, 1, N, N)},
+    "bias and mask": {"bias": (H, N, N), "mask": (2, 1, N, N)},
+    "a softmax scale each head": {"head_scale": True},
+    "all": {"bias": (1, H, N, N), "mask": (2, 1, N, N), "head_scale": True},
+}
+
+
+@pytest.mark.parametrize("elements", [None, 1, 3 * H * N * N], ids=["one block", "row by row", "blocks across images"])
+@pytest.mark.parametrize("name", SCORED)
+def test_bias_mask_and_head_scales_equal_autograd_in_float64(monkeypatch, name, elements):
+    qkv, grad, args, scale, extra = scored_case(**SCORED[name])
+    wide_qkv, wide_args = as_double(qkv, args)
+    wide_scale, wide_bias = (
+        t.detach().double().requires_grad_() if isinstance(t, torch.Tensor) else t for t in (scale, extra["bias"])
+    )
+    wide = {"bias": wide_bias, "mask": extra["mask"]}
+    expected = scored_outcome(attend_with_scores, wide_qkv, wide_args, wide_scale, wide, grad.double())
+    if elements is not None:
+        monkeypatch.setattr(blocks, "__defaults__", (elements,))
+    for found, wanted in zip(scored_outcome(quant_attention, qkv, args, scale, extra, grad), expected, strict=True):
+        assert found.shape == wanted.shape
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=2e-5)
+
+
+def test_a_mask_of_minus_infinity_gives_its_keys_neither_probability_nor_gradient():
+    qkv, grad, args, scale, _ = scored_case()
+    mask = torch.zeros(WINDOWS, 1, 1, N)
+    mask[1, ..., 4:] = -torch.inf
+    no_offset = {site: a._replace(offset=None) for site, a in args.items()}
+    out = quant_attention(*qkv, scale, *no_offset.values(), mask=mask)
+    out.backward(grad)
+    assert out.isfinite().all()
+    for t in qkv[1:]:
+        assert not t.grad[1, :, 4:].any()
+        assert t.grad[0, :, 4:].any()
+
+
+def test_no_bias_a_bias_of_zero_and_a_mask_of_zero_are_the_same_to_the_bit():
+    qkv, grad, args, scale, _ = scored_case()
+    plain = outcome(quant_attention, qkv, args, grad)
+    nothing = {"bias": torch.zeros(H, N, N, requires_grad=True), "mask": torch.zeros(2, 1, N, N)}
+    *found, _ = scored_outcome(quant_attention, qkv, args, scale, nothing, grad)
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
+def test_a_bfloat16_bias_gets_a_bfloat16_gradient():
+    qkv, grad, args, scale, extra = scored_case(**SCORED["all"], dtype=torch.bfloat16)
+    with torch.no_grad():
+        exact = {**extra, "bias": extra["bias"].bfloat16()}
+    low = {**extra, "bias": exact["bias"].clone().requires_grad_()}
+    high = {**extra, "bias": exact["bias"].float().requires_grad_()}
+    wide_qkv = [t.detach().float().requires_grad_() for t in qkv]
+    found = scored_outcome(quant_attention, qkv, args, scale, low, grad)
+    expected = scored_outcome(quant_attention, wide_qkv, args, scale, high, grad.float())
+    assert found[-1].dtype == torch.bfloat16
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(found, expected, strict=True))
+
+
+def test_beside_q_k_v_and_scales_only_what_is_added_is_saved():
+    qkv, _, args, scale, extra = scored_case(**SCORED["all"])
+    saved = []
+    with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        quant_attention(*qkv, scale, *args.values(), **extra)
+    expected = [*leaves(qkv, args), scale, *extra.values()]
+    assert sorted(t.data_ptr() for t in saved) == sorted(t.data_ptr() for t in expected)
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"bias": torch.zeros(WINDOWS, H, N, N)}, "differs along the batch"),
+        ({"mask": torch.zeros(3, 1, N, N)}, "3 rows, which do not divide a batch of 4"),
+        ({"mask": torch.ones(N, N, dtype=torch.bool)}, "give floats without a gradient"),
+        ({"mask": torch.zeros(N, N, requires_grad=True)}, "or give it as bias"),
+    ],
+)
+def test_a_bias_or_mask_of_another_kind_is_refused(extra, said):
+    qkv, _, args, scale, _ = scored_case()
+    with pytest.raises(ValueError, match=said):
+        quant_attention(*qkv, scale, *args.values(), **extra)

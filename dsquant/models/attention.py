@@ -1,0 +1,84 @@
+"""Attention through the four quantizers of a block, and where they stand; every family's attention class takes it."""
+
+from torch import Tensor, nn
+
+from dsquant.models.sites import Sites
+from dsquant.ops.quant_attention import quant_attention
+from dsquant.quant.modules import ActivationQuantizer, Mode, become
+
+
+class AttentionSites:
+    """Give an attention module quantizers of q, k, probabilities and v. Mixed in before the float class."""
+
+    q_quantizer: ActivationQuantizer | None
+    k_quantizer: ActivationQuantizer | None
+    probs_quantizer: ActivationQuantizer | None
+    v_quantizer: ActivationQuantizer | None
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | Tensor, *, bias: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return `quant_attention` of q, k, v (B, H, N, D) with this module's quantizers; calibration sees each site.
+
+        softmax_scale, bias and mask are those of the op.
+        """
+        sites = self._sites()
+        if any(site is not None and site.observer is not None for site in sites):
+            return self._observed(q, k, v, softmax_scale, bias, mask)
+        args = (None if site is None else site.args(q) for site in sites)
+        return quant_attention(q, k, v, softmax_scale, *args, bias=bias, mask=mask)
+
+    def is_float(self, *others: ActivationQuantizer | None) -> bool:
+        """Say whether no site of this module, nor any other, does anything: the float class may run as it is."""
+        sites = (*self._sites(), *others)
+        return all(site is None or (site.mode is Mode.FLOAT and site.observer is None) for site in sites)
+
+    def _sites(self) -> tuple[ActivationQuantizer | None, ...]:
+        return self.q_quantizer, self.k_quantizer, self.probs_quantizer, self.v_quantizer
+
+    def _observed(
+        self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | Tensor, bias: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """Form the probabilities for calibration to see; the fused op never holds them whole."""
+        q, k, v = _through(self.q_quantizer, q), _through(self.k_quantizer, k), _through(self.v_quantizer, v)
+        scores = (q * softmax_scale) @ k.transpose(-2, -1)
+        if bias is not None:
+            scores = scores + bias
+        if mask is not None:  # image or window i takes row i % len(mask)
+            scores = (scores.unflatten(0, (-1, len(mask))) + mask).flatten(0, 1)
+        return _through(self.probs_quantizer, scores.softmax(dim=-1)) @ v
+
+
+def _through(site: ActivationQuantizer | None, x: Tensor) -> Tensor:
+    return x if site is None else site(x)
+
+
+def insert_attention(
+    name: str, attention: nn.Module, quant_class: type[AttentionSites], sites: Sites, *, tokens: int, length: int
+) -> None:
+    """Quantize an attention with fused `qkv`, `proj` and `num_heads`: inputs, weights, q, k, v and probabilities.
+
+    tokens: of one sample. length: of the sequences attended within, tokens // length of them in a sample; both
+    projections see sequences of this length.
+    """
+    heads = attention.num_heads
+    sites.linear(
+        f"{name}.qkv", attention.qkv, features=tokens * attention.qkv.in_features, out_blocks=3, out_heads=heads,
+        tokens=length,
+    )  # fmt: skip
+    per_head = {"heads": heads, "heads_first": True, "tokens": length}
+    quantizers = {
+        f"{part}_quantizer": sites.activation(f"{name}.{part}", tokens * attention.proj.in_features, **per_head)
+        for part in ("q", "k", "v")
+    }
+    quantizers["probs_quantizer"] = sites.activation(f"{name}.probs", heads * tokens * length, signed=False, **per_head)
+    features = tokens * attention.proj.in_features
+    sites.linear(f"{name}.proj", attention.proj, features=features, heads=heads, tokens=length)
+    become(attention, quant_class, **quantizers)
+
+
+def insert_mlp(name: str, mlp: nn.Module, tokens: int, sites: Sites) -> None:
+    """Quantize `fc1` and `fc2` of an MLP: a signed input, and a GELU's output, unsigned with a learned offset."""
+    sites.linear(f"{name}.fc1", mlp.fc1, features=tokens * mlp.fc1.in_features)
+    sites.linear(f"{name}.fc2", mlp.fc2, features=tokens * mlp.fc2.in_features, signed=False, offset=True)
