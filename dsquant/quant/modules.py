@@ -102,9 +102,8 @@ class QuantLinear(nn.Linear):
             return F.linear(x, weight, self.bias)
         x = quantizer.shifted(x)
         args = quantizer.args(x)
-        if args is None:
-            return F.linear(x, weight, self.bias)
-        return quant_linear(x, weight, quantizer.shifted_bias(weight, self.bias), *args)
+        bias = quantizer.shifted_bias(weight, self.bias)
+        return F.linear(x, weight, bias) if args is None else quant_linear(x, weight, bias, *args)
 
 
 class QuantConv2d(nn.Conv2d):

@@ -1,0 +1,101 @@
+"""Leave-one-out sensitivity: what a model gets back when one module stays in float, and loses when only it is quantized.
+
+Source: "Quantization Variation" (TMLR 2024), section 4.1: all modules but one quantized; a larger recovery says that the
+module is more sensitive. Differences are taken sample by sample, so that their standard error is that of paired samples.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from dsquant.analysis.modules import Module
+from dsquant.analysis.subject import Scores, Subject
+from dsquant.analysis.variants import Variants
+
+DIFFERENCES = ("recovery_loss", "recovery_top1", "harm_loss", "harm_top1")
+Progress = Callable[[Iterable[Module]], Iterable[Module]]
+
+
+def leave_one_out(
+    variants: Variants, subject: Subject, modules: list[Module], progress: Progress = lambda modules: modules
+) -> dict[str, Any]:
+    """Measure every module both ways and return a JSON-ready result.
+
+    recovery_loss = loss(all quantized) - loss(all but it); recovery_top1 = top1(all but it) - top1(all quantized);
+    harm_loss = loss(only it quantized) - loss(float); harm_top1 = top1(float) - top1(only it). `*_se` are the standard
+    errors of the losses' differences. Losses in nats, top-1 in percent. `kinds` holds the means over blocks.
+    """
+    everything = variants.everything
+    variants.quantize_only(())
+    in_float = subject.scores(variants.model)
+    variants.quantize_only(everything)
+    quantized = subject.scores(variants.model)
+    rows = []
+    for module in progress(modules):
+        variants.quantize_all_but(module.parts)
+        without = subject.scores(variants.model)
+        variants.quantize_only(module.parts)
+        only = subject.scores(variants.model)
+        rows.append(_row(module, in_float, quantized, without, only))
+    return {
+        "subject": subject.name,
+        "samples": len(in_float.losses),
+        "n_bits": sorted({s.spec.n_bits for s in [*variants.sites.weights, *variants.sites.activations]}),
+        "float": in_float.summary(),
+        "quantized": quantized.summary(),
+        "modules": rows,
+        "kinds": by_kind(rows),
+    }
+
+
+def _row(module: Module, in_float: Scores, quantized: Scores, without: Scores, only: Scores) -> dict[str, Any]:
+    recovery, recovery_se = paired_difference(quantized, without)
+    harm, harm_se = paired_difference(only, in_float)
+    return {
+        "name": module.name,
+        "kind": module.kind,
+        "block": module.block,
+        "parts": [
+            part.site if part.rows is None else f"{part.site}[{part.rows[0]}:{part.rows[1]}]"
+            for part in sorted(module.parts, key=str)
+        ],
+        "all_but_it": without.summary(),
+        "only_it": only.summary(),
+        "recovery_loss": recovery,
+        "recovery_loss_se": recovery_se,
+        "recovery_top1": without.top1 - quantized.top1,
+        "harm_loss": harm,
+        "harm_loss_se": harm_se,
+        "harm_top1": in_float.top1 - only.top1,
+    }
+
+
+def paired_difference(a: Scores, b: Scores) -> tuple[float, float]:
+    """Return the mean of the losses' differences a - b over the same samples, and its standard error."""
+    difference = a.losses - b.losses
+    n = len(difference)
+    error = float(difference.std()) / n**0.5 if n > 1 else 0.0
+    return float(difference.mean()), error
+
+
+def by_kind(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the mean of every difference over the blocks of each kind, and how many there are."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["kind"]].append(row)
+    return {
+        kind: {"blocks": len(group), **{key: sum(row[key] for row in group) / len(group) for key in DIFFERENCES}}
+        for kind, group in groups.items()
+    }
+
+
+def only_it(
+    variants: Variants, subject: Subject, modules: list[Module], in_float: Scores,
+    progress: Progress = lambda modules: modules,
+) -> dict[str, tuple[float, float]]:  # fmt: skip
+    """Return the loss increase over float and its standard error of each module when it alone is quantized."""
+    found = {}
+    for module in progress(modules):
+        variants.quantize_only(module.parts)
+        found[module.name] = paired_difference(subject.scores(variants.model), in_float)
+    return found
