@@ -14,22 +14,26 @@ from dsquant.errors import ConfigError
 from dsquant.models import Sites, insert_sites
 
 DEFAULT_BUDGET = 3.0
+COSTS = ("loss", "kl")
 Tracker = Callable[[Iterable[Module]], Iterable[Module]]
 Costs = dict[str, dict[int, tuple[float, float]]]
 
 
 def search_bits(
     subject: Subject, quant: QuantConfig, candidates: tuple[int, ...], *, budget_bits: float | None = None,
-    budget_bytes: int | None = None, activation_budget_bits: float | None = None,
+    budget_bytes: int | None = None, activation_budget_bits: float | None = None, cost: str = "loss",
     progress: Callable[[str], Tracker] = lambda label: lambda modules: modules,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure each weight at each candidate, all else in float, and return the allocation as a JSON-ready result.
 
     The budget of weights is `budget_bits` an element on average (3 by default) or `budget_bytes` of codes; activations
     are allocated where `activation_budget_bits` is given, each site by itself, weighed by its elements in one sample.
+    `cost` is what is added up: the increase of the loss, or the KL of predictions from float's, which is less noisy.
     Granularities, methods and sites left in float are those of `quant`. `allocated` and `uniform` are then measured with
     everything quantized; uniform has the most bits that the budget would allow every weight (and activation).
     """
+    if cost not in COSTS:
+        raise ConfigError(f"--cost is {cost!r}; choose one of {', '.join(COSTS)}")
     if budget_bits is not None and budget_bytes is not None:
         raise ConfigError("give --budget_bits or --budget_bytes, not both")
     sites = insert_sites(subject.build(), quant.policy())
@@ -37,13 +41,13 @@ def search_bits(
     if activation_budget_bits is not None:
         modules["activations"] = [Module(n, *_kind(n), frozenset({Part(n)})) for n in sites.quantizers]
     in_float = _float_scores(subject)
-    costs = _measure(subject, quant, candidates, modules, in_float, progress)
+    costs = _measure(subject, quant, candidates, modules, in_float, cost, progress)
     numel = {s.name: s.numel for s in sites.weights} | {a.name: a.numel * a.n_groups for a in sites.activations}
     if budget_bytes is None:
         weight_budget = _in_all(budget_bits or DEFAULT_BUDGET, modules["weights"], numel)
     else:
         weight_budget = 8 * int(budget_bytes)
-    result = {"subject": subject.name, "samples": len(in_float.losses), "candidates": sorted(candidates)}
+    result = {"subject": subject.name, "samples": len(in_float.losses), "candidates": sorted(candidates), "cost": cost}
     result |= {"float": in_float.summary(), "activations": None}
     result["weights"] = _allocated(modules["weights"], numel, costs, weight_budget)
     if activation_budget_bits is not None:
@@ -90,16 +94,16 @@ def _float_scores(subject: Subject) -> Scores:
 
 def _measure(
     subject: Subject, quant: QuantConfig, candidates: tuple[int, ...], modules: dict[str, list[Module]],
-    in_float: Scores, progress: Callable[[str], Tracker],
+    in_float: Scores, cost: str, progress: Callable[[str], Tracker],
 ) -> Costs:  # fmt: skip
-    """Return the loss increase and its standard error of each site at each number of bits, it alone quantized."""
+    """Return the cost and its standard error of each site at each number of bits, it alone quantized."""
     together = [module for group in modules.values() for module in group]
     costs: Costs = {module.name: {} for module in together}
     for n_bits in sorted(candidates):
         variants = post_training(subject, at_bits(quant, {module.name: n_bits for module in together}))
-        found = only_it(variants, subject, together, in_float, progress(f"{n_bits} bits"))
-        for name, cost in found.items():
-            costs[name][n_bits] = cost
+        found = only_it(variants, subject, together, in_float, cost, progress(f"{n_bits} bits"))
+        for name, measured in found.items():
+            costs[name][n_bits] = measured
     return costs
 
 
@@ -111,7 +115,7 @@ def _allocated(modules: list[Module], numel: dict[str, int], costs: Costs, budge
         "budget_bits": budget / total,
         "average_bits": size / total,
         "bytes": -(-size // 8),
-        "predicted_loss_increase": cost_of(groups, bits),
+        "predicted_cost": cost_of(groups, bits),
         "bits": bits,
         "numel": {group.name: group.numel for group in groups},
         "costs": {group.name: {str(b): list(cost) for b, cost in costs[group.name].items()} for group in groups},

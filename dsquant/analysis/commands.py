@@ -17,7 +17,7 @@ from dsquant.analysis.bit_search import bits_of, search_bits
 from dsquant.analysis.modules import find_modules, pool, select
 from dsquant.analysis.oscillation import final_by_part, oscillation
 from dsquant.analysis.outliers import outliers
-from dsquant.analysis.sensitivity import leave_one_out
+from dsquant.analysis.sensitivity import DIFFERENCES, leave_one_out
 from dsquant.analysis.subject import Samples, Subject, open_model, open_run
 from dsquant.analysis.variants import post_training, trained, uniform_policy
 from dsquant.config import ModelConfig, RunConfig, load_config
@@ -26,6 +26,7 @@ from dsquant.run_folder import RECIPE_FILE
 from dsquant.telemetry.metrics import write_atomically
 
 DEFAULT_BITS = 4
+WIDTH = 120  # of tables that go to a file
 
 
 class Analyze:
@@ -70,7 +71,7 @@ class Analyze:
         path = Path(str(out))
         self._file = path if path.suffix in (".yaml", ".yml") else None
         self._out, self._plots = path.parent if self._file else path, plots
-        self._console = Console()
+        self._console = Console(width=None if sys.stdout.isatty() else WIDTH)
         self._subjects: dict[str | None, Subject] = {}
 
     def sensitivity(
@@ -109,11 +110,13 @@ class Analyze:
                 self._shown(plots.block_table(values, path, title=title, label=f"{says} (nats)"))
 
     def _sensitivity_table(self, result: dict[str, Any]) -> None:
-        table = Table("kind", "blocks", "recovers loss", "recovers top-1", "adds loss", "costs top-1")
+        table = _table(
+            "kind", "blocks", "recovers loss", "recovers top-1", "recovers KL", "adds loss", "costs top-1", "adds KL"
+        )
         ordered = sorted(result["kinds"].items(), key=lambda item: -item[1]["recovery_loss"])
         for kind, row in ordered:
-            cells = (f"{row['recovery_loss']:.4f}", f"{row['recovery_top1']:.2f}")
-            table.add_row(kind, str(row["blocks"]), *cells, f"{row['harm_loss']:.4f}", f"{row['harm_top1']:.2f}")
+            cells = (f"{row[key]:.2f}" if key.endswith("top1") else f"{row[key]:.4f}" for key in DIFFERENCES)
+            table.add_row(kind, str(row["blocks"]), *cells)
         for name in ("float", "quantized"):
             self._console.print(f"{name}: loss {result[name]['loss']:.4f}, top-1 {result[name]['top1']:.2f} %")
         self._console.print(table)
@@ -123,7 +126,7 @@ class Analyze:
         self._check_plots()
         result = outliers(self._subject(self._stage))
         self._write("outliers", result)
-        table = Table("site", "max/std", "kurtosis", "SDAM", "SDAM / mean", "beyond 6 sigma", "heads")
+        table = _table("site", "max/std", "kurtosis", "SDAM", "SDAM / mean", "beyond 6 sigma", "heads")
         for name, site in [*result["weights"].items(), *result["activations"].items()]:
             numbers = (site["max_over_std"], site["kurtosis"], site["sdam"], site["sdam_relative"])
             cells = ["-" if value is None else f"{value:.3f}" for value in numbers]
@@ -147,7 +150,7 @@ class Analyze:
         result = oscillation(self._run, stage)
         result["final_parts"] = final_by_part(self._run, result["stage"])
         self._write("oscillation", result)
-        table = Table("module", "bits", "weights", "peak oscillating %", "final oscillating %", "final frozen %")
+        table = _table("module", "bits", "weights", "peak oscillating %", "final oscillating %", "final frozen %")
         for name, site in result["sites"].items():
             shares = (max(site["oscillating_pct"]), site["oscillating_pct"][-1], site["frozen_pct"][-1])
             table.add_row(name, str(site["n_bits"]), f"{site['numel']:,}", *(f"{share:.2f}" for share in shares))
@@ -160,6 +163,7 @@ class Analyze:
     def allocate(
         self, budget_bits: float | None = None, budget_bytes: int | None = None, bits: tuple[int, ...] = CANDIDATES,
         recipe: str | None = None, activation_budget_bits: float | None = None, from_stage: str | None = None,
+        cost: str = "loss",
     ) -> None:  # fmt: skip
         """Find the bits of each weight that cost the least loss within a size, and write them for the next run.
 
@@ -175,10 +179,11 @@ class Analyze:
                 its last one that quantizes.
             activation_budget_bits: allocate activations too, with so many bits on average over one sample's elements.
             from_stage: the float stage of the run whose weights are measured; by default its last.
+            cost: loss, its increase; or kl, how far predictions move from float's: of few samples the less noisy one.
         """
         self._allocate(
             self._stage, recipe, from_stage, candidates=tuple(bits) if isinstance(bits, tuple | list) else (bits,),
-            budget_bits=budget_bits, budget_bytes=budget_bytes, activation_budget_bits=activation_budget_bits,
+            budget_bits=budget_bits, budget_bytes=budget_bytes, activation_budget_bits=activation_budget_bits, cost=cost,
         )  # fmt: skip
 
     def _allocate(self, stage: str | None, recipe: str | None, from_stage: str | None, **search: Any) -> None:
@@ -198,14 +203,14 @@ class Analyze:
     def _allocation_table(self, result: dict[str, Any]) -> None:
         for part in ("weights", "activations"):
             if found := result[part]:
-                table = Table(part, "elements", "bits", *(f"loss at {b}" for b in result["candidates"]))
+                table = _table(part, "elements", "bits", *(f"{result['cost']} at {b}" for b in result["candidates"]))
                 for name, n_bits in found["bits"].items():
                     costs = (f"{found['costs'][name][str(b)][0]:+.4f}" for b in result["candidates"])
                     table.add_row(name, f"{found['numel'][name]:,}", str(n_bits), *costs)
                 self._console.print(table)
                 self._console.print(
                     f"{part}: {found['average_bits']:.3f} bits on average (budget {found['budget_bits']:.3f}), "
-                    f"{found['bytes']:,} bytes; predicted increase of the loss {found['predicted_loss_increase']:+.4f}"
+                    f"{found['bytes']:,} bytes; predicted {result['cost']} {found['predicted_cost']:+.4f}"
                 )
         for name in ("float", "allocated", "uniform"):
             if row := result[name]:
@@ -297,6 +302,15 @@ class Analyze:
 
     def _shown(self, path: Path) -> None:
         self._console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+def _table(first: str, *others: str) -> Table:
+    """Return a table whose first column, the names, is never cut."""
+    table = Table()
+    table.add_column(first, no_wrap=True, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
 
 
 def _bar() -> Progress:

@@ -26,8 +26,8 @@ def require_matplotlib() -> None:
         raise ConfigError("pictures need matplotlib: pip install 'dsquant[analysis]', or pass --plots=false") from None
 
 
-def _figure(columns: int, width: float, height: float, title: str) -> tuple["Figure", Sequence["Axes"]]:
-    """Return a figure of `columns` panels in a row that is drawn to files alone, and its axes."""
+def _figure(columns: int, width: float, height: float, title: str, rows: int = 1) -> tuple["Figure", list["Axes"]]:
+    """Return a figure of `rows` of panels that is drawn to files alone, and its axes row by row."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ def _figure(columns: int, width: float, height: float, title: str) -> tuple["Fig
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11, color=INK)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes:
         ax.tick_params(labelsize=8, colors=INK)
         for side in ("top", "right"):
@@ -75,8 +75,9 @@ def sensitivity_bars(result: Mapping[str, Any], path: Path) -> Path:
                 ax.plot([m[key] for m in members], [row] * len(members), "o", ms=3.5, color=ORANGE, alpha=0.8)
             else:
                 ax.errorbar(values[row], row, xerr=members[0][f"{key}_se"], color=INK, capsize=3, lw=1)
-        ax.plot([], [], "o", ms=3.5, color=ORANGE, label="one block")
-        ax.errorbar([], [], xerr=[], color=INK, capsize=3, lw=1, label="± standard error")
+        if len(kinds) < len(result["modules"]):
+            ax.plot([], [], "o", ms=3.5, color=ORANGE, label="one block")
+        ax.errorbar([], [], xerr=[], color=INK, capsize=3, lw=1, label="± standard error, over samples")
         _bars_frame(ax, kinds, head, label)
     axes[1].set_yticklabels([])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
@@ -98,21 +99,22 @@ def _bars_frame(ax: "Axes", names: Sequence[str], title: str, label: str) -> Non
 
 
 def block_table(
-    values: Mapping[str, float], path: Path, *, title: str, label: str, form: str = "{:.3f}", colors: str = "YlOrRd"
-) -> Path:
+    values: Mapping[str, float], path: Path, *, title: str, label: str, form: str = "{:.3f}",
+    colors: str = "YlOrRd", limits: tuple[float, float] | None = None,
+) -> Path:  # fmt: skip
     """Draw a heat map of a value by block (rows) and kind of module (columns) from values by module name."""
     blocks = list(dict.fromkeys(split_name(name)[0] or "outside blocks" for name in values))
     kinds = list(dict.fromkeys(split_name(name)[1] for name in values))
     cells = {(split_name(n)[0] or "outside blocks", split_name(n)[1]): v for n, v in values.items()}
     rows = [[cells.get((block, kind), float("nan")) for kind in kinds] for block in blocks]
     figure, (ax,) = _figure(1, 2.6 + 0.85 * len(kinds), 2.2 + ROW * len(blocks), title)
-    _heat(figure, ax, rows, blocks, kinds, label, form, colors)
+    _heat(figure, ax, rows, blocks, kinds, label, form, colors, limits=limits)
     return _save(figure, path)
 
 
 def _heat(
     figure: "Figure", ax: "Axes", rows: list[list[float]], names: Sequence[str], columns: Sequence[str], label: str,
-    form: str, colors: str = "YlOrRd", bar: bool = True, limits: tuple[float, float] | None = None,
+    form: str, colors: str, bar: bool = True, limits: tuple[float, float] | None = None,
 ) -> Any:  # fmt: skip
     """Draw one heat map; cells without a value stay white, and those of small maps show their numbers."""
     import numpy as np
@@ -128,7 +130,9 @@ def _heat(
         for (row, column), value in np.ndenumerate(grid):
             if value is not np.ma.masked and np.isfinite(value):
                 dark = (value - low) > 0.65 * (high - low)
-                ax.text(column, row, form.format(value), ha="center", va="center", fontsize=7,
+                text = form.format(value)
+                text = text.removeprefix("-") if float(text) == 0 else text
+                ax.text(column, row, text, ha="center", va="center", fontsize=7,
                         color="white" if dark else INK)  # fmt: skip
     if bar:
         figure.colorbar(image, ax=ax, shrink=0.8).set_label(label, fontsize=9)
@@ -178,20 +182,24 @@ def outlier_heads(result: Mapping[str, Any], path: Path, statistic: str = "max_o
         return None
     blocks = list(dict.fromkeys(split_name(name)[0] or "" for name in sites))
     heads = max(len(values) for values in sites.values())
+    columns = min(3, len(kinds))
+    count = -(-len(kinds) // columns)
     labels = {"max_over_std": "max |x| / std of a head", "kurtosis": "kurtosis of a head (normal: 3)"}
     title = f"{result['subject']}: outliers of activations by head; {result['samples']} samples"
-    figure, axes = _figure(len(kinds), 2.2 + len(kinds) * (0.9 + 0.42 * heads), 2.0 + ROW * len(blocks), title)
-    high = max(v for values in sites.values() for v in values if v is not None)
-    for index, (ax, kind) in enumerate(zip(axes, kinds, strict=True)):
+    width, height = 2.6 + columns * (0.6 + 0.42 * heads), 0.8 + count * (0.9 + ROW * len(blocks))
+    figure, axes = _figure(columns, max(8.0, width), height, title, rows=count)
+    known = [v for values in sites.values() for v in values if v is not None]
+    for index, (ax, kind) in enumerate(zip(axes, kinds, strict=False)):
         rows = [_padded(sites.get(f"{block}.{kind}".lstrip("."), ()), heads) for block in blocks]
-        names = blocks if index == 0 else [""] * len(blocks)
-        image = _heat(
-            figure, ax, rows, names, [str(h) for h in range(heads)], "", "{:.0f}", bar=False, limits=(0, high)
-        )
-        ax.set_xticks(range(heads), [str(h) for h in range(heads)], rotation=0, ha="center")
+        names, columns_of = blocks if index % columns == 0 else [""] * len(blocks), [str(h) for h in range(heads)]
+        limits = (min(known), max(known))
+        image = _heat(figure, ax, rows, names, columns_of, "", "{:.1f}", "YlOrRd", bar=False, limits=limits)
+        ax.set_xticks(range(heads), columns_of, rotation=0, ha="center")
         ax.set_title(kind, fontsize=9, color=INK)
         ax.set_xlabel("head", fontsize=9, color=INK)
-    figure.colorbar(image, ax=list(axes), shrink=0.8).set_label(labels[statistic], fontsize=9)
+    for ax in axes[len(kinds) :]:
+        ax.set_visible(False)
+    figure.colorbar(image, ax=axes, shrink=0.8).set_label(labels[statistic], fontsize=9)
     return _save(figure, path)
 
 
@@ -229,4 +237,4 @@ def allocation_bits(bits: Mapping[str, int], path: Path, *, title: str) -> Path:
     """Draw the bits of each weight or activation by block and kind."""
     named: Callable[[str], str] = layer_of if all(name.endswith(".weight") for name in bits) else str
     values = {named(name): float(n) for name, n in bits.items()}
-    return block_table(values, path, title=title, label="bits", form="{:.0f}", colors="Blues")
+    return block_table(values, path, title=title, label="bits", form="{:.0f}", colors="Blues", limits=(0, 8))

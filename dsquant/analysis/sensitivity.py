@@ -8,11 +8,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch import Tensor
+
 from dsquant.analysis.modules import Module
 from dsquant.analysis.subject import Scores, Subject
 from dsquant.analysis.variants import Variants
 
-DIFFERENCES = ("recovery_loss", "recovery_top1", "harm_loss", "harm_top1")
+DIFFERENCES = ("recovery_loss", "recovery_top1", "recovery_kl", "harm_loss", "harm_top1", "harm_kl")
 Progress = Callable[[Iterable[Module]], Iterable[Module]]
 
 
@@ -22,8 +24,9 @@ def leave_one_out(
     """Measure every module both ways and return a JSON-ready result.
 
     recovery_loss = loss(all quantized) - loss(all but it); recovery_top1 = top1(all but it) - top1(all quantized);
-    harm_loss = loss(only it quantized) - loss(float); harm_top1 = top1(float) - top1(only it). `*_se` are the standard
-    errors of the losses' differences. Losses in nats, top-1 in percent. `kinds` holds the means over blocks.
+    harm_loss = loss(only it quantized) - loss(float); harm_top1 = top1(float) - top1(only it). recovery_kl and harm_kl
+    are the same of KL(float || variant), which knows no labels and so has no lucky errors. `*_se` are standard errors.
+    Losses and KL in nats, top-1 in percent. `kinds` holds the means over blocks.
     """
     everything = variants.everything
     variants.quantize_only(())
@@ -49,8 +52,10 @@ def leave_one_out(
 
 
 def _row(module: Module, in_float: Scores, quantized: Scores, without: Scores, only: Scores) -> dict[str, Any]:
-    recovery, recovery_se = paired_difference(quantized, without)
-    harm, harm_se = paired_difference(only, in_float)
+    recovery, recovery_se = mean_and_error(quantized.losses - without.losses)
+    harm, harm_se = mean_and_error(only.losses - in_float.losses)
+    recovery_kl, recovery_kl_se = mean_and_error(in_float.divergence(quantized) - in_float.divergence(without))
+    harm_kl, harm_kl_se = mean_and_error(in_float.divergence(only))
     return {
         "name": module.name,
         "kind": module.kind,
@@ -64,18 +69,20 @@ def _row(module: Module, in_float: Scores, quantized: Scores, without: Scores, o
         "recovery_loss": recovery,
         "recovery_loss_se": recovery_se,
         "recovery_top1": without.top1 - quantized.top1,
+        "recovery_kl": recovery_kl,
+        "recovery_kl_se": recovery_kl_se,
         "harm_loss": harm,
         "harm_loss_se": harm_se,
         "harm_top1": in_float.top1 - only.top1,
+        "harm_kl": harm_kl,
+        "harm_kl_se": harm_kl_se,
     }
 
 
-def paired_difference(a: Scores, b: Scores) -> tuple[float, float]:
-    """Return the mean of the losses' differences a - b over the same samples, and its standard error."""
-    difference = a.losses - b.losses
-    n = len(difference)
-    error = float(difference.std()) / n**0.5 if n > 1 else 0.0
-    return float(difference.mean()), error
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Return the mean of values (N,) and its standard error, std / sqrt(N); of differences, that of paired samples."""
+    n = len(values)
+    return float(values.mean()), float(values.std()) / n**0.5 if n > 1 else 0.0
 
 
 def by_kind(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -90,12 +97,18 @@ def by_kind(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def only_it(
-    variants: Variants, subject: Subject, modules: list[Module], in_float: Scores,
+    variants: Variants, subject: Subject, modules: list[Module], in_float: Scores, cost: str = "loss",
     progress: Progress = lambda modules: modules,
 ) -> dict[str, tuple[float, float]]:  # fmt: skip
-    """Return the loss increase over float and its standard error of each module when it alone is quantized."""
+    """Return the cost and its standard error of each module when it alone is quantized.
+
+    cost "loss": the increase of the loss over float; "kl": KL(float || variant), which is never negative.
+    """
     found = {}
     for module in progress(modules):
         variants.quantize_only(module.parts)
-        found[module.name] = paired_difference(subject.scores(variants.model), in_float)
+        scores = subject.scores(variants.model)
+        found[module.name] = mean_and_error(
+            in_float.divergence(scores) if cost == "kl" else scores.losses - in_float.losses
+        )
     return found

@@ -45,10 +45,11 @@ class Samples:
 
 
 class Scores(NamedTuple):
-    """Hold the loss (float64) and the rightness (bool) of each sample, (N,), so that variants compare sample by sample."""
+    """Hold loss (N,) float64, rightness (N,) bool and log-probabilities (N, C) float32, so that variants compare by sample."""
 
     losses: Tensor
     right: Tensor
+    log_probs: Tensor
 
     @property
     def loss(self) -> float:
@@ -61,6 +62,11 @@ class Scores(NamedTuple):
     def summary(self) -> dict[str, float]:
         """Return the mean `loss` and `top1` (%)."""
         return {"loss": self.loss, "top1": self.top1}
+
+    def divergence(self, other: "Scores") -> Tensor:
+        """Return KL(self || other) of each sample, (N,) float64, in nats: how far the predictions have moved."""
+        mine, theirs = self.log_probs.double(), other.log_probs.double()
+        return (mine.exp() * (mine - theirs)).sum(dim=1)
 
 
 @dataclass
@@ -92,13 +98,14 @@ class Subject:
     @torch.no_grad()
     def scores(self, model: nn.Module) -> Scores:
         """Measure a model on every sample, in the order of the batches; label -1 marks padding."""
-        losses, right = [], []
+        losses, right, log_probs = [], [], []
         for inputs, labels in self.batches:
             logits, real = logits_of(model, inputs), labels >= 0
             loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
             losses.append(loss[real].double().cpu())
             right.append((logits.argmax(dim=-1) == labels)[real].cpu())
-        return Scores(torch.cat(losses), torch.cat(right))
+            log_probs.append(logits.log_softmax(dim=-1)[real].cpu())
+        return Scores(torch.cat(losses), torch.cat(right), torch.cat(log_probs))
 
 
 def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
