@@ -246,9 +246,6 @@ class QuantConfig(Section):
             "weight.granularity: per_token is for activations; weights take per_tensor, per_channel or per_head": (
                 weight.granularity is Granularity.PER_TOKEN
             ),
-            "activation.granularity: per_channel is for weights; activations take per_tensor, per_head or per_token": (
-                activation.granularity is Granularity.PER_CHANNEL
-            ),
             f"activation.method: {activation.method} is for weights; activations take lsq or elastic": (
                 activation.method not in OF_ACTIVATIONS
             ),

@@ -203,7 +203,6 @@ def test_shards_must_be_named_and_mean_and_std_fit_the_channels():
         ("weight", {"n_bits": 2, "method": "bwn"}, "weight.method: method bwn takes n_bits 1, not 2"),
         ("activation", {"n_bits": 2, "method": "statsq"}, "activation.method: statsq is for weights"),
         ("activation", {"n_bits": 2, "method": "seq"}, "seq is for weights; activations take lsq or elastic"),
-        ("activation", {"n_bits": 2, "granularity": "per_channel"}, "activation.granularity: per_channel is for weights"),
         ("activation", {"n_bits": 1}, "activation.method: 1 bit has no signed lsq levels"),
         ("activation", {"n_bits": 4, "method": "elastic"}, "activation.method: method elastic takes n_bits 1, not 4"),
     ],
