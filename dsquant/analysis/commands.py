@@ -26,6 +26,7 @@ from dsquant.run_folder import RECIPE_FILE
 from dsquant.telemetry.metrics import write_atomically
 
 DEFAULT_BITS = 4
+SHOWN = {"recovery_loss": "loss recovered", "harm_loss": "loss added", "harm_kl": "KL of predictions from float's"}
 WIDTH = 120  # of tables that go to a file
 
 
@@ -88,7 +89,7 @@ class Analyze:
             what: both, or weights or activations alone.
             granularity: of the weights: per_tensor (q, k and v apart) or per_channel.
         """
-        self._check_plots()
+        self._check_output()
         subject = self._subject(self._stage)
         if n_bits is None and subject.quantized:
             variants = trained(subject)
@@ -103,9 +104,9 @@ class Analyze:
             return
         self._shown(plots.sensitivity_bars(result, self._out / "sensitivity.png"))
         if by == "module":
-            for key, says in (("recovery_loss", "loss recovered"), ("harm_loss", "loss added")):
+            for key, says in SHOWN.items():
                 values = {row["name"]: row[key] for row in result["modules"]}
-                title = f"{subject.name}: {says} by each module"
+                title = f"{subject.name}: {says}, by module"
                 path = self._out / f"sensitivity_{key}.png"
                 self._shown(plots.block_table(values, path, title=title, label=f"{says} (nats)"))
 
@@ -123,7 +124,7 @@ class Analyze:
 
     def outliers(self) -> None:
         """Describe the outliers of every weight and activation: whole, per channel, per head."""
-        self._check_plots()
+        self._check_output()
         result = outliers(self._subject(self._stage))
         self._write("outliers", result)
         table = _table("site", "max/std", "kurtosis", "SDAM", "SDAM / mean", "beyond 6 sigma", "heads")
@@ -144,7 +145,7 @@ class Analyze:
         self._oscillation(self._stage)
 
     def _oscillation(self, stage: str | None) -> None:
-        self._check_plots()
+        self._check_output()
         if self._run is None:
             raise ConfigError("oscillation is recorded by a run: give --run")
         result = oscillation(self._run, stage)
@@ -187,7 +188,7 @@ class Analyze:
         )  # fmt: skip
 
     def _allocate(self, stage: str | None, recipe: str | None, from_stage: str | None, **search: Any) -> None:
-        self._check_plots()
+        self._check_output(one_file=True)
         config = load_config(str(recipe or self._recipe_of_run()))
         stage = stage or next((n for n, s in reversed(config.stages.items()) if s.quant is not None), None)
         quant = allocation.quantized_stage(config, stage).quant
@@ -291,7 +292,10 @@ class Analyze:
             raise ConfigError(f"{self._run} has no float stage; name the stage to measure with --from_stage")
         return floats[-1]
 
-    def _check_plots(self) -> None:
+    def _check_output(self, *, one_file: bool = False) -> None:
+        """Raise ConfigError for what would fail only after all is measured."""
+        if self._file and not one_file:
+            raise ConfigError(f"--out {self._file} is a file; give the folder that results go to")
         if self._plots:
             plots.require_matplotlib()
 

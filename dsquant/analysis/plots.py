@@ -52,7 +52,7 @@ def _save(figure: "Figure", path: Path) -> Path:
 
 
 def sensitivity_bars(result: Mapping[str, Any], path: Path) -> Path:
-    """Draw recovery and harm of each kind of module: a bar is the mean over blocks, a dot is one block.
+    """Draw recovery, harm and moved predictions of each kind: a bar is the mean over blocks, a dot is one block.
 
     Of modules that are pooled already the whiskers are one standard error of the paired difference.
     """
@@ -61,25 +61,35 @@ def sensitivity_bars(result: Mapping[str, Any], path: Path) -> Path:
     title += (
         f"all quantized ({_bits(result)} bits) {result['quantized']['loss']:.3f}, {result['quantized']['top1']:.1f} %"
     )
-    figure, axes = _figure(2, 11, 1.6 + ROW * len(kinds), f"{title}\n{result['samples']} samples")
+    figure, axes = _figure(3, 14, 1.6 + ROW * len(kinds), f"{title}\n{result['samples']} samples")
+    pooled = len(kinds) == len(result["modules"])
     panels = (
         ("recovery_loss", "left in float, all else quantized", "loss recovered (nats)"),
         ("harm_loss", "quantized, all else in float", "loss added (nats)"),
+        ("harm_kl", "quantized, all else in float", "KL of predictions from float's (nats)"),
     )
     for ax, (key, head, label) in zip(axes, panels, strict=True):
         values = [result["kinds"][kind][key] for kind in kinds]
-        ax.barh(range(len(kinds)), values, color=BLUE, height=0.65, alpha=0.85, label="mean over blocks")
+        ax.barh(
+            range(len(kinds)),
+            values,
+            color=BLUE,
+            height=0.65,
+            alpha=0.85,
+            label="difference" if pooled else "mean over blocks",
+        )
         for row, kind in enumerate(kinds):
             members = [m for m in result["modules"] if m["kind"] == kind]
             if len(members) > 1:
                 ax.plot([m[key] for m in members], [row] * len(members), "o", ms=3.5, color=ORANGE, alpha=0.8)
             else:
                 ax.errorbar(values[row], row, xerr=members[0][f"{key}_se"], color=INK, capsize=3, lw=1)
-        if len(kinds) < len(result["modules"]):
+        if not pooled:
             ax.plot([], [], "o", ms=3.5, color=ORANGE, label="one block")
         ax.errorbar([], [], xerr=[], color=INK, capsize=3, lw=1, label="± standard error, over samples")
         _bars_frame(ax, kinds, head, label)
-    axes[1].set_yticklabels([])
+        if ax is not axes[0]:
+            ax.set_yticklabels([])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return _save(figure, path)
 
@@ -157,13 +167,23 @@ def outlier_boxes(result: Mapping[str, Any], path: Path, statistic: str = "max_o
         ax.set_yticks(range(1, len(group) + 1), [f"{kind} ({len(v)})" for kind, v in group.items()])
         ax.set_ylim(len(group) + 0.6, 0.4)
         if max(max(v) for v in values) > 20 * max(1e-9, min(min(v) for v in values)):
-            ax.set_xscale("log")
+            _log_axis(ax)
         ax.grid(axis="x", color="#dddddd", lw=0.6)
         ax.set_title(f"{name} (number of channels)", fontsize=9, color=INK)
         ax.set_xlabel(labels[statistic], fontsize=9, color=INK)
     note = "box: quartiles and median; whiskers: 5 % and 95 %; dots: channels beyond"
     figure.supxlabel(note, fontsize=8, color=MUTED)
     return _save(figure, path)
+
+
+def _log_axis(ax: "Axes") -> None:
+    """Make x logarithmic, with plain numbers at 1, 2 and 5 of each decade and none between: they would overlap."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _by_kind(sites: Mapping[str, Any], statistic: str) -> dict[str, list[float]]:

@@ -148,9 +148,13 @@ def open_model(config: ModelConfig, samples: Samples, device: torch.device, imag
     if missing := [key for key in ("mean", "std", "interpolation", "crop_pct", "input_size") if key not in known]:
         raise ConfigError(f"{config.name} does not say how its images are prepared ({missing}); analyse a run of it")
     channels, _, size = known["input_size"]
+    if config.kwargs.get("in_chans", channels) != channels:
+        raise ConfigError(
+            f"{config.name} says how images of {channels} channels are prepared; analyse a run of it instead"
+        )
     transform = build_transform(
         image_size=image_size or config.kwargs.get("img_size", size),
-        channels=config.kwargs.get("in_chans", channels),
+        channels=channels,
         train=False,
         augment="none",
         **{key: known[key] for key in ("mean", "std", "interpolation", "crop_pct")},
