@@ -5,6 +5,7 @@ or a value set differently in the ds_config is an error that names the key, the 
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +13,19 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dsquant.errors import ConfigError
-from dsquant.spec import MAX_BITS, MIN_BITS, Bias, Granularity, Method, PolicyRule, QuantSpec, SitePolicy
+from dsquant.spec import (
+    MAX_BITS,
+    MIN_BITS,
+    OF_ACTIVATIONS,
+    Bias,
+    Granularity,
+    Method,
+    PolicyRule,
+    QuantSpec,
+    SitePolicy,
+    check_bits,
+    levels_of,
+)
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "digits_w2a2"
@@ -89,6 +102,12 @@ class RuleConfig(Section):
     lr_scale: NonNegative | None = None
     quantize: Flag = True
 
+    @model_validator(mode="after")
+    def _bits_of_method(self):
+        if self.method is not None and self.n_bits is not None:
+            _as_value_error("method", check_bits, self.method, self.n_bits)
+        return self
+
     def rule(self) -> PolicyRule:
         changes = self.model_dump(exclude={"match", "quantize"}, exclude_none=True)
         return PolicyRule(self.match, changes, self.quantize)
@@ -150,14 +169,35 @@ class OscillationConfig(Section):
 
 
 class CalibrationConfig(Section):
-    """Say how many training batches set the first activation scales, and in how many rounds."""
+    """Say how many training batches set the first activation scales, in how many rounds, and by which rule.
+
+    mse fits scale and offset to the least squared error. lsq: 2 mean|x| / sqrt(qmax), twice that where unsigned (OFQ, BiT).
+    qv: 2 mean|x| / sqrt(qmax) with the qmax of signed codes everywhere (code of Quantization Variation). Offsets of the last
+    two start at 0. `inherit` takes every scale, offset and bias, weights' too, from the stage of `init_from` instead, which
+    must have the same sites: for fine-tuning that goes on where that stage ended (CGA).
+    """
 
     batches: Positive = 4
     rounds: Positive = 2
+    init: Literal["mse", "lsq", "qv"] = "mse"
+    inherit: Flag = False
+
+
+def _as_value_error(key: str, check: Callable[..., object], *values: object) -> None:
+    """Run a check of the vocabulary; its ConfigError becomes one that pydantic places in the recipe."""
+    try:
+        check(*values)
+    except ConfigError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 class QuantConfig(Section):
-    """Describe the quantization of a stage."""
+    """Describe the quantization of a stage.
+
+    `grad_scale` is the factor on the gradient of a scale of N elements: lsq 1 / sqrt(N qmax); mdq 1 / sqrt(qmax |w|_1) for
+    weights, of their present latents (Quantization Variation), and lsq for activations; none 1. Adam cancels it: it has an
+    effect with `scale_optimizer: sgd`.
+    """
 
     weight: TensorQuant
     activation: TensorQuant
@@ -175,9 +215,25 @@ class QuantConfig(Section):
     oscillation: OscillationConfig = OscillationConfig()
 
     @model_validator(mode="after")
-    def _no_weight_offset(self):
-        if self.weight.offset or self.weight.bias is not Bias.NONE:
-            raise ValueError("weight.offset, weight.bias: weights are symmetric; both are for activations")
+    def _each_kind_has_what_it_can(self):
+        weight, activation = self.weight, self.activation
+        refused = {
+            "weight.offset: weights are symmetric; an offset is for activations": weight.offset,
+            "weight.bias: a bias is for activations": weight.bias is not Bias.NONE,
+            "weight.granularity: per_token is for activations; weights take per_tensor, per_channel or per_head": (
+                weight.granularity is Granularity.PER_TOKEN
+            ),
+            "activation.granularity: per_channel is for weights; activations take per_tensor, per_head or per_token": (
+                activation.granularity is Granularity.PER_CHANNEL
+            ),
+            f"activation.method: {activation.method} is for weights; activations take lsq or elastic": (
+                activation.method not in OF_ACTIVATIONS
+            ),
+        }
+        if faults := [said for said, is_fault in refused.items() if is_fault]:
+            raise ValueError("; ".join(faults))
+        for key, tensor in (("weight.method", weight), ("activation.method", activation)):
+            _as_value_error(key, levels_of, tensor.method, tensor.n_bits, True)
         return self
 
     def policy(self) -> SitePolicy:
@@ -229,6 +285,8 @@ class StageConfig(Section):
     def _one_length(self):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give a stage either epochs or steps")
+        if self.quant is not None and self.quant.calibration.inherit and self.init_from is None:
+            raise ValueError("quant.calibration.inherit needs init_from, the quantized stage that it goes on from")
         if self.steps == 0 and self.quant is not None:
             raise ValueError("steps: 0 is for a float stage that is taken as it is; a quantized stage needs steps")
         return self

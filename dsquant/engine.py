@@ -195,6 +195,23 @@ class Engine:
         self.state.set_learning_rates(self.quant.scale_lr, self.quant.scale_lr_mode)
         self.check_state_agrees()
 
+    def inherit(self, values: dict[str, Tensor]) -> None:
+        """Go on with the quantizers of an earlier stage, "site:role" -> values, and quantize the latents by them.
+
+        Raises ConfigError naming the first site or size that the two stages do not share.
+        """
+        sizes = {key: entry.numel for key, entry in self.state.entries.items()}
+        given = {key: tensor.numel() for key, tensor in values.items()}
+        if odd := sorted(key for key in sizes.keys() | given.keys() if sizes.get(key) != given.get(key)):
+            raise ConfigError(
+                f"calibration.inherit: {odd[0]} has {given.get(odd[0], 'no')} values in the stage of init_from and "
+                f"{sizes.get(odd[0], 'no')} here; both stages need the same sites"
+            )
+        for key, entry in self.state.entries.items():
+            self.state.values[entry.slice] = values[key].to(self.world.device)
+        self.quantization.start()
+        self.finish_calibration()
+
     def check_state_agrees(self) -> None:
         """Raise TrainingError naming the ranks whose quantizer state differs from rank 0's."""
         digests: list[str | None] = [None] * self.world.size

@@ -191,7 +191,10 @@ class Run:
             restore(engine, resumed)
         elif stage.quant is not None:
             self.summary.pop("oscillating_peak_pct", None)
-            self._calibrate(engine, stage, stream)
+            if stage.quant.calibration.inherit:
+                engine.inherit(load_run_checkpoint(self.run_dir, stage.init_from).quant)
+            else:
+                self._calibrate(engine, stage, stream)
         self.console.begin_stage(name, total, engine.step_index)
         if self.metrics and resumed is None:
             self.metrics.write("stage", name, 0, event="begin", total=total, zero_stage=engine.zero_stage)
@@ -236,7 +239,7 @@ class Run:
         engine.eval()
         calibrate(
             engine.sites.quantizers, engine.state, engine.evaluate_logits, images, stage.quant.calibration.rounds,
-            bind=lambda: engine.sites.bind(engine.state),
+            bind=lambda: engine.sites.bind(engine.state), init=stage.quant.calibration.init,
         )  # fmt: skip
         engine.train()
         engine.finish_calibration()

@@ -86,12 +86,17 @@ def qrange(n_bits: int, signed: bool) -> tuple[int, int]:
     return (-(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1) if signed else (0, 2**n_bits - 1)
 
 
+def check_bits(method: Method, n_bits: int) -> None:
+    """Raise ConfigError for bits that a method does not have."""
+    wanted = BITS_OF_METHOD.get(method)
+    if wanted not in (None, n_bits):
+        raise ConfigError(f"method {method} takes n_bits {wanted}, not {n_bits}; change one of the two")
+
+
 def levels_of(method: Method, n_bits: int, signed: bool) -> Levels:
     """Return the grid of a method. Raises ConfigError for bits or a sign that the method has no grid for."""
     qmin, qmax = qrange(n_bits, signed)
-    wanted = BITS_OF_METHOD.get(method)
-    if wanted not in (None, n_bits):
-        raise ConfigError(f"method {method} takes n_bits {wanted}, not {n_bits}")
+    check_bits(method, n_bits)
     if method is Method.ELASTIC:
         return Levels(qmin, qmax, 0.5, 0.0, elastic=True) if signed else Levels(qmin, qmax)
     if method is Method.LSQ:
@@ -261,22 +266,28 @@ class SitePolicy:
         ConfigError for a method that is for weights alone, and for a rule that gives another site a bias.
         """
         default = self.activation if linear else replace(self.activation, bias=Bias.NONE)
-        spec = self._resolve(name, replace(default, signed=signed, offset=self.activation.offset or offset))
+        spec = self._resolve(name, default, signed=signed, offset=self.activation.offset or offset)
         if spec is not None and spec.bias is not Bias.NONE and not linear:
             raise ConfigError(f"a quant rule gives {name} a bias; only inputs of linear layers take one")
         if spec is not None and spec.method not in OF_ACTIVATIONS:
             raise ConfigError(f"{name} is an activation and {spec.method} is for weights; methods: lsq, elastic")
         return spec
 
-    def _resolve(self, name: str, spec: QuantSpec) -> QuantSpec | None:
+    def _resolve(self, name: str, spec: QuantSpec, **changes: object) -> QuantSpec | None:
+        """Change a default by the site's own nature and then by the rules; only the result has to make sense."""
         self._names.append(name)
-        quantize = True
+        quantize, matching = True, []
         for index, rule in enumerate(self.rules):
             if fnmatchcase(name, rule.match):
                 self._matched.add(index)
                 quantize = rule.quantize
-                spec = replace(spec, **rule.changes)
-        return spec if quantize else None
+                changes |= rule.changes
+                matching.append(rule.match)
+        try:
+            return replace(spec, **changes) if quantize else None
+        except ConfigError as error:
+            rules = f"quant rules {matching}" if matching else "quant defaults"
+            raise ConfigError(f"{name}, by the {rules}: {error}") from None
 
     def finish(self) -> None:
         """Raise ConfigError naming the first rule that matched no site of the model."""

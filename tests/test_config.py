@@ -5,7 +5,7 @@ import yaml
 
 from dsquant.config import RECIPES, load_config, load_ds_config, merge_ds_config, parse_config
 from dsquant.errors import ConfigError
-from dsquant.spec import Granularity
+from dsquant.spec import Granularity, Levels, QuantSpec
 
 RECIPE = yaml.safe_load("""
 recipe: inline
@@ -124,12 +124,12 @@ def test_what_is_allowed_in_a_stage_does_not_depend_on_the_name_of_the_stage():
     [
         ("stages__w2a2__lr", "fast", "number"),
         ("stages__w2a2__steps", 2.5, "integer"),
-        ("stages__w2a2__steps", 0, "greater than 0"),
+        ("stages__w2a2__steps", -1, "greater than or equal to 0"),
         ("stages__w2a2__quant__weight__n_bits", "two", "integer"),
-        ("stages__w2a2__quant__weight__n_bits", 1, "greater than or equal to 2"),
+        ("stages__w2a2__quant__weight__n_bits", 0, "greater than or equal to 1"),
         ("stages__w2a2__quant__activation__n_bits", 9, "less than or equal to 8"),
         ("stages__w2a2__quant__weight__granularity", "per_row", "per_channel"),
-        ("stages__w2a2__quant__obr__aggregation", "max", "'sum' or 'mean'"),
+        ("stages__w2a2__quant__obr__aggregation", "max", "'sum', 'mean' or 'kernel_mean'"),
         ("stages__w2a2__warmup", 1.5, "less than or equal to 1"),
         ("stages__w2a2__weight_decay", -0.1, "greater than or equal to 0"),
         ("stages__w2a2__lr", float("nan"), "greater than 0"),
@@ -191,8 +191,45 @@ def test_shards_must_be_named_and_mean_and_std_fit_the_channels():
     assert "need 3 values" in refusal(changed(data={"source": "digits", "image_size": 16, "mean": [0.5]}))
 
 
-def test_weights_take_no_offset():
-    assert "offset is for activations" in refusal(changed(stages__w2a2__quant__weight={"n_bits": 2, "offset": True}))
+@pytest.mark.parametrize(
+    ("kind", "tensor", "said"),
+    [
+        ("weight", {"n_bits": 2, "offset": True}, "weight.offset: weights are symmetric"),
+        ("weight", {"n_bits": 2, "bias": "around"}, "weight.bias: a bias is for activations"),
+        ("weight", {"n_bits": 2, "granularity": "per_token"}, "weight.granularity: per_token is for activations"),
+        ("weight", {"n_bits": 1}, "weight.method: 1 bit has no signed lsq levels; use method elastic"),
+        ("weight", {"n_bits": 2, "method": "elastic"}, "weight.method: method elastic takes n_bits 1, not 2"),
+        ("weight", {"n_bits": 3, "method": "ternary"}, "weight.method: method ternary takes n_bits 2, not 3"),
+        ("weight", {"n_bits": 2, "method": "bwn"}, "weight.method: method bwn takes n_bits 1, not 2"),
+        ("activation", {"n_bits": 2, "method": "statsq"}, "activation.method: statsq is for weights"),
+        ("activation", {"n_bits": 2, "method": "seq"}, "seq is for weights; activations take lsq or elastic"),
+        ("activation", {"n_bits": 2, "granularity": "per_channel"}, "activation.granularity: per_channel is for weights"),
+        ("activation", {"n_bits": 1}, "activation.method: 1 bit has no signed lsq levels"),
+        ("activation", {"n_bits": 4, "method": "elastic"}, "activation.method: method elastic takes n_bits 1, not 4"),
+    ],
+)  # fmt: skip
+def test_a_quantizer_that_makes_no_sense_is_refused_with_its_key(kind, tensor, said):
+    message = refusal(changed(**{f"stages__w2a2__quant__{kind}": tensor}))
+    assert "stages.w2a2.quant:" in message
+    assert said in message
+
+
+def test_a_rule_whose_method_has_no_such_bits_is_refused_with_its_place():
+    rules = [{"match": "head*", "n_bits": 8}, {"match": "*", "n_bits": 4, "method": "ternary"}]
+    message = refusal(changed(stages__w2a2__quant__rules=rules))
+    assert "stages.w2a2.quant.rules.1" in message
+    assert "method ternary takes n_bits 2, not 4" in message
+
+
+def test_each_method_may_be_the_default_of_weights_beside_8_bit_ends():
+    bits = {"lsq": 2, "seq": 2, "ternary": 2, "elastic": 1, "statsq": 3, "bwn": 1}
+    for method, n_bits in bits.items():
+        quant = {"weight": {"n_bits": n_bits, "method": method}, "activation": {"n_bits": 1, "method": "elastic"}}
+        policy = parse_config(changed(stages__w2a2__quant=quant), "inline").stages["w2a2"].quant.policy()
+        assert policy.weight_spec("blocks.0.attn.qkv.weight").method == method
+        assert policy.weight_spec("head.weight") == QuantSpec(8)
+        probs = policy.activation_spec("blocks.0.attn.probs", signed=False, offset=False)
+        assert probs.levels == Levels(0, 1)
 
 
 def test_several_faults_are_all_told_at_once():
@@ -297,3 +334,54 @@ def test_a_ds_config_that_cannot_be_read_is_named(tmp_path, text, said):
     with pytest.raises(ConfigError, match=said) as found:
         load_ds_config(path)
     assert "zero.json" in str(found.value)
+
+
+def recipe_at(folder, name, text):
+    path = folder / f"{name}.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_recipe_is_laid_over_the_one_it_extends(tmp_path):
+    path = recipe_at(
+        tmp_path, "mine",
+        "extends: digits_w2a2\nseed: 7\nstages:\n  w2a2: {quant: {weight: {n_bits: 3}}}\n  w3a3: {init_from: fp, epochs: 1,"
+        " batch_size: 32, lr: 1.0e-3}\n",
+    )  # fmt: skip
+    found, base = load_config(path), load_config("digits_w2a2")
+    assert (found.recipe, found.seed) == ("mine", 7)
+    assert found.model == base.model
+    assert list(found.stages) == ["fp", "w2a2", "w3a3"]
+    assert found.stages["w2a2"].quant.weight.n_bits == 3
+    assert found.stages["w2a2"].quant.activation == base.stages["w2a2"].quant.activation
+    assert found.stages["w2a2"].lr == base.stages["w2a2"].lr
+
+
+def test_a_stage_set_to_null_is_left_out_of_the_recipe_beneath(tmp_path):
+    found = load_config(recipe_at(tmp_path, "float_only", "extends: digits_w2a2\nstages: {w2a2: null}\n"))
+    assert list(found.stages) == ["fp"]
+
+
+def test_a_recipe_that_extends_itself_is_an_error(tmp_path):
+    recipe_at(tmp_path, "a", "extends: b.yaml\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_config(recipe_at(tmp_path, "b", "extends: a.yaml\n"))
+
+
+def test_an_extended_recipe_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="no recipe 'nonesuch'"):
+        load_config(recipe_at(tmp_path, "a", "extends: nonesuch\n"))
+
+
+def test_a_target_of_no_stage_is_an_error(tmp_path):
+    target = "{metric: top1, published: 59.73, source: README of the authors}"
+    text = "extends: digits_w2a2\ntargets: {%s: " + target + "}\n"
+    assert load_config(recipe_at(tmp_path, "good", text % "w2a2")).targets["w2a2"].measured is None
+    with pytest.raises(ConfigError, match=r"targets\.w9a9: no such stage"):
+        load_config(recipe_at(tmp_path, "bad", text % "w9a9"))
+
+
+def test_only_a_float_stage_may_be_taken_as_it_is():
+    assert load_config("digits_w2a2", {"stages.fp.epochs": None, "stages.fp.steps": 0}).stages["fp"].steps == 0
+    with pytest.raises(ConfigError, match="steps: 0 is for a float stage"):
+        load_config("digits_w2a2", {"stages.w2a2.epochs": None, "stages.w2a2.steps": 0})

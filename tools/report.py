@@ -1,10 +1,13 @@
-"""Show a run, going on or finished: `html` writes its report page, `wandb_sync` sends it to W&B as one merged run."""
+"""Show runs, going on or finished: `html` writes a report page, `compare` sets seeds side by side, `wandb_sync` sends one."""
 
+import json
 import sys
+from pathlib import Path
 
 import fire
 
 from dsquant.errors import DsquantError
+from dsquant.telemetry.comparison import as_text, compare
 from dsquant.telemetry.report import write_report
 from dsquant.telemetry.wandb_sink import replay
 
@@ -31,9 +34,22 @@ def wandb_sync(run: str, project: str = "dsquant", mode: str = "auto") -> None:
     print(replay(str(run), project=project, mode=mode))
 
 
+def seeds(*runs: str, out: str | None = None) -> None:
+    """Print, for every stage of several runs of one recipe, the mean and standard deviation of what it reached.
+
+    Args:
+        runs: run folders, one a seed.
+        out: also write the numbers to this JSON file.
+    """
+    table = compare([str(run) for run in runs])
+    print(as_text(table))
+    if out:
+        Path(out).write_text(json.dumps(table, indent=1) + "\n")
+
+
 if __name__ == "__main__":
     try:
-        fire.Fire({"html": html, "wandb_sync": wandb_sync}, name="report.py")
+        fire.Fire({"html": html, "compare": seeds, "wandb_sync": wandb_sync}, name="report.py")
     except DsquantError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

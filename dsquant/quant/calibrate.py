@@ -1,8 +1,8 @@
 """Set the first scales of activation quantizers so that training starts from a useful point.
 
-Every rank runs training images through the model; ranges and histograms of each site are reduced over all ranks, and the
-same scale and offset, those of least squared error, are then found on each. Later rounds repeat this with all sites
-quantizing, so that a site is fitted to what it will really see.
+Every rank runs training images through the model; ranges and histograms (or means) of each site are reduced over all
+ranks, and the same scale and offset are then found on each: those of least squared error, or those of a published rule.
+Later rounds repeat this with all sites quantizing, so that a site is fitted to what it will really see.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,6 +26,7 @@ def group_rows(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
     if groups == 1:
         return x.reshape(1, -1)
     if quantizer.site.spec.granularity is Granularity.PER_TOKEN:
+        quantizer.check_tokens(x)
         return x.movedim(-2, 0).reshape(groups, -1)
     if quantizer.heads_first:
         return x.transpose(0, 1).reshape(groups, -1)
@@ -64,9 +65,22 @@ class HistogramObserver:
         return self.low.double()[:, None] + steps * self.width.double()[:, None]
 
 
+class MeanObserver:
+    """Add up |x| of each group in float64, and count its elements."""
+
+    def __init__(self, quantizer: ActivationQuantizer):
+        self.quantizer, self.total, self.count = quantizer, None, 0
+
+    def __call__(self, x: Tensor) -> None:
+        rows = group_rows(self.quantizer, x)
+        total = rows.abs().sum(dim=1, dtype=torch.float64)
+        self.total = total if self.total is None else self.total + total
+        self.count += rows.shape[1]
+
+
 def calibrate(
     quantizers: dict[str, ActivationQuantizer], state: QuantState, forward: Callable[[Tensor], object],
-    batches: Iterable[Tensor], rounds: int, bind: Callable[[], None],
+    batches: Iterable[Tensor], rounds: int, bind: Callable[[], None], init: str = "mse",
 ) -> None:  # fmt: skip
     """Fit every activation quantizer to the training images in `batches`, the same values on every rank.
 
@@ -75,23 +89,67 @@ def calibrate(
         forward: runs the model on a batch in evaluation mode without gradients.
         rounds: 1 fits to float activations; each further round refits with all sites quantizing.
         bind: makes the quantizers read their values from `state`; called after the first round.
+        init: "mse" for the least squared error, or a rule of `mean_scale`.
 
     Raises TrainingError naming a site that no image reached or that saw a non-finite value.
     """
     batches = list(batches)
     for turn in range(rounds):
-        ranges = _observe(quantizers, {name: RangeObserver(q) for name, q in quantizers.items()}, forward, batches)
-        limits = _reduce_ranges(ranges)
-        histograms = {name: HistogramObserver(q, *limits[name]) for name, q in quantizers.items()}
-        _observe(quantizers, histograms, forward, batches)
-        _reduce_counts(histograms)
-        for name, histogram in histograms.items():
-            scale, offset = fit(histogram.counts.cpu(), histogram.centers().cpu(), quantizers[name].site.spec)
+        if init == "mse":
+            found = _least_error(quantizers, forward, batches)
+        else:
+            found = _from_means(quantizers, forward, batches, init)
+        for name, (scale, offset) in found.items():
             state.get(name).copy_(scale)
             if offset is not None:
                 state.get(name, "offset").copy_(offset)
         if turn == 0:
             bind()
+
+
+def _least_error(quantizers, forward, batches) -> dict[str, tuple[Tensor, Tensor | None]]:
+    ranges = _observe(quantizers, {name: RangeObserver(q) for name, q in quantizers.items()}, forward, batches)
+    limits = _reduce_ranges(ranges)
+    histograms = {name: HistogramObserver(q, *limits[name]) for name, q in quantizers.items()}
+    _observe(quantizers, histograms, forward, batches)
+    _reduce_counts(histograms)
+    return {
+        name: fit(histogram.counts.cpu(), histogram.centers().cpu(), quantizers[name].site.spec)
+        for name, histogram in histograms.items()
+    }
+
+
+def _from_means(quantizers, forward, batches, rule: str) -> dict[str, tuple[Tensor, Tensor | None]]:
+    seen = _observe(quantizers, {name: MeanObserver(q) for name, q in quantizers.items()}, forward, batches)
+    for name, observer in seen.items():
+        _check_reached(name, observer.total)
+    if not seen:
+        return {}
+    sums = [torch.stack([o.total, torch.full_like(o.total, o.count)]) for o in seen.values()]
+    together = torch.cat(sums, dim=1)
+    if dist.is_initialized():
+        dist.all_reduce(together)
+    found = {}
+    for name, part in zip(seen, together.split([s.shape[1] for s in sums], dim=1), strict=True):
+        _check_finite(name, part)
+        spec = quantizers[name].site.spec
+        scale = mean_scale(part[0] / part[1], spec, rule).float().clamp(min=SCALE_FLOOR)
+        found[name] = scale, torch.zeros_like(scale) if spec.offset else None
+    return found
+
+
+def mean_scale(mean_abs: Tensor, spec: QuantSpec, rule: str) -> Tensor:
+    """Return the scales that a rule finds from mean|x| of each group.
+
+    lsq: 2 mean|x| / sqrt(qmax) where signed (Esser et al. 2020), 4 mean|x| / sqrt(qmax) where unsigned (OFQ, BiT). qv: 2
+    mean|x| / sqrt(2^(b-1) - 1), unsigned or not (Quantization Variation, code). qmax is at least 1; the two levels of a
+    signed site of 1 bit are what its rule gives, and lie one scale apart.
+    """
+    if rule == "qv":
+        scale = 2 * mean_abs / max(1, 2 ** (spec.n_bits - 1) - 1) ** 0.5
+    else:
+        scale = (2 if spec.signed else 4) * mean_abs / spec.grad_qmax**0.5
+    return 2 * scale if spec.levels.elastic else scale
 
 
 def _observe(quantizers, observers, forward, batches):
@@ -108,10 +166,7 @@ def _observe(quantizers, observers, forward, batches):
 
 def _reduce_ranges(ranges: dict[str, RangeObserver]) -> dict[str, tuple[Tensor, Tensor]]:
     for name, seen in ranges.items():
-        if seen.low is None:
-            raise TrainingError(
-                f"calibration: no image reached {name}; leave it out with a quant rule (quantize: false)"
-            )
+        _check_reached(name, seen.low)
     sizes = [seen.low.numel() for seen in ranges.values()]
     ends = torch.cat([-torch.cat([s.low for s in ranges.values()]), torch.cat([s.high for s in ranges.values()])])
     if dist.is_initialized():
@@ -119,10 +174,19 @@ def _reduce_ranges(ranges: dict[str, RangeObserver]) -> dict[str, tuple[Tensor, 
     low, high = -ends[: sum(sizes)], ends[sum(sizes) :]
     found = {}
     for name, lo, hi in zip(ranges, low.split(sizes), high.split(sizes), strict=True):
-        if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
-            raise TrainingError(f"calibration: {name} saw a value that is not finite; check the weights and the images")
+        _check_finite(name, lo, hi)
         found[name] = (lo, hi)
     return found
+
+
+def _check_reached(name: str, seen: Tensor | None) -> None:
+    if seen is None:
+        raise TrainingError(f"calibration: no image reached {name}; leave it out with a quant rule (quantize: false)")
+
+
+def _check_finite(name: str, *seen: Tensor) -> None:
+    if not all(bool(values.isfinite().all()) for values in seen):
+        raise TrainingError(f"calibration: {name} saw a value that is not finite; check the weights and the images")
 
 
 def _reduce_counts(histograms: dict[str, HistogramObserver]) -> None:

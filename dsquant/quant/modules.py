@@ -71,15 +71,19 @@ class ActivationQuantizer(nn.Module):
         if values is None or self.site.n_groups == 1:
             return values
         if self.site.spec.granularity is Granularity.PER_TOKEN:
-            if x.shape[-2] != self.site.n_groups:
-                raise ConfigError(
-                    f"{self.site.name} has a scale for each of {self.site.n_groups} tokens and got {x.shape[-2]}; "
-                    "give inputs of one length, or per_tensor by a quant rule"
-                )
+            self.check_tokens(x)
             return values.view(-1, 1)
         if self.heads_first:
             return values.view(x.shape[1], 1, -1)
         return values.repeat_interleave(x.shape[-1] // self.site.n_groups)
+
+    def check_tokens(self, x: Tensor) -> None:
+        """Raise ConfigError unless x (..., tokens, features) has as many tokens as this site has scales."""
+        if x.shape[-2] != self.site.n_groups:
+            raise ConfigError(
+                f"{self.site.name} has a scale for each of {self.site.n_groups} tokens and got {x.shape[-2]}; "
+                "give inputs of one length, or per_tensor by a quant rule"
+            )
 
     def extra_repr(self) -> str:
         spec = self.site.spec
@@ -89,6 +93,11 @@ class ActivationQuantizer(nn.Module):
 def lsq_grad_scale(numel: int, qmax: int) -> float:
     """Return LSQ's gradient factor 1 / sqrt(N * qmax), N the elements that share the scale. Esser et al. 2020, 2.2."""
     return 1.0 / math.sqrt(max(1, numel) * max(1, qmax))
+
+
+def mdq_grad_scale(norm: Tensor, qmax: int) -> Tensor:
+    """Return 1 / sqrt(qmax * |w|_1), `norm` being |w|_1 of each group. Quantization Variation (TMLR 2024), its code."""
+    return (norm.clamp(min=1e-12) * max(1, qmax)).rsqrt()
 
 
 class QuantLinear(nn.Linear):

@@ -14,6 +14,7 @@ from dsquant.errors import CheckpointError
 from dsquant.spec import ActivationSite, WeightSite
 
 SCALE_FLOOR = 1e-6
+BIASES = frozenset({"before", "after"})  # one value a feature, where scale and offset have one a group
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class QuantState:
         if mode == "relative":
             for entry in self.entries.values():
                 scale = self.get(entry.name)
-                self.lr[entry.slice] *= scale if scale.numel() == entry.numel else scale.mean()
+                self.lr[entry.slice] *= scale.mean() if entry.role in BIASES else scale
 
     def take_activation_grads(self, world_size: int) -> Tensor:
         """Return the activation part of the gradients divided by world_size, float64, ready to be summed over ranks."""

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from dsquant.config import QuantConfig
 from dsquant.errors import ShardError
-from dsquant.quant.modules import lsq_grad_scale
+from dsquant.quant.modules import lsq_grad_scale, mdq_grad_scale
 from dsquant.quant.state import SCALE_FLOOR, QuantState
 from dsquant.shard.fragments import ShardMap
 from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, near_boundary, track
-from dsquant.shard.regularizers import bin_index, bin_sums, divisor, regularizer_gradient, regularizer_weight
-from dsquant.shard.weight_quantizers import ShardedWeight, Tile, moment_scales, mse_scales
+from dsquant.shard.regularizers import Regularizer, bin_index, bin_sums
+from dsquant.shard.weight_quantizers import ShardedWeight, moment_scales, mse_scales
 from dsquant.spec import WeightSite
 
 
@@ -105,10 +105,9 @@ class ShardQuantization:
         if missing := [site.name for site in sites if site.name not in self.weights]:
             raise ShardError(f"{missing[0]} is to be quantized and no optimizer steps it (is it frozen?)")
         self._latents: dict[str, Tensor] = {}
-        self._lr_factor, self._obr, self._dampening, self._threshold = 1.0, 0.0, 0.0, None
-        self._activations_pending, self._observed = False, False
+        self._lr_factor, self._threshold, self._activations_pending = 1.0, None, False
         self._held: dict[str, tuple[Tensor, Tensor]] = {}  # CGA: which weights may move, and where all were
-        self._norms: dict[str, Tensor] = {}  # of the last observed step: squared norms of task and regularizer gradient
+        self.regularizer = Regularizer(config.obr, config.oscillation.dampening)
 
     @torch.no_grad()
     def initialize_scales(self) -> None:
@@ -119,8 +118,6 @@ class ShardQuantization:
                 weight.replicated_scale.copy_(scale)
         else:
             self._take_moments(learned, self.config.weight_init)
-        if self.config.grad_scale == "mdq":
-            self._mdq_factors = self._inverse_root_norms(learned)
         self._take_moments(list(self.weights.values()), "statistic")
 
     def _moments(self, weights: list[ShardedWeight]) -> list[Tensor]:
@@ -129,11 +126,6 @@ class ShardQuantization:
         if not self.contributes:
             sums = [torch.zeros_like(s) for s in sums]
         return list(self._sum(torch.cat(sums)).split([w.n_groups for w in weights])) if weights else []
-
-    def _inverse_root_norms(self, weights: list[ShardedWeight]) -> dict[str, float]:
-        """Return 1 / sqrt(qmax * ||w||_1) of each weight, a group's share of the norm (Quantization Variation, code)."""
-        norms = [float(sums[:, 0].mean()) for sums in self._moments(weights)]
-        return {w.site.name: (w.site.spec.grad_qmax * n) ** -0.5 for w, n in zip(weights, norms, strict=True)}
 
     def _take_moments(self, weights: list[ShardedWeight], rule: str) -> None:
         """Set the scales (and centres) that a rule finds from moments; "statistic" leaves learned scales alone."""
@@ -177,9 +169,7 @@ class ShardQuantization:
 
         `observe` has the step measure how strong the regularizer's gradient is beside the task's.
         """
-        self._obr = regularizer_weight(self.config.obr, progress)
-        self._dampening = regularizer_weight(self.config.oscillation.dampening, progress)
-        self._observed = observe
+        self.regularizer.begin_step(progress, observe)
         self._threshold = freeze_threshold(self.config.oscillation.freeze, progress)
         self._lr_factor = lr_factor
         self._activations_pending = True
@@ -218,71 +208,37 @@ class ShardQuantization:
             self.state.update(slice(0, self.state.n_activation), self._lr_factor, self.betas)
             self._activations_pending = False
         for weight, total in zip(weights, reduced, strict=False):
-            d_scale, bins = total[: weight.n_groups], total[weight.n_groups :]
-            self._regularize(weight, bins.view(2, -1))
+            d_scale, norm = total[: 2 * weight.n_groups].view(2, -1)
+            self.regularizer.add(weight, total[2 * weight.n_groups :].view(2, -1))
             self._hold(weight)
             if weight.learned:
-                self._step_scale(weight, d_scale)
+                self._step_scale(weight, d_scale, norm)
 
     def _gather_sums(self, weight: ShardedWeight) -> tuple[Tensor, Tensor]:
-        """Mask this rank's gradient and return float64 sums: d scale (n_groups,), bins (2, n_groups * n_bins) or (2, 0)."""
-        spread, device = self._spread(weight) > 0, self.state.values.device
+        """Mask this rank's gradient and return float64 sums over its part of a weight.
+
+        They are (2, n_groups): d scale, and |w| where the gradient scale is mdq; and (2, n_groups * n_bins), or (2, 0) where
+        no regularizer asks for them: how many weights each bin holds, and their sum.
+        """
+        spread, device = self.regularizer.spread(weight) > 0, self.state.values.device
         size = weight.n_groups * weight.n_bins
         bins = torch.zeros(2, size if spread else 0, dtype=torch.float64, device=device)
-        d_scale = torch.zeros(weight.n_groups, dtype=torch.float64, device=device)
+        groups = torch.zeros(2, weight.n_groups, dtype=torch.float64, device=device)
         if weight.fragment is None:
-            return d_scale, bins
+            return groups, bins
         scales = weight.scales()
         grad_flat = weight.gradient
         for tile in weight.tiles:
             scale, w = scales[tile.groups].unsqueeze(1), weight.around_centre(tile, tile.of(weight.fragment.values))
             rows = weight.lsq_tile(tile, w, tile.of(grad_flat), scale)
-            d_scale.index_add_(0, tile.groups.to(device), rows.to(device))
+            groups[0].index_add_(0, tile.groups.to(device), rows.to(device))
+            if self.config.grad_scale == "mdq":
+                groups[1].index_add_(0, tile.groups.to(device), w.abs().sum(1, dtype=torch.float64).to(device))
             if spread:
                 index = bin_index(tile.of(weight.tracker.codes), tile.groups, weight.qmin, weight.n_bins)
                 clipped = torch.clamp(w, weight.levels.low * scale, weight.levels.high * scale)
                 bins += bin_sums(clipped, index, size).to(device)
-        return (d_scale, bins) if self.contributes else (torch.zeros_like(d_scale), torch.zeros_like(bins))
-
-    def _spread(self, weight: ShardedWeight) -> float:
-        """Return the factor of the variance term of OBR at this step; 0 where it is off for this weight."""
-        obr = self.config.obr
-        return self._obr * obr.variance_weight if weight.site.spec.n_bits <= obr.max_bits else 0.0
-
-    def _pull(self, weight: ShardedWeight) -> float:
-        """Return the factor of (w_hat - w)^2 at this step, of OBR and of dampening together."""
-        site, n_bits = weight.site, weight.site.spec.n_bits
-        numel, rows = site.numel // site.fused, site.shape[0] // site.fused
-        obr, dampening, found = self.config.obr, self.config.oscillation.dampening, 0.0
-        if n_bits <= obr.max_bits:
-            found += self._obr * obr.mse_weight / divisor(obr.aggregation, numel, rows)
-        if n_bits <= dampening.max_bits:
-            found += self._dampening / divisor(dampening.aggregation, numel, rows)
-        return found
-
-    def _regularize(self, weight: ShardedWeight, bins: Tensor) -> None:
-        """Add the regularizers' gradient to that of the task."""
-        pull, spread = self._pull(weight), self._spread(weight)
-        if not (pull or spread) or weight.fragment is None:
-            return
-        bins, norms = bins.to(weight.device), torch.zeros(2, dtype=torch.float64, device=weight.device)
-        for tile in weight.tiles:
-            found, grad = self._regularizer_tile(weight, tile, bins, pull, spread), tile.of(weight.gradient)
-            if self._observed:
-                norms += torch.stack([grad.double().square().sum(), found.double().square().sum()])
-            grad.add_(found)
-        if self._observed:
-            self._norms[weight.site.name] = norms
-
-    def _regularizer_tile(self, weight: ShardedWeight, tile: Tile, bins: Tensor, pull: float, spread: float) -> Tensor:
-        scale = weight.scales()[tile.groups].unsqueeze(1)
-        w = weight.around_centre(tile, tile.of(weight.fragment.values))
-        codes = tile.of(weight.tracker.codes)
-        index = bin_index(codes, tile.groups, weight.qmin, weight.n_bins) if spread else codes
-        found = regularizer_gradient(w, scale, weight.level(tile), weight.levels, index, bins, pull, spread)
-        if weight.tracker.frozen is not None:
-            found.masked_fill_(tile.of(weight.tracker.frozen), 0.0)
-        return found
+        return (groups, bins) if self.contributes else (torch.zeros_like(groups), torch.zeros_like(bins))
 
     def _hold(self, weight: ShardedWeight) -> None:
         """For CGA: stop the gradient of all but the weights near a boundary, and remember where they are."""
@@ -297,16 +253,17 @@ class ShardQuantization:
         weight.gradient.mul_(free)
         self._held[weight.site.name] = free, values.clone()
 
-    def _step_scale(self, weight: ShardedWeight, d_scale: Tensor) -> None:
+    def _step_scale(self, weight: ShardedWeight, d_scale: Tensor, norm: Tensor) -> None:
         where = self.state.entries[f"{weight.site.name}:scale"].slice
-        self.state.grads[where] = (d_scale * self._grad_scale(weight)).float()
+        self.state.grads[where] = (d_scale * self._grad_scale(weight, norm)).float()
         self.state.update(where, self._lr_factor, self.betas)
 
-    def _grad_scale(self, weight: ShardedWeight) -> float:
+    def _grad_scale(self, weight: ShardedWeight, norm: Tensor) -> float | Tensor:
+        """Return the factor of the gradient of a weight's scales; `norm` is |w|_1 of each group."""
         per_group, qmax = weight.site.numel // weight.n_groups, weight.site.spec.grad_qmax
-        if self.config.grad_scale == "lsq":
-            return lsq_grad_scale(per_group, qmax)
-        return self._mdq_factors[weight.site.name] if self.config.grad_scale == "mdq" else 1.0
+        if self.config.grad_scale == "mdq":
+            return mdq_grad_scale(norm, qmax)
+        return lsq_grad_scale(per_group, qmax) if self.config.grad_scale == "lsq" else 1.0
 
     @torch.no_grad()
     def after_inner_step(self, flats: list[Tensor]) -> None:
@@ -351,7 +308,7 @@ class ShardQuantization:
         none = torch.zeros(2, dtype=torch.float64)
         counts = [
             torch.cat([
-                self._norms.get(w.site.name, none).cpu(),
+                self.regularizer.norms.get(w.site.name, none).cpu(),
                 w.statistics(self.latent(w) if w.fragment else None, threshold).cpu(),
             ])
             for w in weights

@@ -9,6 +9,7 @@ Sources: "Quantization Variation" (TMLR 2024), section 4.3; Nagel et al. 2022, s
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch import Tensor
 from dsquant.config import DampeningConfig, ObrConfig
 from dsquant.ops.fake_quantize import pass_inside
 from dsquant.spec import Levels
+
+if TYPE_CHECKING:
+    from dsquant.shard.weight_quantizers import ShardedWeight, Tile
 
 
 def regularizer_weight(config: ObrConfig | DampeningConfig, progress: float) -> float:
@@ -75,3 +79,62 @@ def obr_loss(w_clipped: Tensor, w_quantized: Tensor, index: Tensor, size: int, c
     deviation = (w_clipped.double() - (totals / counts.clamp(min=1))[index]).square()
     spread = torch.zeros(size, dtype=torch.float64).index_add_(0, index.view(-1), deviation.view(-1))
     return loss + config.variance_weight * (spread / (counts - 1).clamp(min=1)).sum()
+
+
+class Regularizer:
+    """Add the gradient of OBR and dampening to that of the task, at the strength of a step.
+
+    `norms` are float64 (2,), by weight, of the last observed step: the squared norms, over this rank's part, of the task's
+    gradient once masked and of the regularizers'.
+    """
+
+    def __init__(self, obr: ObrConfig, dampening: DampeningConfig):
+        self.obr, self.dampening = obr, dampening
+        self._strengths = 0.0, 0.0
+        self._observed = False
+        self.norms: dict[str, Tensor] = {}
+
+    def begin_step(self, progress: float, observe: bool) -> None:
+        """Fix the strengths at a share of the stage; `observe` has this step measure norms."""
+        self._strengths = regularizer_weight(self.obr, progress), regularizer_weight(self.dampening, progress)
+        self._observed = observe
+        if observe:
+            self.norms.clear()
+
+    def spread(self, weight: "ShardedWeight") -> float:
+        """Return the factor of the variance term of OBR at this step; 0 where it is off for this weight."""
+        return self._strengths[0] * self.obr.variance_weight if weight.site.spec.n_bits <= self.obr.max_bits else 0.0
+
+    def pull(self, weight: "ShardedWeight") -> float:
+        """Return the factor of (w_hat - w)^2 at this step, of OBR and of dampening together."""
+        site, n_bits, found = weight.site, weight.site.spec.n_bits, 0.0
+        numel, rows = site.numel // site.fused, site.shape[0] // site.fused
+        if n_bits <= self.obr.max_bits:
+            found += self._strengths[0] * self.obr.mse_weight / divisor(self.obr.aggregation, numel, rows)
+        if n_bits <= self.dampening.max_bits:
+            found += self._strengths[1] / divisor(self.dampening.aggregation, numel, rows)
+        return found
+
+    def add(self, weight: "ShardedWeight", bins: Tensor) -> None:
+        """Add to this rank's gradient of a weight; `bins` (2, n_groups * n_bins) are over all shards, (2, 0) without spread."""
+        pull, spread = self.pull(weight), self.spread(weight)
+        if not (pull or spread) or weight.fragment is None:
+            return
+        bins, norms = bins.to(weight.device), torch.zeros(2, dtype=torch.float64, device=weight.device)
+        for tile in weight.tiles:
+            found, grad = self._tile(weight, tile, bins, pull, spread), tile.of(weight.gradient)
+            if self._observed:
+                norms += torch.stack([grad.double().square().sum(), found.double().square().sum()])
+            grad.add_(found)
+        if self._observed:
+            self.norms[weight.site.name] = norms
+
+    def _tile(self, weight: "ShardedWeight", tile: "Tile", bins: Tensor, pull: float, spread: float) -> Tensor:
+        scale = weight.scales()[tile.groups].unsqueeze(1)
+        w = weight.around_centre(tile, tile.of(weight.fragment.values))
+        codes = tile.of(weight.tracker.codes)
+        index = bin_index(codes, tile.groups, weight.qmin, weight.n_bins) if spread else codes
+        found = regularizer_gradient(w, scale, weight.level(tile), weight.levels, index, bins, pull, spread)
+        if weight.tracker.frozen is not None:
+            found.masked_fill_(tile.of(weight.tracker.frozen), 0.0)
+        return found

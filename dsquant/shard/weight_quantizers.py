@@ -194,6 +194,8 @@ def mse_scales(
     Fixed point: q the levels of w / s, s = <w, q> / <q, q>, until every scale moves by less than 1e-5 of itself; sums
     over shards in float64. Source: method of the authors' code (Quantization Variation, initialisation).
     """
+    if not weights:  # every scale is a statistic
+        return []
     sizes = [w.n_groups for w in weights]
     biggest = all_max(torch.cat([w.absolute_max().cpu() for w in weights]))
     scales = [m / w.levels.high for m, w in zip(biggest.split(sizes), weights, strict=True)]

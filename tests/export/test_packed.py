@@ -109,9 +109,17 @@ def test_the_file_names_everything_that_a_reader_needs(case, tmp_path):
     assert entries["version"] == "1"
     assert entries["model"]["name"] == "vit_tiny_patch16_224"
     assert not entries["model"].keys() & {"pretrained", "checkpoint"}
-    assert entries["sites"]["weights"][QKV] == {"n_bits": 2, "shape": [96, 32], "n_groups": 6, "inner": 512}
-    expected = {"n_bits": 2, "signed": False, "granularity": "per_tensor", "offset": True, "n_groups": 1}
-    assert entries["sites"]["activations"][SITE] == expected
+    method = {"n_bits": 2, "method": "lsq", "shift": 0.0}
+    assert entries["sites"]["weights"][QKV] == {**method, "shape": [96, 32], "n_groups": 6, "inner": 512}
+    site = {
+        "signed": False,
+        "granularity": "per_tensor",
+        "offset": True,
+        "bias": "none",
+        "n_groups": 1,
+        "features": 128,
+    }
+    assert entries["sites"]["activations"][SITE] == method | site
     assert entries["sites"]["activations"]["blocks.0.attn.probs"]["n_groups"] == 2
     assert entries["data"] == made.arguments["data"]
     assert entries["training"] == {"recipe": "test", "stage": "w2a2", "step": 7}
@@ -217,7 +225,7 @@ def test_arguments_that_do_not_fit_the_sites_are_refused(case, tmp_path):
         f"{QKV} is torch.bfloat16; latents are float32": {"latents": {**latents, QKV: latents[QKV].bfloat16()}},
         f"{SITE}:offset is missing": {"scales": {k: v for k, v in scales.items() if k != f"{SITE}:offset"}},
         "x:scale is of no site of this model": {"scales": {**scales, "x:scale": torch.ones(1)}},
-        f"{QKV}:scale is (1,), its site has 3 groups": {"scales": {**scales, f"{QKV}:scale": torch.ones(1)}},
+        f"{QKV}:scale is (1,), its site has 3 values": {"scales": {**scales, f"{QKV}:scale": torch.ones(1)}},
         "norm.weight has codes but is no quantized weight": {"codes": {"norm.weight": codes}},
         f"{QKV}: codes from -2 to 2 do not fit 2 bits": {"codes": changed({QKV: codes}, QKV, 2)},
         f"{QKV}: codes are torch.int8 (32, 96)": {"codes": {QKV: codes.t()}},

@@ -85,7 +85,9 @@ def test_in_bfloat16_images_are_rounded_once_and_scales_not_at_all(case, path, c
         assert torch.equal(module.weight, oracle[name].bfloat16()), name
         assert torch.equal(module.weight_scale, made.arguments["scales"][f"{name}:scale"]), name
     for quantizer in (m for m in model.modules() if isinstance(m, PackedActivation)):
-        assert torch.equal(quantizer._scale, made.arguments["scales"][f"{quantizer.site.name}:scale"])
+        assert quantizer._values.keys() == quantizer.site.values.keys()
+        for role, values in quantizer._values.items():
+            assert torch.equal(values, made.arguments["scales"][f"{quantizer.site.name}:{role}"])
     images = made.images().bfloat16()
     assert torch.equal(model(images), copy.deepcopy(made.oracle).bfloat16()(images))
 

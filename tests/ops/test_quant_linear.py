@@ -103,6 +103,6 @@ def test_gradients_arrive_where_the_input_needs_none():
     x, weight, bias, scale, offset = inputs()
     y = quant_linear(x.detach(), weight, bias, scale, offset, Levels(0, 3))
     y.sum().backward()
-    expected = outcome(compose, [x, weight, bias, scale, offset], torch.ones_like(y), 0, 3)
+    expected = outcome(compose, [x, weight, bias, scale, offset], torch.ones_like(y), Levels(0, 3))
     for leaf, wanted in zip((weight, bias, scale, offset), expected[2:], strict=True):
         torch.testing.assert_close(leaf.grad, wanted, rtol=1e-5, atol=1e-5)
