@@ -336,7 +336,7 @@ class Target(Section):
     """Record the figure that a recipe is to be held against: published by whom, and ours where it was run."""
 
     metric: str
-    published: float
+    published: float | None  # None: nobody has published one
     source: str
     measured: float | None = None  # None: not run here
 

@@ -18,6 +18,7 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsquant.config import QuantConfig, RunConfig, StageConfig, merge_ds_config
 from dsquant.errors import ConfigError, TrainingError
@@ -262,10 +263,28 @@ class Engine:
         return self.module(self.cast(images)).float()
 
     def eval(self) -> None:
+        self.average_statistics()
         self.ds.eval()
 
     def train(self) -> None:
         self.ds.train()
+
+    @torch.no_grad()
+    def average_statistics(self) -> None:
+        """Give every rank the mean over ranks of BatchNorm's running statistics, each rank's being of its own images.
+
+        Every rank calls this before the statistics are used or saved, so that all ranks evaluate, and a checkpoint holds,
+        one model. Summed in float64.
+        """
+        norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        if not norms or self.world.size == 1:
+            return
+        running = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
+        together = torch.cat([tensor.double() for tensor in running])
+        dist.all_reduce(together)
+        together /= self.world.size
+        for tensor, mean in zip(running, together.split([tensor.numel() for tensor in running]), strict=True):
+            tensor.copy_(mean)
 
     def destroy(self) -> None:
         """Free DeepSpeed's buffers and hooks, so that the next stage starts clean."""

@@ -33,7 +33,7 @@ LAYERS = {
     "run_folder": VOCABULARY,
     "data": VOCABULARY,
     "telemetry": VOCABULARY,
-    "analysis": MODELS,
+    "analysis": ENGINE | {"checkpoint", "data", "run_folder", "telemetry", "convert"},
     "export": MODELS | {"config"},
     "convert": MODELS | {"config", "checkpoint", "export", "data", "run_folder"},
     "engine": ENGINE,
@@ -54,6 +54,7 @@ DEPENDENCIES = {
     "timm": {"models", "export", "data"},
     "transformers": {"models", "export", "data"},
     "triton": {"ops"},
+    "matplotlib": {"analysis"},
 }
 
 # layer -> the only dependencies it may import: these are read where torch is absent or must not be loaded.

@@ -12,12 +12,13 @@ from PIL import Image
 from safetensors.torch import load, save_file
 from torchvision.transforms import functional
 
-from dsquant.config import ModelConfig
+from dsquant.config import ModelConfig, parse_config
 from dsquant.data import ShardSet, write_shards
 from dsquant.data.shards import PENDING_INDEX
 from dsquant.data.stream import read_shard
 from dsquant.engine import World
 from dsquant.errors import ConfigError, DataError
+from dsquant.loop import images_per_batch
 from dsquant.models import build_model
 from dsquant.soft_labels import SoftLabelWriter, make_settings, open_teacher
 from tests.integration.runs import REPO, TINY, free_port, losses, records, run, train_command
@@ -214,7 +215,13 @@ def taught(tmp_path_factory):
     data = folder / "teacher" / "data"
     labels = [f"--shards={data / 'train'}", f"--out={folder / 'soft'}", f"--run={folder / 'teacher'}", "--stage=fp"]
     run(command(*labels, f"--crops={CROPS}", "--top_k=3"), folder / "soft.log").ok()
-    stages = "{fp: {epochs: 0.5, batch_size: 64, lr: 1.0e-3, distill: {teacher: soft_labels}}}"
+    shared = "batch_size: 64, lr: 1.0e-3"
+    quant = "quant: {weight: {n_bits: 2}, activation: {n_bits: 2}}"
+    stages = (
+        f"{{fp: {{epochs: 0.5, {shared}, distill: {{teacher: soft_labels}}}}, "
+        f"w2a2: {{init_from: fp, steps: 2, {shared}, {quant}, distill: {{teacher: soft_labels, hard: 0.5}}}}, "
+        f"last: {{init_from: w2a2, steps: 2, {shared}, {quant}, distill: {{teacher: fp}}}}}}"
+    )
     student = [
         "--data.source=shards", f"--data.train={folder / 'soft'}", f"--data.val={data / 'val'}", "--data.augment=none",
         "--data.soft_labels.crops_per_image=4", f"--stages={stages}", "--telemetry.log_every=1",
@@ -237,7 +244,7 @@ def test_a_stage_of_a_run_teaches_with_its_own_view_of_images(taught):
 
 def test_a_run_on_soft_labels_takes_the_steps_of_single_crops_and_counts_crops(taught):
     """1437 images, batches of 64 crops: 22 steps an epoch whatever the crops an image, 16 images a step."""
-    found = records(taught / "student", "train")
+    found = records(taught / "student", "train", "fp")
     assert [record["step"] for record in found] == list(range(1, 12))
     assert all(0 <= record["top1"] <= 100 for record in found)
     assert {round(record["top1"] * 64 / 100, 6) % 1 for record in found} == {0.0}
@@ -264,3 +271,25 @@ def test_the_first_loss_of_a_run_is_the_dense_formula_on_its_first_batch(taught)
     with torch.no_grad():
         expected = -(dense * model(images.double()).log_softmax(-1)).sum(-1).mean()
     assert losses(taught / "student")["fp", 1] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_quantized_stages_are_calibrated_and_taught_on_stored_crops_by_either_teacher(taught):
+    for stage in ("w2a2", "last"):
+        found = records(taught / "student", "train", stage)
+        assert [record["step"] for record in found] == [1, 2]
+        assert all(0 < record["loss"] < 20 for record in found)
+
+
+@pytest.mark.parametrize(("ranks", "accumulation", "images"), [(1, 1, 4), (2, 1, 2), (2, 2, 1), (4, 1, 1)])
+def test_each_rank_gets_whole_images(ranks, accumulation, images):
+    config = soft_recipe(accumulation)
+    assert images_per_batch(config, config.stages["s"], ranks) == images
+    with pytest.raises(ConfigError, match=rf"batch_size 16 gives 2 crops to each of {8 // accumulation} ranks .* 4"):
+        images_per_batch(config, config.stages["s"], 8 // accumulation)
+
+
+def soft_recipe(accumulation):
+    stage = {"steps": 1, "batch_size": 16, "lr": 0.1, "gradient_accumulation": accumulation}
+    data = {"train": "t", "val": "v", "image_size": 8, "augment": "none", "soft_labels": {"crops_per_image": 4}}
+    stages = {"s": stage | {"distill": {"teacher": "soft_labels"}}}
+    return parse_config({"recipe": "r", "model": {"name": "x", "num_classes": 2}, "data": data, "stages": stages}, "r")

@@ -9,6 +9,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dsquant.errors import DsquantError
 
 
+def bar(disable: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=disable)
+
+
 def make(
     shards: str,
     out: str,
@@ -64,15 +69,16 @@ def make(
     writer = SoftLabelWriter(
         ShardSet.open(shards), out, teacher, chosen, world, batch_size=batch_size, num_threads=num_threads
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=world.rank != 0) as bar:
-        task = bar.add_task("images", total=None)
-        found = writer.write(lambda done, total: bar.update(task, completed=done, total=total))
+    with bar(disable=world.rank != 0) as progress:
+        task = progress.add_task("images", total=None)
+        found = writer.write(lambda done, total: progress.update(task, completed=done, total=total))
     if world.rank == 0:
         size = sizes(chosen)
         print(f"{found.total} images in {len(found)} shards under {out}, {chosen.crops} crops each")
-        print(f"soft labels: {size['member']} bytes an image, {size['tar']} in the tar", end="; ")
-        print(f"for the 1281167 images of ImageNet-1k {size['imagenet'] / 1e9:.1f} GB")
+        print(
+            f"soft labels: {size['member']} bytes an image, {size['tar']} in the tar; "
+            f"for the 1281167 images of ImageNet-1k {size['imagenet'] / 1e9:.1f} GB"
+        )
 
 
 if __name__ == "__main__":

@@ -55,26 +55,27 @@ def _through(site: ActivationQuantizer | None, x: Tensor) -> Tensor:
 
 
 def insert_attention(
-    name: str, attention: nn.Module, quant_class: type[AttentionSites], sites: Sites, *, tokens: int, length: int
-) -> None:
+    name: str, attention: nn.Module, quant_class: type[AttentionSites], sites: Sites, *, tokens: int, length: int,
+    projected: int | None = None, one_length: bool = True,
+) -> None:  # fmt: skip
     """Quantize an attention with fused `qkv`, `proj` and `num_heads`: inputs, weights, q, k, v and probabilities.
 
-    tokens: of one sample. length: of the sequences attended within, tokens // length of them in a sample; both
-    projections see sequences of this length.
+    tokens: of one sample. length: of the sequences attended within, the longest where they differ (`one_length` False,
+    which allows q, k, v and probabilities no per_token scales). projected: of those that enter qkv and proj.
     """
-    heads = attention.num_heads
+    heads, projected = attention.num_heads, projected or length
     sites.linear(
         f"{name}.qkv", attention.qkv, features=tokens * attention.qkv.in_features, out_blocks=3, out_heads=heads,
-        tokens=length,
+        tokens=projected,
     )  # fmt: skip
-    per_head = {"heads": heads, "heads_first": True, "tokens": length}
+    per_head = {"heads": heads, "heads_first": True, "tokens": length if one_length else None}
     quantizers = {
         f"{part}_quantizer": sites.activation(f"{name}.{part}", tokens * attention.proj.in_features, **per_head)
         for part in ("q", "k", "v")
     }
     quantizers["probs_quantizer"] = sites.activation(f"{name}.probs", heads * tokens * length, signed=False, **per_head)
     features = tokens * attention.proj.in_features
-    sites.linear(f"{name}.proj", attention.proj, features=features, heads=heads, tokens=length)
+    sites.linear(f"{name}.proj", attention.proj, features=features, heads=heads, tokens=projected)
     become(attention, quant_class, **quantizers)
 
 

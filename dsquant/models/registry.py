@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dsquant.config import ModelConfig
 from dsquant.errors import CheckpointError, ConfigError
-from dsquant.models import swin, vit
+from dsquant.models import sret, swin, vit
 from dsquant.models.sites import Sites
 from dsquant.spec import LEARNED, ActivationSite, Bias, SitePolicy, WeightSite
 
@@ -22,11 +22,12 @@ FAMILIES = {
     VisionTransformer: vit.insert_sites,
     SwinTransformer: swin.insert_sites,
     SwinTransformerV2: swin.insert_sites,
+    sret.SReT: sret.insert_sites,
 }
 
 
 def build_model(config: ModelConfig) -> nn.Module:
-    """Build a float timm model; its weights, if any are named, must fit exactly.
+    """Build a float model by timm name, `sret_tiny` included; its weights, if any are named, must fit exactly.
 
     Raises ConfigError for an unknown name or bad kwargs, CheckpointError for weights that do not match.
     """
@@ -43,7 +44,10 @@ def build_model(config: ModelConfig) -> nn.Module:
             f"pretrained weights of {config.name} cannot be fetched ({error}); set model.checkpoint"
         ) from None
     if config.checkpoint:
-        load_strict(model, read_float_weights(config.checkpoint), config.checkpoint)
+        weights = read_float_weights(config.checkpoint)
+        if isinstance(model, sret.SReT):
+            weights = sret.from_authors(model, weights)
+        load_strict(model, weights, config.checkpoint)
     return model
 
 

@@ -152,11 +152,12 @@ def test_crops_keep_to_the_scale_and_ratio_and_half_of_them_are_flipped():
     assert 900 < flips.sum() < 1100
 
 
-def test_a_float32_crop_is_the_very_box_that_torchvision_drew(monkeypatch):
+@pytest.mark.parametrize(("dtype", "height", "width"), [("float32", 333, 4517), ("float16", 333, 2047)])
+def test_a_stored_crop_is_the_very_box_that_torchvision_drew(monkeypatch, dtype, height, width):
     boxes, draw = [], RandomResizedCrop.get_params
     monkeypatch.setattr(RandomResizedCrop, "get_params", lambda *args: boxes.append(draw(*args)) or boxes[-1])
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (333, 517), dtype=np.uint8))
-    crops, _ = draw_crops(settings_of(crops=50, dtype="float32"), "a", *image.size)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8))
+    crops, _ = draw_crops(settings_of(crops=50, dtype=dtype), "a", *image.size)
     for crop, box in zip(crops.tolist(), boxes, strict=True):
         expected = functional.resized_crop(image, *box, [16, 16])
         assert cut(image, crop, False, 16).tobytes() == expected.tobytes()

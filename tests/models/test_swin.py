@@ -260,9 +260,7 @@ def test_once_bound_the_logits_are_those_of_a_quantizer_written_out_at_each_site
     with torch.no_grad():
         found, expected = model.eval()(x), Reference(model, state, version).logits(x)
     apart = (found - expected).abs().amax(1)
-    assert (apart < 1e-4).sum() >= 4, (
-        apart
-    )  # sums are ordered differently: in one image a code on an edge may fall otherwise
+    assert (apart < 1e-4).sum() >= 4, apart  # sums are ordered differently: a code on an edge may fall otherwise
     assert found.std(dim=0).min() > 0.01
 
 
