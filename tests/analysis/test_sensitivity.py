@@ -147,6 +147,14 @@ def test_top1_and_loss_of_a_row_belong_to_its_variants(subject):
         assert row["recovery_loss_se"] > 0
 
 
+def test_without_activations_they_stay_in_float_and_weights_are_the_same(subject):
+    alone, both = (post_training(subject, uniform_policy(2), activations=value) for value in (False, True))
+    assert alone.everything == {part for part in both.everything if part.rows is not None}
+    for variants in (alone, both):
+        variants.quantize_only(alone.everything)
+    assert torch.equal(subject.scores(alone.model).losses, subject.scores(both.model).losses)
+
+
 def test_a_part_of_another_model_is_an_error(subject):
     variants = post_training(subject, uniform_policy(4))
     with pytest.raises(ConfigError, match=r"blocks\.9\.attn\.q is no quantized site"):
