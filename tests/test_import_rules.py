@@ -178,6 +178,15 @@ def test_an_allowed_import_is_not_reported(path, source):
     assert violations(path, source) == []
 
 
+def test_pictures_alone_need_matplotlib():
+    importing = []
+    for path in source_files():
+        names = imported_names(ast.parse(path.read_text()), path.relative_to(REPO).as_posix())
+        if any(name.split(".")[0] == "matplotlib" for _, name in names):
+            importing.append(path.relative_to(REPO).as_posix())
+    assert importing == ["dsquant/analysis/plots.py"]
+
+
 def test_the_layers_have_no_cycle():
     """Peel off, again and again, the layers that import only what is peeled off already: none may remain."""
     left = {layer: allowed - {layer} for layer, allowed in LAYERS.items() if layer != "tools"}

@@ -100,7 +100,8 @@ def _measure(
     together = [module for group in modules.values() for module in group]
     costs: Costs = {module.name: {} for module in together}
     for n_bits in sorted(candidates):
-        variants = post_training(subject, at_bits(quant, {module.name: n_bits for module in together}))
+        policy = at_bits(quant, {module.name: n_bits for module in together})
+        variants = post_training(subject, policy, activations="activations" in modules)
         found = only_it(variants, subject, together, in_float, cost, progress(f"{n_bits} bits"))
         for name, measured in found.items():
             costs[name][n_bits] = measured

@@ -71,7 +71,7 @@ class Analyze:
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         path = Path(str(out))
         self._file = path if path.suffix in (".yaml", ".yml") else None
-        self._out, self._plots = path.parent if self._file else path, plots
+        self._out, self._plots = path.parent if self._file else path, _flag("plots", plots)
         self._console = Console(width=None if sys.stdout.isatty() else WIDTH)
         self._subjects: dict[str | None, Subject] = {}
 
@@ -306,6 +306,15 @@ class Analyze:
 
     def _shown(self, path: Path) -> None:
         self._console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+def _flag(name: str, value: bool | str) -> bool:
+    """Read a flag as recipes do: fire takes `--plots=false` for a word."""
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() not in ("true", "false"):
+        raise ConfigError(f"--{name} is {value!r}; it takes true or false")
+    return str(value).lower() == "true"
 
 
 def _table(first: str, *others: str) -> Table:

@@ -26,7 +26,10 @@ def require_matplotlib() -> None:
         raise ConfigError("pictures need matplotlib: pip install 'dsquant[analysis]', or pass --plots=false") from None
 
 
-def _figure(columns: int, width: float, height: float, title: str, rows: int = 1) -> tuple["Figure", list["Axes"]]:
+def _figure(
+    columns: int, width: float, height: float, title: str, rows: int = 1,
+    ratios: Sequence[float] | None = None,
+) -> tuple["Figure", list["Axes"]]:  # fmt: skip
     """Return a figure of `rows` of panels that is drawn to files alone, and its axes row by row."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -35,7 +38,7 @@ def _figure(columns: int, width: float, height: float, title: str, rows: int = 1
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11, color=INK)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    axes = list(figure.subplots(rows, columns, squeeze=False, height_ratios=ratios).flat)
     for ax in axes:
         ax.tick_params(labelsize=8, colors=INK)
         for side in ("top", "right"):
@@ -51,47 +54,59 @@ def _save(figure: "Figure", path: Path) -> Path:
     return path
 
 
+PANELS = (
+    ("recovery_loss", "left in float, all else quantized", "loss recovered (nats)"),
+    ("harm_loss", "quantized, all else in float", "loss added (nats)"),
+    ("harm_kl", "quantized, all else in float", "KL of predictions from float's (nats)"),
+)
+
+
 def sensitivity_bars(result: Mapping[str, Any], path: Path) -> Path:
     """Draw recovery, harm and moved predictions of each kind: a bar is the mean over blocks, a dot is one block.
 
-    Of modules that are pooled already the whiskers are one standard error of the paired difference.
+    What lies outside blocks has an axis of its own: first and last layer would dwarf all else. The whiskers of a kind that
+    is one module are the standard error of the paired difference.
     """
-    kinds = list(result["kinds"])
+    outside = [kind for kind in result["kinds"] if _is_outside(result, kind)]
+    inside = [kind for kind in result["kinds"] if kind not in outside]
+    groups = [group for group in (inside, outside) if group]
     title = f"{result['subject']}: float loss {result['float']['loss']:.3f}, top-1 {result['float']['top1']:.1f} %;  "
     title += (
         f"all quantized ({_bits(result)} bits) {result['quantized']['loss']:.3f}, {result['quantized']['top1']:.1f} %"
     )
-    figure, axes = _figure(3, 14, 1.6 + ROW * len(kinds), f"{title}\n{result['samples']} samples")
-    pooled = len(kinds) == len(result["modules"])
-    panels = (
-        ("recovery_loss", "left in float, all else quantized", "loss recovered (nats)"),
-        ("harm_loss", "quantized, all else in float", "loss added (nats)"),
-        ("harm_kl", "quantized, all else in float", "KL of predictions from float's (nats)"),
-    )
-    for ax, (key, head, label) in zip(axes, panels, strict=True):
-        values = [result["kinds"][kind][key] for kind in kinds]
-        ax.barh(
-            range(len(kinds)),
-            values,
-            color=BLUE,
-            height=0.65,
-            alpha=0.85,
-            label="difference" if pooled else "mean over blocks",
-        )
-        for row, kind in enumerate(kinds):
-            members = [m for m in result["modules"] if m["kind"] == kind]
-            if len(members) > 1:
-                ax.plot([m[key] for m in members], [row] * len(members), "o", ms=3.5, color=ORANGE, alpha=0.8)
-            else:
-                ax.errorbar(values[row], row, xerr=members[0][f"{key}_se"], color=INK, capsize=3, lw=1)
-        if not pooled:
-            ax.plot([], [], "o", ms=3.5, color=ORANGE, label="one block")
-        ax.errorbar([], [], xerr=[], color=INK, capsize=3, lw=1, label="± standard error, over samples")
-        _bars_frame(ax, kinds, head, label)
-        if ax is not axes[0]:
-            ax.set_yticklabels([])
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    height = 1.3 + 0.6 * len(groups) + ROW * len(result["kinds"])
+    ratios = [len(group) + 0.2 for group in groups]
+    title += f"\n{result['samples']} samples"
+    figure, axes = _figure(len(PANELS), 14, height, title, rows=len(groups), ratios=ratios)
+    shown: dict[str, Any] = {}
+    for index, ax in enumerate(axes):
+        row, column = divmod(index, len(PANELS))
+        key, head, label = PANELS[column]
+        _kind_bars(ax, result, groups[row], key)
+        names = groups[row] if column == 0 else [""] * len(groups[row])
+        _bars_frame(ax, names, head if row == 0 else "", label if row == len(groups) - 1 else "")
+        handles, labels = ax.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles, strict=True))
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return _save(figure, path)
+
+
+def _is_outside(result: Mapping[str, Any], kind: str) -> bool:
+    parts = [part for module in result["modules"] if module["kind"] == kind for part in module["parts"]]
+    return all(split_name(part)[0] is None for part in parts)
+
+
+def _kind_bars(ax: "Axes", result: Mapping[str, Any], kinds: Sequence[str], key: str) -> None:
+    for row, kind in enumerate(kinds):
+        members = [module for module in result["modules"] if module["kind"] == kind]
+        value, several = result["kinds"][kind][key], len(members) > 1
+        ax.barh(row, value, color=BLUE, height=0.65, alpha=0.85, label="all of it, or mean over blocks")
+        if several:
+            dots = [module[key] for module in members]
+            ax.plot(dots, [row] * len(dots), "o", ms=3.5, color=ORANGE, alpha=0.8, label="one block")
+        else:
+            error = members[0][f"{key}_se"]
+            ax.errorbar(value, row, xerr=error, color=INK, capsize=3, lw=1, label="± standard error, over samples")
 
 
 def _bits(result: Mapping[str, Any]) -> str:
@@ -112,11 +127,16 @@ def block_table(
     values: Mapping[str, float], path: Path, *, title: str, label: str, form: str = "{:.3f}",
     colors: str = "YlOrRd", limits: tuple[float, float] | None = None,
 ) -> Path:  # fmt: skip
-    """Draw a heat map of a value by block (rows) and kind of module (columns) from values by module name."""
+    """Draw a heat map of a value by block (rows) and kind of module (columns) from values by module name.
+
+    Colours span the values inside blocks, unless `limits` are given; first and last layer may lie beyond.
+    """
     blocks = list(dict.fromkeys(split_name(name)[0] or "outside blocks" for name in values))
     kinds = list(dict.fromkeys(split_name(name)[1] for name in values))
     cells = {(split_name(n)[0] or "outside blocks", split_name(n)[1]): v for n, v in values.items()}
     rows = [[cells.get((block, kind), float("nan")) for kind in kinds] for block in blocks]
+    inside = [v for n, v in values.items() if split_name(n)[0]]
+    limits = limits or ((min(inside), max(inside)) if inside else None)
     figure, (ax,) = _figure(1, 2.6 + 0.85 * len(kinds), 2.2 + ROW * len(blocks), title)
     _heat(figure, ax, rows, blocks, kinds, label, form, colors, limits=limits)
     return _save(figure, path)
@@ -124,8 +144,8 @@ def block_table(
 
 def _heat(
     figure: "Figure", ax: "Axes", rows: list[list[float]], names: Sequence[str], columns: Sequence[str], label: str,
-    form: str, colors: str, bar: bool = True, limits: tuple[float, float] | None = None,
-) -> Any:  # fmt: skip
+    form: str, colors: str, limits: tuple[float, float] | None = None,
+) -> None:  # fmt: skip
     """Draw one heat map; cells without a value stay white, and those of small maps show their numbers."""
     import numpy as np
 
@@ -144,9 +164,7 @@ def _heat(
                 text = text.removeprefix("-") if float(text) == 0 else text
                 ax.text(column, row, text, ha="center", va="center", fontsize=7,
                         color="white" if dark else INK)  # fmt: skip
-    if bar:
-        figure.colorbar(image, ax=ax, shrink=0.8).set_label(label, fontsize=9)
-    return image
+    figure.colorbar(image, ax=ax, shrink=0.8).set_label(label, fontsize=9)
 
 
 def outlier_boxes(result: Mapping[str, Any], path: Path, statistic: str = "max_over_std") -> Path:
@@ -206,20 +224,17 @@ def outlier_heads(result: Mapping[str, Any], path: Path, statistic: str = "max_o
     count = -(-len(kinds) // columns)
     labels = {"max_over_std": "max |x| / std of a head", "kurtosis": "kurtosis of a head (normal: 3)"}
     title = f"{result['subject']}: outliers of activations by head; {result['samples']} samples"
-    width, height = 2.6 + columns * (0.6 + 0.42 * heads), 0.8 + count * (0.9 + ROW * len(blocks))
+    width, height = 1.6 + columns * (1.6 + 0.42 * heads), 0.8 + count * (0.9 + ROW * len(blocks))
     figure, axes = _figure(columns, max(8.0, width), height, title, rows=count)
-    known = [v for values in sites.values() for v in values if v is not None]
     for index, (ax, kind) in enumerate(zip(axes, kinds, strict=False)):
         rows = [_padded(sites.get(f"{block}.{kind}".lstrip("."), ()), heads) for block in blocks]
         names, columns_of = blocks if index % columns == 0 else [""] * len(blocks), [str(h) for h in range(heads)]
-        limits = (min(known), max(known))
-        image = _heat(figure, ax, rows, names, columns_of, "", "{:.1f}", "YlOrRd", bar=False, limits=limits)
+        _heat(figure, ax, rows, names, columns_of, labels[statistic], "{:.1f}", "YlOrRd")
         ax.set_xticks(range(heads), columns_of, rotation=0, ha="center")
         ax.set_title(kind, fontsize=9, color=INK)
         ax.set_xlabel("head", fontsize=9, color=INK)
     for ax in axes[len(kinds) :]:
         ax.set_visible(False)
-    figure.colorbar(image, ax=axes, shrink=0.8).set_label(labels[statistic], fontsize=9)
     return _save(figure, path)
 
 

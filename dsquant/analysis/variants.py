@@ -93,14 +93,17 @@ def at_bits(quant: QuantConfig, bits: dict[str, int]) -> SitePolicy:
     return SitePolicy(policy.weight, policy.activation, [*policy.rules, *rules])
 
 
-def post_training(subject: Subject, policy: SitePolicy) -> Variants:
+def post_training(subject: Subject, policy: SitePolicy, *, activations: bool = True) -> Variants:
     """Quantize a float model without training: weight scales of least squared error, calibrated activations.
 
     Activation scales are fitted to what each site sees in the float model, so that they are the same in every variant.
+    With `activations=False` all activations stay in float and are not calibrated, which spares most of the time.
     Raises TrainingError where a site sees nothing or a value that is not finite.
     """
     model = subject.build()
     sites = insert_sites(model, policy)
+    if not activations:
+        sites.quantizers.clear()  # unbound, they let everything pass
     state = QuantState(sites.weights, sites.activations, subject.device)
     if sites.quantizers:
         with torch.no_grad():

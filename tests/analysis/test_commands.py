@@ -17,6 +17,7 @@ from dsquant.telemetry.metrics import read_metrics
 from tests.integration.runs import TINY, ds_config, run, train_command
 from tools.analyze import main
 
+pytestmark = pytest.mark.slow  # one real run, analysed several times
 STEPS = 30
 
 
@@ -135,6 +136,7 @@ def test_a_model_by_name_is_analysed_with_its_own_preparation_of_images(named_mo
         (["sensitivity", "--run", "RUN", "--n_bits", "9"], "n_bits is 9"),
         (["sensitivity", "--run", "RUN", "--out", "x.yaml"], "--out x.yaml is a file"),
         (["sensitivity", "--model", "deit_tiny_patch16_224"], "--model needs --data"),
+        (["sensitivity", "--run", "RUN", "--plots", "maybe"], "--plots is 'maybe'; it takes true or false"),
         (["oscillation", "--model", "deit_tiny_patch16_224"], "give --run"),
         (["allocate", "--model", "deit_tiny_patch16_224"], "give --recipe"),
         (["allocate", "--run", "RUN", "--stage", "fp"], "stage 'fp' of recipe tiny quantizes nothing"),

@@ -9,7 +9,8 @@ from dsquant.analysis.sensitivity import leave_one_out
 from dsquant.analysis.variants import post_training, uniform_policy
 from dsquant.errors import ConfigError
 from dsquant.models import insert_sites
-from dsquant.spec import PolicyRule, QuantSpec, SitePolicy
+from dsquant.quant.modules import ActivationQuantizer, Mode, QuantLinear, become
+from dsquant.spec import ActivationSite, PolicyRule, QuantSpec, SitePolicy
 
 VALUE = "blocks.0.attn.v"
 
@@ -145,6 +146,26 @@ def test_top1_and_loss_of_a_row_belong_to_its_variants(subject):
         assert row["recovery_top1"] == without.top1 - result["quantized"]["top1"]
         assert row["recovery_loss"] == pytest.approx(result["quantized"]["loss"] - without.loss)
         assert row["recovery_loss_se"] > 0
+
+
+def test_a_site_switched_to_float_keeps_its_learned_biases():
+    spec = QuantSpec(2, bias="around")
+    quantizer = ActivationQuantizer(ActivationSite("layer.input", spec, features=6))
+    layer = torch.nn.Linear(6, 3)
+    become(layer, QuantLinear, input_quantizer=quantizer)
+    before, after, x = torch.randn(6), torch.randn(6), torch.randn(4, 6)
+    quantizer.bind({"scale": torch.ones(1), "before": before, "after": after})
+    quantizer.mode = Mode.FLOAT
+    expected = (x + before + after) @ layer.weight.T + layer.bias
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_without_activations_they_stay_in_float_and_weights_are_the_same(subject):
+    alone, both = (post_training(subject, uniform_policy(2), activations=value) for value in (False, True))
+    assert alone.everything == {part for part in both.everything if part.rows is not None}
+    for variants in (alone, both):
+        variants.quantize_only(alone.everything)
+    assert torch.equal(subject.scores(alone.model).losses, subject.scores(both.model).losses)
 
 
 def test_a_part_of_another_model_is_an_error(subject):
