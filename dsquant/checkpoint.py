@@ -103,7 +103,9 @@ def _owned_tensors(engine: Engine) -> dict[str, Tensor]:
 
 def _replicated_tensors(engine: Engine) -> dict[str, Tensor]:
     fragments = {name for names in engine.shards.members for name in names}
-    own = engine.module.state_dict() if engine.zero_stage < 3 else dict(engine.module.named_buffers())
+    own = engine.module.state_dict()
+    if engine.zero_stage == 3:  # its parameters are empty there; volatile buffers are no part of the model's state
+        own = {name: buffer for name, buffer in engine.module.named_buffers() if name in own}
     tensors = {f"buffer/{name}": t for name, t in own.items() if name not in fragments}
     if engine.state is not None:
         tensors |= {f"quant/{key}": t for key, t in engine.state.state_dict().items()}

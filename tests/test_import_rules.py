@@ -35,11 +35,24 @@ LAYERS = {
     "telemetry": VOCABULARY,
     "analysis": MODELS,
     "export": MODELS | {"config"},
-    "convert": MODELS | {"config", "checkpoint", "export", "data", "run_folder"},
+    "evaluation": VOCABULARY | {"models", "data"},
+    "convert": MODELS | {"config", "checkpoint", "evaluation", "export", "data", "run_folder"},
     "engine": ENGINE,
     "benchmark": ENGINE | {"engine"},
     "checkpoint": ENGINE | {"engine"},
-    "loop": ENGINE | {"engine", "checkpoint", "losses", "data", "telemetry", "analysis", "export", "convert"},
+    "loop": ENGINE
+    | {
+        "engine",
+        "checkpoint",
+        "evaluation",
+        "losses",
+        "data",
+        "telemetry",
+        "analysis",
+        "export",
+        "convert",
+        "run_folder",
+    },
     "train": ENGINE
     | {"engine", "checkpoint", "losses", "data", "telemetry", "analysis", "export", "convert", "loop", "run_folder"},
 }

@@ -1,6 +1,6 @@
 """Models by upstream name, and where each family's quantization sites are."""
 
-from dsquant.models.inputs import Inputs, logits_and_hidden, logits_of, move
+from dsquant.models.inputs import Inputs, logits_of, model_outputs, move
 from dsquant.models.registry import build_model, describe, insert_sites, portable, tokenizer_location
 from dsquant.models.sites import Sites
 
@@ -10,8 +10,8 @@ __all__ = [
     "build_model",
     "describe",
     "insert_sites",
-    "logits_and_hidden",
     "logits_of",
+    "model_outputs",
     "move",
     "portable",
     "tokenizer_location",

@@ -1,7 +1,5 @@
 """Call image and text models alike: a tensor of images, or a dict of tensors that become keyword arguments."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -17,14 +15,12 @@ def move(inputs: Inputs, device: torch.device | str, dtype: torch.dtype) -> Inpu
 
 def logits_of(model: nn.Module, inputs: Inputs) -> Tensor:
     """Return a model's logits (B, classes)."""
-    return _output(model, inputs) if isinstance(inputs, Tensor) else _output(model, inputs).logits
+    return model_outputs(model, inputs)[0]
 
 
-def logits_and_hidden(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return a text model's logits, its embedding output and the output of each layer, (B, N, C)."""
-    found = _output(model, inputs, output_hidden_states=True)
-    return found.logits, found.hidden_states
-
-
-def _output(model: nn.Module, inputs: Inputs, **options: Any) -> Any:
-    return model(inputs) if isinstance(inputs, Tensor) else model(**inputs, **options)
+def model_outputs(model: nn.Module, inputs: Inputs, *, hidden: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return a model's logits and, with `hidden`, a text model's embedding output and each layer's output, (B, N, C)."""
+    if isinstance(inputs, Tensor):
+        return model(inputs), ()
+    found = model(**inputs, output_hidden_states=hidden)
+    return found.logits, found.hidden_states if hidden else ()

@@ -27,7 +27,8 @@ class ActivationQuantizer(nn.Module):
     """Quantize one activation site with scales that live in QuantState.
 
     `heads_first` says that groups lie along dim 1 of (B, H, N, D) rather than along the last dimension; `keys_last` that
-    the last dimension goes over tokens, as in (B, H, N, N). It owns no parameter, so that a model keeps its state-dict names and ZeRO never sees a scale.
+    the last dimension goes over tokens, as in (B, H, N, N).
+    It owns no parameter, so that a model keeps its state-dict names and ZeRO never sees a scale.
     """
 
     def __init__(
