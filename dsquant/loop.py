@@ -181,8 +181,7 @@ class Run:
         stage, total = self.config.stages[name], self.totals[name]
         model = self._initial_model(name, stage)
         if stage.quant is not None and f"float_{self.score}" not in self.summary:
-            found = self._evaluate(model.to(self.world.device).eval(), torch.float32)
-            self.summary[f"float_{self.score}"] = found[self.score]
+            self._note(self._evaluate(model.to(self.world.device).eval(), torch.float32), "float_")
         teacher = self._teacher(stage)
         engine = Engine(model, self.config, stage, self.ds_config, self.world, total)
         stream = self._train_stream(stage)
@@ -332,13 +331,17 @@ class Run:
         engine.eval()
         found = self._evaluate(engine.module, engine.dtype)
         engine.train()
-        self.summary[f"float_{self.score}" if engine.quantization is None else self.score] = found[self.score]
+        self._note(found, "float_" if engine.quantization is None else "")
         if self.metrics:
             self.metrics.write("eval", name, engine.step_index, **found)
         self.console.message(
             f"{name} step {engine.step_index}: validation {self.score.replace('top1', 'top-1')} {found[self.score]:.2f}, "
             f"loss {found['loss']:.4f}"
         )
+
+    def _note(self, found: dict[str, float | int], prefix: str) -> None:
+        """Put a model's top-1 (where it has one) and its score into the summary."""
+        self.summary |= {prefix + name: found[name] for name in ("top1", self.score) if name in found}
 
     def _evaluate(self, model: nn.Module, dtype: torch.dtype) -> dict[str, float | int]:
         """Return loss, number of samples and scores over the whole validation set."""
