@@ -46,10 +46,17 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """Name a timm model and how to build it; `checkpoint` is a float state dict that must load strictly."""
+    """Name a model and how to build it; `checkpoint` is a float state dict that must load strictly.
 
+    timm: `name` is a timm model, `kwargs` go to its constructor. transformers: `name` is a model of the hub, a local folder,
+    `package:NAME` (an installed package that holds such a folder), or `bert` or `roberta` for a model made from `kwargs`
+    alone; `kwargs` override its configuration. `max_length` is the tokens of an input; a run takes it from its data.
+    """
+
+    library: Literal["timm", "transformers"] = "timm"
     name: str
     num_classes: Positive
+    max_length: Positive | None = None
     pretrained: Flag = False
     checkpoint: str | None = None
     kwargs: dict[str, Any] = {}
@@ -68,12 +75,22 @@ class SoftLabelsConfig(Section):
 
 
 class DataConfig(Section):
-    """Say where the shards lie and how images become tensors; `source: digits` makes its own shards in the run."""
+    """Say where the shards lie and how their samples become tensors; `source: digits` makes its own shards in the run.
 
+    task image: `image_size` and the fields after it. task text: sentences are cut to `max_length` tokens by the tokenizer
+    of the model, or that of the folder `tokenizer`, and padded to it or to the `longest` of their batch. `metric` is what
+    validation reports beside the loss; pearson_spearman is for scores (regression, `model.num_classes: 1`).
+    """
+
+    task: Literal["image", "text"] = "image"
     source: Literal["shards", "digits"] = "shards"
     train: str | None = None
     val: str | None = None
-    image_size: Positive
+    metric: Literal["accuracy", "f1", "matthews", "pearson_spearman"] = "accuracy"
+    tokenizer: str | None = None
+    max_length: Positive | None = None
+    pad_to: Literal["max_length", "longest"] = "max_length"
+    image_size: Positive | None = None
     channels: Literal[1, 3] = 3
     augment: Literal["none", "shift", "flip_crop", "rrc", "rand_augment"] = "rrc"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -89,6 +106,14 @@ class DataConfig(Section):
     def _complete(self):
         if self.source == "shards" and not (self.train and self.val):
             raise ValueError("data.train and data.val must name folders or patterns of WebDataset shards")
+        needed, foreign = ("image_size", TEXT_FIELDS) if self.task == "image" else ("max_length", IMAGE_FIELDS)
+        if getattr(self, needed) is None:
+            raise ValueError(f"data.{needed} is needed where data.task is {self.task}")
+        for name in foreign:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"data.{name} has no use where data.task is {self.task}; remove it, or set data.task")
+        if self.task == "text" and self.source != "shards":
+            raise ValueError(f"data.source is {self.source}; text comes from shards")
         if len(self.mean) != self.channels or len(self.std) != self.channels:
             raise ValueError(f"data.mean and data.std need {self.channels} values, one a channel")
         if self.soft_labels and self.source != "shards":
@@ -101,6 +126,10 @@ class DataConfig(Section):
                 "alone, so nothing else may change the image; set data.augment: none"
             )
         return self
+
+
+TEXT_FIELDS = ("tokenizer", "max_length", "pad_to")
+IMAGE_FIELDS = ("image_size", "channels", "augment", "mean", "std", "interpolation", "crop_pct")
 
 
 class TensorQuant(Section):
@@ -270,18 +299,20 @@ class DistillConfig(Section):
 
     `teacher: soft_labels` takes the probabilities that are stored with the crops of `data.soft_labels`; T is then the
     temperature they were made at.
+    `hidden` weighs the squared distance of the embedding output and of every layer's output to the teacher's (BiT; text).
     """
 
     teacher: str
     soft: NonNegative = 1.0
     hard: NonNegative = 0.0
+    hidden: NonNegative = 0.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
 
 
 class StageConfig(Section):
     """Describe one stage: what it starts from, what it quantizes, how long and how it is optimized.
 
-    `batch_size` is global: images per optimizer step over all ranks and accumulation steps. `quant: null` trains in
+    `batch_size` is global: samples per optimizer step over all ranks and accumulation steps. `quant: null` trains in
     float. Give `epochs` or `steps`; a float stage of 0 steps takes the model (`model.pretrained`, `model.checkpoint`) as it
     is, to start and teach later ones.
     """
@@ -359,6 +390,27 @@ class RunConfig(Section):
     telemetry: TelemetryConfig = TelemetryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     targets: dict[str, Target] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_takes_the_length_of_the_data(cls, tree: Any) -> Any:
+        """Give a text model the length of its inputs: quantizers depend on it, and a model travels without its data."""
+        model, data = (tree.get(key) for key in ("model", "data")) if isinstance(tree, dict) else (None, None)
+        if not isinstance(model, dict) or not isinstance(data, dict) or data.get("task") != "text":
+            return tree
+        return {**tree, "model": {**model, "max_length": data.get("max_length")}}
+
+    @model_validator(mode="after")
+    def _model_fits_data(self):
+        library = "transformers" if self.data.task == "text" else "timm"
+        if self.model.library != library:
+            raise ValueError(f"model.library is {self.model.library}; data.task {self.data.task} needs {library}")
+        if (self.data.metric == "pearson_spearman") != (self.model.num_classes == 1):
+            raise ValueError("data.metric pearson_spearman and model.num_classes 1 go together: both mean regression")
+        for name, stage in self.stages.items():
+            if stage.distill and stage.distill.hidden and self.data.task != "text":
+                raise ValueError(f"stages.{name}.distill.hidden: only text models give hidden states; set it to 0")
+        return self
 
     @model_validator(mode="after")
     def _stages_point_back(self):

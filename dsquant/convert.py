@@ -1,20 +1,19 @@
-"""From a run's checkpoint to a packed file, and from a packed file to its top-1 on the run's validation images."""
+"""From a run's checkpoint to a packed file, and from a packed file to its scores on the run's validation samples."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
-from dsquant.config import ModelConfig, load_config
-from dsquant.data import EvalStream, ShardSet, build_transform
+from dsquant.config import DataConfig, ModelConfig, load_config
+from dsquant.data import EvalStream, ShardSet
 from dsquant.errors import ConfigError, ExportError
+from dsquant.evaluation import Scores, evaluate, transform_of
 from dsquant.export import PackedInfo, load_packed, read_packed, write_packed
-from dsquant.export.layout import DATA_KEYS
-from dsquant.models import build_model, insert_sites
-from dsquant.run_folder import RECIPE_FILE
+from dsquant.export.layout import data_keys
+from dsquant.models import build_model, insert_sites, portable
+from dsquant.run_folder import RECIPE_FILE, TOKENIZER
 
 if TYPE_CHECKING:
     from dsquant.checkpoint import Checkpoint
@@ -69,9 +68,9 @@ def pack_checkpoint(checkpoint: "Checkpoint", out: str | Path) -> PackedInfo:
         weight_sites=sites.weights,
         activation_sites=sites.activations,
         scales=checkpoint.quant,
-        model=config.model,
+        model=portable(config.model.model_copy(update={"pretrained": False, "checkpoint": None})),
         quant=quant,
-        data=config.data.model_dump(mode="json", include=DATA_KEYS),
+        data=config.data.model_dump(mode="json", include=data_keys(config.data.task)),
         training={
             "recipe": config.recipe,
             "stage": stage,
@@ -93,19 +92,20 @@ def validation_data(run_dir: str | Path) -> str:
     return str(Path(run_dir) / "data" / "val") if data.source == "digits" else data.val
 
 
-@torch.no_grad()
 def evaluate_packed(
     path: str | Path,
     val_location: str | Path,
     batch_size: int | None = None,
     *,
+    tokenizer: str | Path | None = None,
     device: torch.device | str | None = None,
     num_workers: int = 0,
 ) -> dict[str, float | int]:
     """Return `top1` (%), mean `loss` and the number of `samples` of a packed file over a set of validation shards.
 
-    Batches are cut as the training run cut them, for its number of ranks, and the dtype is the run's on this device
-    (bf16 on a GPU, fp32 on a CPU, or what its recipe says): the result is that of training's own evaluation.
+    A text model's result holds its metric as well; its tokenizer is by default the folder `tokenizer` beside the file, where
+    a run keeps it. Batches are cut as the training run cut them, for its number of ranks, and the dtype is the run's on this
+    device (bf16 on a GPU, fp32 on a CPU, or what its recipe says): the result is that of training's own evaluation.
     Raises ExportError for the file and DataError for the shards.
     """
     packed = read_packed(path)
@@ -114,11 +114,15 @@ def evaluate_packed(
     if not batch_size:
         raise ConfigError(f"{path} does not say with which batch size its training evaluated; give batch_size")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = load_packed(path, device).to(_dtype(training.get("precision", "fp32"), device))
+    dtype = _dtype(training.get("precision", "fp32"), device)
+    model = load_packed(path, device).to(dtype)
     shards = ShardSet.open(val_location)
-    image = {key: packed.data[key] for key in DATA_KEYS}
-    transform = build_transform(train=False, augment="none", **image)
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    task = packed.data.get("task", "image")
+    data = DataConfig(**{key: packed.data[key] for key in data_keys(task)}, train="-", val=str(val_location))
+    tokenizer = tokenizer or Path(path).parent / TOKENIZER
+    if task == "text" and not Path(tokenizer).is_dir():
+        raise ConfigError(f"{tokenizer} is no folder of a tokenizer; give that of the run, RUN/{TOKENIZER}")
+    transform, scores = transform_of(data, train=False, tokenizer=tokenizer), Scores(data.metric, device)
     for rank in range(world_size := training.get("world_size", 1)):
         stream = EvalStream(
             shards,
@@ -128,20 +132,10 @@ def evaluate_packed(
             world_size=world_size,
             num_workers=num_workers,
         )
-        for images, labels in stream.batches():
-            sums += _scores(model, images, labels.to(device))
-    loss, right, samples = sums.tolist()
-    return {"top1": 100 * right / samples, "loss": loss / samples, "samples": int(samples)}
+        evaluate(model, stream, data.metric, device, dtype, scores)
+    return scores.result()
 
 
 def _dtype(precision: str, device: torch.device) -> torch.dtype:
     bf16 = precision == "bf16" or (precision == "auto" and device.type != "cpu")
     return torch.bfloat16 if bf16 else torch.float32
-
-
-def _scores(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Return float64 (summed loss, right answers, samples) of a batch; label -1 marks padding."""
-    like = next(model.parameters())
-    logits = model(images.to(like.device, like.dtype)).float()
-    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-    return torch.stack([loss.double(), (logits.argmax(dim=-1) == labels).sum().double(), (labels >= 0).sum().double()])

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsquant.config import QuantConfig, RunConfig, StageConfig, merge_ds_config
 from dsquant.errors import ConfigError, TrainingError
+from dsquant.models.inputs import Inputs, logits_of, model_outputs, move
 from dsquant.models.registry import insert_sites
 from dsquant.models.sites import Sites
 from dsquant.quant.state import QuantState
@@ -222,13 +223,21 @@ class Engine:
                 f"quantizer state differs between rank 0 and ranks {odd}; this is a defect, please report"
             )
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Run the model in training mode on a micro-batch (B, C, H, W)."""
-        return self.ds(self.cast(images))
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Run the model in training mode on a micro-batch, images (B, C, H, W) or a dict of tokens; return its logits."""
+        return self.outputs(inputs)[0]
 
-    def cast(self, images: Tensor) -> Tensor:
-        """Move images to this rank's device in the model's dtype."""
-        return images.to(self.world.device, torch.bfloat16 if self.world.bf16 else torch.float32, non_blocking=True)
+    def outputs(self, inputs: Inputs, *, hidden: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run the model in training mode; return its logits and, with `hidden`, a text model's hidden states."""
+        return model_outputs(self.ds, self.cast(inputs), hidden=hidden)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.world.bf16 else torch.float32
+
+    def cast(self, inputs: Inputs) -> Inputs:
+        """Move inputs to this rank's device, images in the model's dtype."""
+        return move(inputs, self.world.device, self.dtype)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of a micro-batch."""
@@ -258,9 +267,9 @@ class Engine:
                 self.state.zero_grad()
 
     @torch.no_grad()
-    def evaluate_logits(self, images: Tensor) -> Tensor:
+    def evaluate_logits(self, inputs: Inputs) -> Tensor:
         """Return float32 logits (B, classes) in evaluation mode; call between `eval()` and `train()`."""
-        return self.module(self.cast(images)).float()
+        return logits_of(self.module, self.cast(inputs)).float()
 
     def eval(self) -> None:
         self.average_statistics()
@@ -293,6 +302,9 @@ class Engine:
 
 def _checkpoint_activations(model: nn.Module) -> None:
     """Recompute blocks in backward instead of keeping their activations."""
+    if hasattr(model, "gradient_checkpointing_enable"):  # transformers
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        return
     if not hasattr(model, "set_grad_checkpointing"):
         raise ConfigError(
             f"{type(model).__name__} has no activation checkpointing; set activation_checkpointing: false"

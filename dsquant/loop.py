@@ -28,12 +28,14 @@ from dsquant.checkpoint import (
 )
 from dsquant.config import SOFT_LABELS, DataConfig, RunConfig, StageConfig
 from dsquant.convert import convert_run
-from dsquant.data import EvalStream, ShardSet, StoredCrops, TrainStream, build_transform, make_digits
+from dsquant.data import EvalStream, ShardSet, StoredCrops, TrainStream, copy_tokenizer, make_digits
 from dsquant.engine import Engine, World, micro_batch_size
 from dsquant.errors import CheckpointError, ConfigError, TrainingError
-from dsquant.losses import stage_loss
-from dsquant.models import build_model, insert_sites
+from dsquant.evaluation import METRICS, evaluate, score_name, transform_of
+from dsquant.losses import hidden_loss, stage_loss
+from dsquant.models import build_model, insert_sites, model_outputs, tokenizer_location
 from dsquant.quant.calibrate import calibrate
+from dsquant.run_folder import TOKENIZER
 from dsquant.telemetry.console import Console, closing_table
 from dsquant.telemetry.metrics import METRICS_FILE, MetricsLog, write_summary
 from dsquant.telemetry.report import write_report
@@ -41,6 +43,7 @@ from dsquant.telemetry.wandb_sink import WandbSink
 
 PACKED_FILE = "model.packed.safetensors"
 RESULTS = ("float_top1", "top1", "oscillating_pct", "oscillating_peak_pct")
+CARRIED = (*RESULTS, *METRICS, *(f"float_{metric}" for metric in METRICS))
 
 
 def learning_rate(stage: StageConfig, step: int, total: int) -> float:
@@ -71,18 +74,14 @@ def open_data(config: DataConfig, run_dir: Path, rank: int) -> tuple[ShardSet, S
     return shards
 
 
-def transform_of(config: DataConfig, train: bool):
-    """Build the image transform of a recipe."""
-    return build_transform(
-        image_size=config.image_size,
-        channels=config.channels,
-        train=train,
-        augment=config.augment,
-        mean=config.mean,
-        std=config.std,
-        interpolation=config.interpolation,
-        crop_pct=config.crop_pct,
-    )
+def open_tokenizer(config: RunConfig, run_dir: Path, rank: int) -> Path | None:
+    """Give the run a copy of its tokenizer, made by rank 0, and return its folder; None for images."""
+    if config.data.task == "image":
+        return None
+    if rank == 0:
+        copy_tokenizer(tokenizer_location(config.model, config.data.tokenizer), run_dir / TOKENIZER)
+    dist.barrier()
+    return run_dir / TOKENIZER
 
 
 def images_per_batch(config: RunConfig, stage: StageConfig, world_size: int) -> int:
@@ -132,6 +131,8 @@ class Run:
         self._check_stages()
         self.train_shards, self.val_shards = open_data(config.data, run_dir, world.rank)
         self.stored_crops = StoredCrops.of_recipe(config, self.train_shards)
+        self.tokenizer = open_tokenizer(config, run_dir, world.rank)
+        self.score = score_name(config.data)
         self.totals = {name: self._total_steps(stage) for name, stage in config.stages.items()}
         self.start = latest_checkpoint(run_dir, list(config.stages)) if resume else None
         if self.start and self.start.config.model != config.model:
@@ -197,8 +198,8 @@ class Run:
         """Train one stage from its beginning or from a checkpoint, evaluate it, and keep its end."""
         stage, total = self.config.stages[name], self.totals[name]
         model = self._initial_model(name, stage)
-        if stage.quant is not None and "float_top1" not in self.summary:
-            self.summary["float_top1"] = self._evaluate(model.to(self.world.device).eval())["top1"]
+        if stage.quant is not None and f"float_{self.score}" not in self.summary:
+            self._note(self._evaluate(model.to(self.world.device).eval(), torch.float32), "float_")
         teacher = self._teacher(stage)
         engine = Engine(model, self.config, stage, self.ds_config, self.world, total)
         stream = self._train_stream(stage)
@@ -237,7 +238,7 @@ class Run:
         data = self.config.data
         return TrainStream(
             self.train_shards,
-            transform=None if self.stored_crops else transform_of(data, train=True),
+            transform=None if self.stored_crops else transform_of(data, train=True, tokenizer=self.tokenizer),
             decode_rows=self.stored_crops,
             batch_size=images_per_batch(self.config, stage, self.world.size),
             rank=self.world.rank,
@@ -249,13 +250,13 @@ class Run:
         )
 
     def _calibrate(self, engine: Engine, stage: StageConfig, stream: TrainStream) -> None:
-        """Fit the activation quantizers on training images, the first of the run's own stream."""
-        self.console.message("calibrating activation quantizers on training images ...")
+        """Fit the activation quantizers on training samples, the first of the run's own stream."""
+        self.console.message("calibrating activation quantizers on training samples ...")
         batches = stream.batches()
-        images = [next(batches)[0] for _ in range(stage.quant.calibration.batches)]
+        samples = [next(batches)[0] for _ in range(stage.quant.calibration.batches)]
         engine.eval()
         calibrate(
-            engine.sites.quantizers, engine.state, engine.evaluate_logits, images, stage.quant.calibration.rounds,
+            engine.sites.quantizers, engine.state, engine.evaluate_logits, samples, stage.quant.calibration.rounds,
             bind=lambda: engine.sites.bind(engine.state), init=stage.quant.calibration.init,
         )  # fmt: skip
         engine.train()
@@ -294,22 +295,24 @@ class Run:
                 buffer.began = time.monotonic()
 
     def _step(
-        self, name: str, stage: StageConfig, engine: Engine, batches: Iterator[tuple[Tensor, ...]],
+        self, name: str, stage: StageConfig, engine: Engine, batches: Iterator[tuple[Any, ...]],
         teacher: nn.Module | None, lr: float, observe: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Take one optimizer step and return float64 (loss, right answers, images) of this rank, on its device."""
+        """Take one optimizer step and return float64 (loss, right answers, samples) of this rank, on its device."""
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         for micro in range(stage.gradient_accumulation):
-            images, labels, *soft_labels = next(batches)
+            inputs, labels, *soft_labels = next(batches)
             soft_labels = [tensor.to(self.world.device, non_blocking=True) for tensor in soft_labels]
-            images, labels = engine.cast(images), labels.to(self.world.device, non_blocking=True)
-            teacher_logits = None
+            inputs, labels = engine.cast(inputs), labels.to(self.world.device, non_blocking=True)
+            teacher_logits, distills_hidden = None, stage.distill is not None and stage.distill.hidden > 0
             if teacher is not None:
                 with torch.no_grad():
-                    teacher_logits = teacher(images)
+                    teacher_logits, taught = model_outputs(teacher, inputs, hidden=distills_hidden)
             seed_step(self.config.seed, name, engine.step_index, micro, self.world.rank)
-            logits = engine.forward(images)
+            logits, hidden = engine.outputs(inputs, hidden=distills_hidden)
             loss = stage_loss(logits, labels, teacher_logits, stage.distill, stage.label_smoothing, soft_labels)
+            if distills_hidden:
+                loss = loss + stage.distill.hidden * hidden_loss(hidden, taught, inputs["attention_mask"])
             engine.backward(loss)
             with torch.no_grad():
                 right = (logits.argmax(dim=-1) == labels).sum()
@@ -328,7 +331,7 @@ class Run:
         seconds = time.monotonic() - buffer.began
         rate = len(buffer.rows) * stage.batch_size / max(seconds, 1e-9)
         for (step, lr), (loss, right, images) in zip(buffer.meta, together.tolist(), strict=True):
-            loss, top1 = loss / images, 100 * right / images
+            loss, top1 = loss / images, None if self.score == "pearson_spearman" else 100 * right / images
             if self.metrics:
                 self.metrics.write("train", name, step, loss=loss, lr=lr, top1=top1, images_per_second=rate)
             if not math.isfinite(loss):
@@ -352,43 +355,37 @@ class Run:
 
     def _record_evaluation(self, name: str, engine: Engine) -> None:
         engine.eval()
-        found = self._evaluate(engine.module, engine.cast)
+        found = self._evaluate(engine.module, engine.dtype)
         engine.train()
-        self.summary["float_top1" if engine.quantization is None else "top1"] = found["top1"]
+        self._note(found, "float_" if engine.quantization is None else "")
         if self.metrics:
             self.metrics.write("eval", name, engine.step_index, **found)
         self.console.message(
-            f"{name} step {engine.step_index}: validation top-1 {found['top1']:.2f}, loss {found['loss']:.4f}"
+            f"{name} step {engine.step_index}: validation {self.score.replace('top1', 'top-1')} {found[self.score]:.2f}, "
+            f"loss {found['loss']:.4f}"
         )
 
-    @torch.no_grad()
-    def _evaluate(self, model: nn.Module, cast=None) -> dict[str, float | int]:
-        """Return top-1 (%), mean loss and the number of samples over the whole validation set."""
+    def _note(self, found: dict[str, float | int], prefix: str) -> None:
+        """Put a model's top-1 (where it has one) and its score into the summary."""
+        self.summary |= {prefix + name: found[name] for name in ("top1", self.score) if name in found}
+
+    def _evaluate(self, model: nn.Module, dtype: torch.dtype) -> dict[str, float | int]:
+        """Return loss, number of samples and scores over the whole validation set."""
         data = self.config.data
         stream = EvalStream(
             self.val_shards,
-            transform=transform_of(data, train=False),
+            transform=transform_of(data, train=False, tokenizer=self.tokenizer),
             batch_size=data.eval_batch_size,
             rank=self.world.rank,
             world_size=self.world.size,
             num_workers=min(data.num_workers, 2),
         )
-        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
-        for images, labels in stream.batches():
-            labels = labels.to(self.world.device)
-            logits = model(images.to(self.world.device) if cast is None else cast(images)).float()
-            real = labels >= 0
-            loss = nn.functional.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-            right = ((logits.argmax(dim=-1) == labels) & real).sum()
-            sums += torch.stack([loss.double(), right.double(), real.sum().double()])
-        dist.all_reduce(sums)
-        loss, right, samples = sums.tolist()
-        return {"top1": 100 * right / samples, "loss": loss / samples, "samples": int(samples)}
+        return evaluate(model, stream, data.metric, self.world.device, dtype).result()
 
     def _save(self, name: str, engine: Engine, *, done: bool) -> None:
         if self.metrics:
             self.metrics.flush()
-        results = {k: v for k, v in self.summary.items() if k in RESULTS}
+        results = {k: v for k, v in self.summary.items() if k in CARRIED}
         path = save_checkpoint(self.run_dir, self.config, name, engine, done=done, results=results)
         self.summary["checkpoint"] = str(path)
         self.summary["zero_stage"] = engine.zero_stage

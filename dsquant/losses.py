@@ -1,4 +1,4 @@
-"""Losses of a stage: labels, an earlier stage's probabilities, and stored soft labels."""
+"""Losses of a stage: labels, an earlier stage's probabilities and hidden states, and stored soft labels."""
 
 from collections.abc import Sequence
 
@@ -48,20 +48,43 @@ def sparse_soft_cross_entropy(
     return -(stored + rest * log_probs.sum(dim=-1)).mean() * temperature**2
 
 
+def hidden_loss(hidden: tuple[Tensor, ...], teacher_hidden: tuple[Tensor, ...], real: Tensor) -> Tensor:
+    """Return `sum_layers mean_{real tokens, features} (hidden - teacher_hidden)^2` in float32.
+
+    Each is the embedding output and every layer's output, (B, N, C); real is (B, N), 0 at padding, which has no part in the
+    means. Source: BiT (2022), the distillation of hidden representations.
+    """
+    weight = (real / real.sum()).float().unsqueeze(-1)
+    total = torch.zeros((), device=real.device)
+    for own, taught in zip(hidden, teacher_hidden, strict=True):
+        total = total + ((own.float() - taught.float()).square() * weight).sum() / own.shape[-1]
+    return total
+
+
+def label_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Return the cross-entropy to classes (labels int64), or the squared error to scores (labels float, one logit)."""
+    if labels.is_floating_point():
+        return F.mse_loss(logits.float().squeeze(-1), labels)
+    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+
+
 def stage_loss(
     logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, distill: DistillConfig | None, smoothing: float,
     soft_labels: Sequence[Tensor] = (),
 ) -> Tensor:  # fmt: skip
-    """Return the loss of a training step: cross-entropy to labels, or the distillation mixture where there is a teacher.
+    """Return the loss of a training step: that of the labels, or the distillation mixture where there is a teacher.
 
-    soft_labels: (indices, probabilities) of a batch that has them; they teach where `distill.teacher` names them.
+    For scores, the mixture's soft part is the squared distance to the teacher's. soft_labels: (indices, probabilities) of
+    a batch that has them; they teach where `distill.teacher` names them.
     """
     if distill is None or (teacher_logits is None and distill.teacher != SOFT_LABELS):
-        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        return label_loss(logits, labels, smoothing)
     if distill.teacher == SOFT_LABELS:
         loss = distill.soft * sparse_soft_cross_entropy(logits, *soft_labels, distill.temperature)
+    elif labels.is_floating_point():
+        loss = distill.soft * F.mse_loss(logits.float(), teacher_logits.float())
     else:
         loss = distill.soft * soft_cross_entropy(logits, teacher_logits, distill.temperature)
     if distill.hard:
-        loss = loss + distill.hard * F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        loss = loss + distill.hard * label_loss(logits, labels, smoothing)
     return loss

@@ -12,6 +12,7 @@ from dsquant.config import DEFAULT_RECIPE, RunConfig, load_config, parse_config
 from dsquant.errors import ConfigError, DsquantError
 
 RECIPE_FILE = "recipe.yaml"
+TOKENIZER = "tokenizer"  # folder
 FREE_TO_CHANGE = ("telemetry", "checkpoint")  # sections that a resumed run may have otherwise
 
 

@@ -35,12 +35,25 @@ LAYERS = {
     "telemetry": VOCABULARY,
     "analysis": ENGINE | {"checkpoint", "data", "run_folder", "telemetry", "convert"},
     "export": MODELS | {"config"},
-    "convert": MODELS | {"config", "checkpoint", "export", "data", "run_folder"},
+    "evaluation": VOCABULARY | {"models", "data"},
+    "convert": MODELS | {"config", "checkpoint", "evaluation", "export", "data", "run_folder"},
     "engine": ENGINE,
     "benchmark": ENGINE | {"engine"},
     "checkpoint": ENGINE | {"engine"},
     "soft_labels": MODELS | {"config", "engine", "checkpoint", "data"},
-    "loop": ENGINE | {"engine", "checkpoint", "losses", "data", "telemetry", "analysis", "export", "convert"},
+    "loop": ENGINE
+    | {
+        "engine",
+        "checkpoint",
+        "evaluation",
+        "losses",
+        "data",
+        "telemetry",
+        "analysis",
+        "export",
+        "convert",
+        "run_folder",
+    },
     "train": ENGINE
     | {"engine", "checkpoint", "losses", "data", "telemetry", "analysis", "export", "convert", "loop", "run_folder"},
 }

@@ -5,17 +5,22 @@ from dsquant.data.image_folder import shard_image_folder
 from dsquant.data.shards import ShardSet, write_index, write_shards
 from dsquant.data.soft_labels import StoredCrops, read_settings
 from dsquant.data.stream import EvalStream, TrainStream, verify
+from dsquant.data.text import Tokenize, copy_tokenizer
+from dsquant.data.text_table import shard_text_table
 from dsquant.data.transforms import build_transform
 
 __all__ = [
     "EvalStream",
     "ShardSet",
     "StoredCrops",
+    "Tokenize",
     "TrainStream",
     "build_transform",
+    "copy_tokenizer",
     "make_digits",
     "read_settings",
     "shard_image_folder",
+    "shard_text_table",
     "verify",
     "write_index",
     "write_shards",

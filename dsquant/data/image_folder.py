@@ -36,13 +36,14 @@ def shard_image_folder(
         raise DataError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    _write_classes(out / "classes.txt", found.classes)
+    write_classes(out / "classes.txt", found.classes)
     files = list(found.samples)
     random.Random(seed).shuffle(files)
     return write_shards(_samples(files, prefix, progress), out, prefix, samples_per_shard)
 
 
-def _write_classes(path: Path, classes: list[str]) -> None:
+def write_classes(path: Path, classes: list[str]) -> None:
+    """Write class names in label order, one a line. Raises DataError where the file already lists others."""
     text = "".join(f"{name}\n" for name in classes)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise DataError(

@@ -1,7 +1,8 @@
 """Find WebDataset shards, know how many samples each holds, and write them so that a set is whole or absent.
 
 A sample is the run of tar members whose names agree up to the first dot of the file name (webdataset's rule);
-dsquant's samples hold one image member (jpg, jpeg, png or webp) and `cls`, the label as an ASCII integer.
+dsquant's samples hold one image member (jpg, jpeg, png or webp), or `json` for text, and `cls`, the label as an ASCII
+integer; text may have `score`, a number, instead.
 `index.json` beside the shards has webdataset's wids layout: {"shardlist": [{"url", "nsamples", "filesize"}, ...]}.
 """
 
@@ -27,6 +28,7 @@ from dsquant.errors import DataError
 
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 LABEL_MEMBER = "cls"
+TEXT_MEMBER, SCORE_MEMBER = "json", "score"
 FIX = "re-create it with tools/make_shards.py, or remove it"
 INDEX = "index.json"
 PENDING_INDEX = "index.json.partial"  # there while a set is put in place, so half a set is never taken for a whole one
@@ -80,6 +82,13 @@ def image_member(url: str, sample: Mapping[str, object]) -> str:
     return found
 
 
+def content_member(url: str, sample: Mapping[str, object]) -> str:
+    """Name the image or text member of a sample; raise DataError where it has neither, or no label."""
+    if TEXT_MEMBER in sample and (LABEL_MEMBER in sample or SCORE_MEMBER in sample):
+        return TEXT_MEMBER
+    return image_member(url, sample)
+
+
 def count_samples(path: str) -> int:
     """Count the samples of a local tar from its headers; raise DataError where it is truncated or corrupt."""
     names, position = [], 0
@@ -101,7 +110,7 @@ def count_samples(path: str) -> int:
         size = os.path.getsize(path) if os.path.exists(path) else 0
         raise DataError(f"shard {path}: {read_failure(error)}, at byte {position} of {size}; {FIX}") from error
     for sample in samples:
-        image_member(path, sample)
+        content_member(path, sample)
     return len(samples)
 
 
@@ -307,7 +316,7 @@ def _write_tar(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> i
                 if not key or "." in os.path.basename(key) or SKIPPED_MEMBER.match(key) or key in keys:
                     raise DataError(f"sample key {key!r} is empty, has a dot, is reserved, or occurs twice; rename it")
                 keys.add(key)
-                image_member(str(path.parent), {"__key__": key, **members})
+                content_member(str(path.parent), {"__key__": key, **members})
                 tar.write({"__key__": key, **members})
         file.flush()
         os.fsync(file.fileno())

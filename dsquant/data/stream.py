@@ -9,6 +9,7 @@ Augmentation is a function of (seed, epoch, sample key). Each worker reads the t
 
 import hashlib
 import io
+import math
 import random
 import signal
 import tarfile
@@ -26,13 +27,14 @@ from webdataset.filters import shuffle
 from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from dsquant.data.shards import FIX, LABEL_MEMBER, ShardSet, image_member, read_failure
+from dsquant.data.shards import FIX, LABEL_MEMBER, TEXT_MEMBER, ShardSet, content_member, image_member, read_failure
+from dsquant.data.text import decode_text
 from dsquant.errors import DataError
 
 Record = dict[str, Any]
-Row = tuple[Tensor | int, ...]
-Batch = tuple[Tensor, ...]
-Transform = Callable[[Image.Image], Tensor]
+Row = tuple[Any, ...]
+Batch = tuple[Any, ...]  # inputs (a tensor of images, or a dict of tensors), labels, and what else a row has
+Transform = Callable[[Any], Any]  # one that has a method `stack` makes batches of its results itself
 READ_BYTES = 1 << 20  # of a pipe or a remote shard at a time
 
 
@@ -76,6 +78,8 @@ class TrainStream:
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield (images float32 (B, C, H, W), labels int64 (B,), ...) without end, from batch `start` of the whole run.
+
+        For text, tokens (a dict of int64 (B, N)) take the place of images, and labels may be float32 scores.
 
         Batch i belongs to epoch i // batches_per_epoch; `batches(k)` continues an earlier run bit for bit after its
         first k batches. Raises DataError for a shard or sample that cannot be read.
@@ -121,7 +125,7 @@ class TrainStream:
             for row in rows:
                 _seed_rng(_hash(self.seed, epoch, row["__key__"]))
                 decoded += self.decode_rows(row)
-        return _stacked(decoded)
+        return _stacked(decoded, self.transform)
 
     def _one_row(self, record: Record) -> list[Row]:
         return [decode(record, self.transform)]
@@ -130,8 +134,8 @@ class TrainStream:
 class EvalStream:
     """Give a rank its share of the samples, each counted once over all ranks, in as many batches as any other rank.
 
-    Every batch has batch_size rows; rows beyond the rank's share are zeros with label -1, which the caller must not
-    count. `batches_per_epoch` = ceil(samples / (batch_size * world_size)).
+    Every batch has batch_size rows; rows beyond the rank's share have label -1 (a score: NaN), which the caller must not
+    count; they are zeros, or for text a sample once more. `batches_per_epoch` = ceil(samples / (batch_size * world_size)).
     """
 
     def __init__(
@@ -152,7 +156,7 @@ class EvalStream:
         self.loader = {"num_workers": num_workers, "pin_memory": pin_memory}
 
     def batches(self) -> Iterator[Batch]:
-        """Yield (images float32 (B, C, H, W), labels int64 (B,)), batches_per_epoch times; labels are -1 in padding."""
+        """Yield (images float32 (B, C, H, W), labels int64 (B,)), or tokens, batches_per_epoch times; padding has label -1."""
         return _load(self._worker_batches, **self.loader)
 
     def _worker_batches(self, worker: int, workers: int) -> Iterator[Batch]:
@@ -165,26 +169,27 @@ class EvalStream:
             present = int(wanted[batch * self.batch_size : (batch + 1) * self.batch_size].sum())
             rows = [decode(next(records)[1], self.transform) for _ in range(present)]
             if present < self.batch_size:
-                blank = torch.zeros_like(rows[0][0] if rows else self._any_image())
-                rows += [(blank, -1)] * (self.batch_size - present)
-            yield _stacked(rows)
+                sample, label = rows[0] if rows else self._any_sample()
+                blank = torch.zeros_like(sample) if isinstance(sample, Tensor) else sample
+                rows += [(blank, math.nan if isinstance(label, float) else -1)] * (self.batch_size - present)
+            yield _stacked(rows, self.transform)
 
-    def _any_image(self) -> Tensor:
-        """Give an image of the set, for the shape of a batch that is all padding."""
+    def _any_sample(self) -> tuple[Any, int | float]:
+        """Give a sample of the set, for the shape of a batch that is all padding."""
         _, record = next(_read_segment(self.shards, range(len(self.shards)), 0, np.ones(1, dtype=bool)))
-        return decode(record, self.transform)[0]
+        return decode(record, self.transform)
 
 
-def verify(shards: ShardSet, progress: Callable[[int], None] = lambda samples: None) -> dict[int, int]:
-    """Decode every sample; give the number of samples of each label.
+def verify(shards: ShardSet, progress: Callable[[int], None] = lambda samples: None) -> dict[int | float, int]:
+    """Decode every sample; give the number of samples of each label or score.
 
     progress is called with the number of samples done since the last call. Raises DataError at the first shard or
     sample that cannot be read.
     """
-    labels: dict[int, int] = {}
+    labels: dict[int | float, int] = {}
     for url, count in zip(shards.urls, shards.counts, strict=True):
         for record in read_shard(url, count):
-            _, label = decode(record, lambda image: image)
+            _, label = decode(record, lambda content: content)
             labels[label] = labels.get(label, 0) + 1
             progress(1)
     return dict(sorted(labels.items()))
@@ -218,8 +223,14 @@ def read_shard(url: str, count: int) -> Iterator[Record]:
         yield held
 
 
-def decode(record: Record, transform: Transform) -> tuple[Any, int]:
-    """Decode and transform the image of a record, and read its label; raise DataError naming shard, key and cause."""
+def decode(record: Record, transform: Transform) -> tuple[Any, int | float]:
+    """Decode and transform the image or the text of a record, and read its label; raise DataError with shard, key and cause."""
+    if content_member(record["__url__"], record) == TEXT_MEMBER:
+        return decode_text(record, transform)
+    return _decode_image(record, transform)
+
+
+def _decode_image(record: Record, transform: Transform) -> tuple[Any, int]:
     url, key = record["__url__"], record["__key__"]
     member = image_member(url, record)
     try:
@@ -264,7 +275,9 @@ def _read_segment(
         begin += count
 
 
-def _stacked(rows: list[Row]) -> Batch:
+def _stacked(rows: list[Row], transform: Transform | None) -> Batch:
+    if hasattr(transform, "stack"):
+        return transform.stack(rows)
     columns = zip(*rows, strict=True)
     return tuple(torch.stack(c) if isinstance(c[0], Tensor) else torch.tensor(c, dtype=torch.int64) for c in columns)
 

@@ -18,7 +18,13 @@ from dsquant.spec import ActivationSite, Grouping, QuantSpec, WeightSite
 
 FORMAT, VERSION = "dsquant-packed", "1"
 TensorType = tuple[str, tuple[int, ...]]  # safetensors dtype, shape
-DATA_KEYS = {"image_size", "channels", "mean", "std", "interpolation", "crop_pct"}
+DATA_KEYS = {"image_size", "channels", "mean", "std", "interpolation", "crop_pct"}  # of an image model
+TEXT_KEYS = {"task", "metric", "max_length", "pad_to"}  # of a text model
+
+
+def data_keys(task: str) -> set[str]:
+    """Return which fields of a recipe's data section a model of a task takes along."""
+    return TEXT_KEYS if task == "text" else DATA_KEYS
 
 
 def group_scales(scale: Tensor, shape: tuple[int, ...], grouping: Grouping) -> Tensor:

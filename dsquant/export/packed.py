@@ -18,10 +18,10 @@ from dsquant import __version__
 from dsquant.config import ModelConfig, QuantConfig
 from dsquant.errors import ConfigError, ExportError
 from dsquant.export.layout import (
-    DATA_KEYS,
     FORMAT,
     VERSION,
     activation_site,
+    data_keys,
     decode,
     encode,
     packed_shape,
@@ -34,6 +34,8 @@ from dsquant.spec import ActivationSite, WeightSite
 
 POLICY_KEYS = {"weight", "activation", "rules"}  # of QuantConfig; its other keys only record how training went
 NOT_SHIPPED = {"pretrained", "checkpoint"}  # of ModelConfig; the weights are in the file
+TEXT_ONLY = {"library", "max_length"}  # of ModelConfig; timm models have no use for them
+TEXT_NAMES = ("bert", "roberta")  # built from kwargs alone
 LOADING_KWARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
@@ -73,15 +75,17 @@ def write_packed(
         latents: every parameter of the model by upstream name, float32.
         buffers: every persistent buffer; floats are stored in float32, other dtypes as they are.
         scales: "site:scale", "site:offset" and so on: the values of every site and role.
-        data: image_size, channels, mean, std, interpolation and crop_pct of the images that the model takes.
+        model: a timm name, or a text model's family and whole configuration (`models.portable`).
+        data: image_size, channels, mean, std, interpolation and crop_pct of the images that the model takes; for text, task,
+            metric, max_length and pad_to.
         training: a JSON mapping that records where the model comes from.
         codes: int8 codes, weight-shaped, that training used; a weight without them is encoded from its latent.
 
     Raises ExportError naming the tensor that is missing, of another shape or dtype, not finite or out of range.
     """
     _check_model(model)
-    if data.keys() != DATA_KEYS:
-        raise ExportError(f"data must hold {sorted(DATA_KEYS)}, not {sorted(data)}")
+    if data.keys() != (wanted := data_keys(data.get("task", "image"))):
+        raise ExportError(f"data must hold {sorted(wanted)}, not {sorted(data)}")
     _check_latents(latents, weight_sites)
     scales = _checked_scales(scales, weight_sites, activation_sites)
     codes = codes or {}
@@ -92,11 +96,12 @@ def write_packed(
     parts = [{name: tensor.float() if tensor.is_floating_point() else tensor} for name, tensor in rest]
     parts += [_weight_tensors(s, latents[s.name], scales, codes.get(s.name)) for s in weight_sites]
     parts += [{f"{s.name}.{role}": scales[f"{s.name}:{role}"]} for s in activation_sites for role in s.values]
+    unshipped = NOT_SHIPPED | (TEXT_ONLY if model.library == "timm" else set())
     header = {
         "format": FORMAT,
         "version": VERSION,
         "dsquant_version": __version__,
-        "model": json.dumps(model.model_dump(mode="json", exclude=NOT_SHIPPED)),
+        "model": json.dumps(model.model_dump(mode="json", exclude=unshipped)),
         "quant": json.dumps(quant.model_dump(mode="json")),
         "sites": json.dumps(site_table(weight_sites, activation_sites)),
         "data": json.dumps(data),
@@ -108,7 +113,16 @@ def write_packed(
 
 
 def _check_model(model: ModelConfig) -> None:
-    """Refuse what would make timm fetch or unpickle something when a file that somebody sent is loaded."""
+    """Refuse what would make timm or transformers fetch or unpickle something when a file that somebody sent is loaded."""
+    if model.pretrained or model.checkpoint:
+        raise ExportError("model.pretrained and model.checkpoint load weights; a packed file brings its own")
+    if model.library == "transformers":
+        if model.name not in TEXT_NAMES:
+            raise ExportError(
+                f"model.name {model.name!r} leads to a hub or a folder; a packed text model is one of {TEXT_NAMES} with its "
+                "whole configuration in kwargs"
+            )
+        return  # building refuses kwargs that are no part of an architecture
     if ":" in model.name:
         raise ExportError(f"model.name {model.name!r} is an address; a packed file needs the name of a timm model")
     if bad := sorted(LOADING_KWARGS & model.kwargs.keys()):
@@ -278,8 +292,8 @@ def _parsed(path: Path, header: dict[str, str], file: Any) -> PackedModel:
     model, quant, sites, data = (json.loads(header[key]) for key in ("model", "quant", "sites", "data"))
     model = ModelConfig.model_validate(model)
     _check_model(model)
-    if not data.keys() >= DATA_KEYS:
-        raise ValueError(f"data lacks {min(DATA_KEYS - data.keys())}")
+    if lacking := data_keys(data.get("task", "image")) - data.keys():
+        raise ValueError(f"data lacks {min(lacking)}")
     return PackedModel(
         path=path,
         dsquant_version=header["dsquant_version"],

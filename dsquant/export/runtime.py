@@ -4,6 +4,7 @@ A packed layer is the quantized layer with `weight` computed instead of stored: 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -16,7 +17,7 @@ from dsquant.export.packed import PackedModel, read_packed
 from dsquant.models.registry import build_model, insert_sites
 from dsquant.models.sites import Sites
 from dsquant.quant.modules import ActivationQuantizer, QuantConv2d, QuantLinear, become
-from dsquant.spec import WeightSite
+from dsquant.spec import Grouping, WeightSite
 
 
 class PackedWeight(nn.Module):
@@ -60,6 +61,19 @@ class PackedConv2d(PackedWeight, QuantConv2d):
     """Apply QuantConv2d with a packed weight."""
 
 
+class PackedEmbedding(PackedWeight, nn.Embedding):
+    """Look up rows of a packed weight; only the rows that a batch asks for are unpacked."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self._image is not None:
+            return self._image[ids]
+        words, scale, rows = self.weight_packed[ids.reshape(-1)], self.weight_scale, ids.numel()
+        if scale.numel() > 1:  # one a row
+            scale = scale[ids.reshape(-1)]
+        site = replace(self.site, shape=(rows, self.embedding_dim), grouping=Grouping(len(scale), self.embedding_dim))
+        return decode(words, scale, site).view(*ids.shape, -1).to(self._like.dtype)
+
+
 class PackedActivation(ActivationQuantizer):
     """Quantize an activation with scales that follow the model to its device and stay float32."""
 
@@ -70,7 +84,7 @@ class PackedActivation(ActivationQuantizer):
         return self
 
 
-PACKED_CLASSES = {QuantLinear: PackedLinear, QuantConv2d: PackedConv2d}
+PACKED_CLASSES = {QuantLinear: PackedLinear, QuantConv2d: PackedConv2d, nn.Embedding: PackedEmbedding}
 
 
 def load_packed(path: str | Path, device: torch.device | str = "cpu", *, cache: bool = False) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Build float models by timm name with strict weights, and put quantization sites into them."""
+"""Build float models by upstream name with strict weights, and put quantization sites into them."""
 
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,15 +24,31 @@ FAMILIES = {
     SwinTransformerV2: swin.insert_sites,
     sret.SReT: sret.insert_sites,
 }
+TEXT_FAMILIES = ("BertForSequenceClassification", "RobertaForSequenceClassification")  # transformers loads when needed
 
 
 def build_model(config: ModelConfig) -> nn.Module:
-    """Build a float model by timm name, `sret_tiny` included; its weights, if any are named, must fit exactly.
+    """Build a float model, `sret_tiny` included; its weights, if any are named, must fit exactly.
 
     Raises ConfigError for an unknown name or bad kwargs, CheckpointError for weights that do not match.
     """
+    if config.library == "transformers":
+        from dsquant.models.language import build_text_model
+
+        model = build_text_model(config)
+    else:
+        model = _build_timm_model(config)
+    if config.checkpoint:
+        weights = read_float_weights(config.checkpoint)
+        if isinstance(model, sret.SReT):
+            weights = sret.from_authors(model, weights)
+        load_strict(model, weights, config.checkpoint)
+    return model
+
+
+def _build_timm_model(config: ModelConfig) -> nn.Module:
     try:
-        model = timm.create_model(
+        return timm.create_model(
             config.name, pretrained=config.pretrained, num_classes=config.num_classes, **config.kwargs
         )
     except (RuntimeError, TypeError, AssertionError) as error:
@@ -43,12 +59,24 @@ def build_model(config: ModelConfig) -> nn.Module:
         raise ConfigError(
             f"pretrained weights of {config.name} cannot be fetched ({error}); set model.checkpoint"
         ) from None
-    if config.checkpoint:
-        weights = read_float_weights(config.checkpoint)
-        if isinstance(model, sret.SReT):
-            weights = sret.from_authors(model, weights)
-        load_strict(model, weights, config.checkpoint)
-    return model
+
+
+def portable(config: ModelConfig) -> ModelConfig:
+    """Return a ModelConfig that any machine can build from: a timm name, or a text model's whole configuration."""
+    if config.library == "timm":
+        return config
+    from dsquant.models.language import self_contained
+
+    return self_contained(config)
+
+
+def tokenizer_location(config: ModelConfig, tokenizer: str | None = None) -> str:
+    """Return where the tokenizer of a text model lies: `tokenizer` where given, else with the model. Raises ConfigError."""
+    from dsquant.models.language import CLASSES, location_of
+
+    if tokenizer is None and config.name in CLASSES:
+        raise ConfigError(f"model.name {config.name!r} is a family and brings no tokenizer; set data.tokenizer")
+    return location_of(tokenizer or config.name)
 
 
 def pretrained_view(name: str) -> dict[str, Any]:
@@ -102,14 +130,18 @@ def insert_sites(model: nn.Module, policy: SitePolicy, grad_scale: str = "lsq") 
 
     Raises ConfigError for a family without sites and for a rule that matches nothing.
     """
-    for family, insert in FAMILIES.items():
-        if isinstance(model, family):
-            sites = Sites(policy, grad_scale)
-            insert(model, sites)
-            policy.finish()
-            model.quant_sites = (*sites.weights, *sites.activations)  # for describe; no module, not in the state dict
-            return sites
-    known = ", ".join(family.__name__ for family in FAMILIES)
+    insert = next((insert for family, insert in FAMILIES.items() if isinstance(model, family)), None)
+    if type(model).__name__ in TEXT_FAMILIES:
+        from dsquant.models import bert
+
+        insert = bert.insert_sites
+    if insert is not None:
+        sites = Sites(policy, grad_scale)
+        insert(model, sites)
+        policy.finish()
+        model.quant_sites = (*sites.weights, *sites.activations)  # for describe; no module, not in the state dict
+        return sites
+    known = ", ".join([*(family.__name__ for family in FAMILIES), *TEXT_FAMILIES])
     raise ConfigError(f"{type(model).__name__} has no quantization sites in dsquant; families with sites: {known}")
 
 

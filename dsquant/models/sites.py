@@ -51,13 +51,18 @@ class Sites:
         self._weight(f"{name}.weight", shape)
         become(module, QuantConv2d, input_quantizer=input_quantizer)
 
+    def embedding(self, name: str, module: nn.Embedding) -> None:
+        """Quantize the weight of an embedding, with one scale or (per_channel) one a row; a look-up has no input to quantize."""
+        self._weight(f"{name}.weight", (module.num_embeddings, module.embedding_dim))
+
     def activation(
         self, name: str, numel: int, *, signed: bool = True, offset: bool = False, heads: int | None = None,
-        heads_first: bool = False, tokens: int | None = None, features: int | None = None,
+        heads_first: bool = False, keys_last: bool = False, tokens: int | None = None, features: int | None = None,
     ) -> ActivationQuantizer | None:  # fmt: skip
         """Return the quantizer of an activation of `numel` elements a sample, or None where the policy leaves it float.
 
         tokens: length of its next to last dimension, for per_token. features: of its last, for an input of a linear layer.
+        keys_last: its last dimension goes over tokens too, as that of attention probabilities does.
         """
         spec = self.policy.activation_spec(name, signed=signed, offset=offset, linear=features is not None)
         if spec is None:
@@ -67,7 +72,9 @@ class Sites:
         n_groups = _activation_groups(name, spec, heads, tokens, features)
         site = ActivationSite(name, spec, n_groups, numel // n_groups, features or 1)
         factor = 1.0 if self.grad_scale == "none" else lsq_grad_scale(site.numel, spec.grad_qmax)
-        self.quantizers[name] = ActivationQuantizer(site, heads_first=heads_first, grad_scale=factor)
+        self.quantizers[name] = ActivationQuantizer(
+            site, heads_first=heads_first, keys_last=keys_last, grad_scale=factor
+        )
         return self.quantizers[name]
 
     def _weight(self, name: str, shape: tuple[int, ...], *, heads: int | None = None, out_blocks: int = 1,

@@ -6,6 +6,7 @@ Later rounds repeat this with all sites quantizing, so that a site is fitted to 
 """
 
 from collections.abc import Callable, Iterable
+from math import inf
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from dsquant.errors import TrainingError
 from dsquant.quant.modules import ActivationQuantizer
+from dsquant.quant.padding import real_elements, real_tokens
 from dsquant.quant.state import SCALE_FLOOR, QuantState
 from dsquant.spec import Granularity, QuantSpec
 
+Inputs = Tensor | dict[str, Tensor]
 BINS = 1024
 SCALE_GRID, OFFSET_GRID, REFINEMENTS = 128, 24, 20
 
@@ -33,21 +36,31 @@ def group_rows(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
     return x.unflatten(-1, (groups, -1)).movedim(-2, 0).reshape(groups, -1)
 
 
+def real_rows(quantizer: ActivationQuantizer, x: Tensor) -> Tensor | None:
+    """Return which elements of `group_rows` are of real tokens, bool of the same shape, or None where all are."""
+    real = real_elements(quantizer, x)
+    return None if real is None else group_rows(quantizer, real.expand_as(x)).bool()
+
+
 class RangeObserver:
-    """Record the smallest and largest value of each group."""
+    """Record the smallest and largest value of each group; padding counts for nothing."""
 
     def __init__(self, quantizer: ActivationQuantizer):
         self.quantizer = quantizer
         self.low = self.high = None
 
     def __call__(self, x: Tensor) -> None:
-        low, high = group_rows(self.quantizer, x).aminmax(dim=1)
+        rows, real = group_rows(self.quantizer, x), real_rows(self.quantizer, x)
+        if real is None:
+            low, high = rows.aminmax(dim=1)
+        else:
+            low, high = rows.masked_fill(~real, inf).amin(dim=1), rows.masked_fill(~real, -inf).amax(dim=1)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
 
 
 class HistogramObserver:
-    """Count values of each group in equal bins between a low and a high; the ends take what lies beyond."""
+    """Count values of each group, without padding, in equal bins between a low and a high; the ends take what lies beyond."""
 
     def __init__(self, quantizer: ActivationQuantizer, low: Tensor, high: Tensor):
         self.quantizer, self.low = quantizer, low
@@ -55,9 +68,10 @@ class HistogramObserver:
         self.counts = torch.zeros(low.numel(), BINS, dtype=torch.float64, device=low.device)
 
     def __call__(self, x: Tensor) -> None:
-        rows = group_rows(self.quantizer, x)
+        rows, real = group_rows(self.quantizer, x), real_rows(self.quantizer, x)
         index = ((rows - self.low[:, None]) / self.width[:, None]).long().clamp_(0, BINS - 1)
-        self.counts.scatter_add_(1, index, torch.ones_like(rows, dtype=torch.float64))
+        ones = torch.ones_like(rows, dtype=torch.float64) if real is None else real.double()
+        self.counts.scatter_add_(1, index, ones)
 
     def centers(self) -> Tensor:
         """Return the middle of each bin, (n_groups, BINS) float64."""
@@ -79,10 +93,12 @@ class MeanObserver:
 
 
 def calibrate(
-    quantizers: dict[str, ActivationQuantizer], state: QuantState, forward: Callable[[Tensor], object],
-    batches: Iterable[Tensor], rounds: int, bind: Callable[[], None], init: str = "mse",
+    quantizers: dict[str, ActivationQuantizer], state: QuantState, forward: Callable[[Inputs], object],
+    batches: Iterable[Inputs], rounds: int, bind: Callable[[], None], init: str = "mse",
 ) -> None:  # fmt: skip
-    """Fit every activation quantizer to the training images in `batches`, the same values on every rank.
+    """Fit every activation quantizer to the training samples in `batches`, the same values on every rank.
+
+    A batch is a tensor, or a dict of tensors whose `attention_mask` (B, N) says which tokens are no padding.
 
     Args:
         quantizers: by site name, in the order of the model, the same on every rank.
@@ -157,7 +173,8 @@ def _observe(quantizers, observers, forward, batches):
         quantizer.observer = observers[name]
     try:
         for batch in batches:
-            forward(batch)
+            with real_tokens(batch):
+                forward(batch)
     finally:
         for quantizer in quantizers.values():
             quantizer.observer = None
@@ -174,6 +191,11 @@ def _reduce_ranges(ranges: dict[str, RangeObserver]) -> dict[str, tuple[Tensor, 
     low, high = -ends[: sum(sizes)], ends[sum(sizes) :]
     found = {}
     for name, lo, hi in zip(ranges, low.split(sizes), high.split(sizes), strict=True):
+        if bool((lo > hi).any()):  # as both were before the first value
+            raise TrainingError(
+                f"calibration: no real token stood at position {int((lo > hi).nonzero()[0])} of {name}, whose scales are "
+                "per_token; calibrate on more batches, shorten data.max_length, or give it per_tensor by a quant rule"
+            )
         _check_finite(name, lo, hi)
         found[name] = (lo, hi)
     return found

@@ -26,13 +26,16 @@ class Mode(Enum):
 class ActivationQuantizer(nn.Module):
     """Quantize one activation site with scales that live in QuantState.
 
-    `heads_first` says that groups lie along dim 1 of (B, H, N, D) rather than along the last dimension.
+    `heads_first` says that groups lie along dim 1 of (B, H, N, D) rather than along the last dimension; `keys_last` that
+    the last dimension goes over tokens, as in (B, H, N, N).
     It owns no parameter, so that a model keeps its state-dict names and ZeRO never sees a scale.
     """
 
-    def __init__(self, site: ActivationSite, *, heads_first: bool = False, grad_scale: float = 1.0):
+    def __init__(
+        self, site: ActivationSite, *, heads_first: bool = False, keys_last: bool = False, grad_scale: float = 1.0
+    ):
         super().__init__()
-        self.site, self.heads_first, self.grad_scale = site, heads_first, grad_scale
+        self.site, self.heads_first, self.keys_last, self.grad_scale = site, heads_first, keys_last, grad_scale
         self.mode = Mode.FLOAT
         self.observer = None
         self._values: dict[str, Tensor] = {}

@@ -20,6 +20,8 @@ from dsquant.shard.regularizers import Regularizer, bin_index, bin_sums
 from dsquant.shard.weight_quantizers import ShardedWeight, moment_scales, mse_scales
 from dsquant.spec import WeightSite
 
+SHOWN_SCALES = 1024
+
 
 class ShardOptimizer(torch.optim.Optimizer):
     """Wrap any torch optimizer so that its step quantizes weights, once `quantization` is attached.
@@ -302,6 +304,8 @@ class ShardQuantization:
     def statistics(self) -> dict[str, dict[str, float | list[float]]]:
         """Return, for each weight over all shards: oscillating, frozen and clipped %, scales and bin occupancy.
 
+        Of more than 1024 scales (the rows of a word embedding) only the smallest, the mean and the largest are given.
+
         Where the last step was observed, `regularizer_ratio` is the norm of the regularizers' gradient over the task's.
         """
         threshold, weights = self.config.oscillation.threshold, list(self.weights.values())
@@ -325,7 +329,7 @@ class ShardQuantization:
                 "frozen_pct": 100 * share[1],
                 "clip_ratio": share[2],
                 "bins": share[3:],
-                "scale": weight.replicated_scale.tolist(),
+                "scale": _shown(weight.replicated_scale),
                 "qmin": weight.qmin,
                 "numel": weight.site.numel,
                 "n_bits": weight.site.spec.n_bits,
@@ -347,3 +351,8 @@ class ShardQuantization:
         carried = values.to(self.state.values.device)
         dist.all_reduce(carried, op=op)
         return carried.to(values.device)
+
+
+def _shown(scale: Tensor) -> list[float]:
+    few = scale if scale.numel() <= SHOWN_SCALES else torch.stack([scale.min(), scale.mean(), scale.max()])
+    return few.tolist()

@@ -90,7 +90,7 @@ def test_the_command_line_converts_and_evaluates(run, tmp_path, in_process):
     assert f"{path.stat().st_size:,} bytes" in out
     status, out, error = command("tools/evaluate.py", "--packed", path, "--run", run)
     assert status == 0, error
-    assert out == f"top-1 {last_evaluation(run)['top1']:.2f} % of 360 images ({path})\n"
+    assert out == f"top-1 {last_evaluation(run)['top1']:.2f} % of 360 samples ({path})\n"
     assert in_process("tools/evaluate.py", "--packed", path, "--data", run / "data" / "val")[:2] == (0, out)
 
 

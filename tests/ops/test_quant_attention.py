@@ -272,3 +272,28 @@ def test_a_bias_or_mask_of_another_kind_is_refused(extra, said):
     qkv, _, args, scale, _ = scored_case()
     with pytest.raises(ValueError, match=said):
         quant_attention(*qkv, scale, *args.values(), **extra)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["a row an image", "one for all"])
+@pytest.mark.parametrize("name", ["all, per head", "none"])
+def test_a_mask_is_added_to_the_scores_of_its_own_image_in_every_block(name, shared, monkeypatch):
+    monkeypatch.setattr("dsquant.ops.quant_attention.blocks", lambda x: blocks(x, 1))
+    qkv, grad, args = case(name)
+    real = torch.arange(N) < torch.tensor([N, 4, 2])[:, None]
+    mask = torch.zeros(B, 1, 1, N).masked_fill(~real[:, None, None, :], torch.finfo(torch.float32).min)
+    mask = mask[1:2] if shared else mask
+
+    def reference(q, k, v, softmax_scale, *args):
+        def site(x, a):
+            return x if a is None else fake_quantize(x, *a)
+
+        scores = site(q, args[0]) @ site(k, args[1]).transpose(-2, -1) * softmax_scale + mask
+        return site(scores.softmax(-1), args[2]) @ site(v, args[3])
+
+    found = outcome(lambda *a: quant_attention(*a, mask=mask), qkv, args, grad)
+    for one, other in zip(found, outcome(reference, qkv, args, grad), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    padded = ~(real[1:2] if shared else real).expand(B, N)
+    d_k, d_v = found[2].transpose(1, 2)[padded], found[3].transpose(1, 2)[padded]
+    assert not d_k.any()
+    assert not d_v.any()

@@ -1,0 +1,134 @@
+"""Pack a table of sentences (TSV, CSV, JSONL, or a folder that `datasets` has saved) into shards."""
+
+import csv
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dsquant.data.image_folder import write_classes
+from dsquant.data.shards import LABEL_MEMBER, SCORE_MEMBER, TEXT_MEMBER, ShardSet, write_shards
+from dsquant.errors import DataError
+
+Row = dict[str, Any]
+
+
+def shard_text_table(
+    src: str | Path,
+    out: str | Path,
+    *,
+    text_column: str | int,
+    label_column: str | int,
+    text_pair_column: str | int | None = None,
+    regression: bool = False,
+    prefix: str = "train",
+    samples_per_shard: int = 10000,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ShardSet:
+    """Write the rows of a table as shards `out/prefix-*.tar`, index.json and, without `regression`, classes.txt.
+
+    src: a .tsv or .csv whose columns are named by its first line, or numbered from 0 where every column given is a number
+    (then there is no such line); a .jsonl of objects; or the folder of one split of a Hugging Face data set (`save_to_disk`).
+    Labels that are all whole numbers from 0 are taken as they are; others are classes, numbered in sorted order. With
+    `regression` a label is a number and becomes the member `score`. Rows are shuffled by `seed`. Raises DataError naming
+    the row at fault, for an absent column, and for classes other than those of a classes.txt already in `out`.
+    """
+    columns = [text_column, label_column] + ([] if text_pair_column is None else [text_pair_column])
+    rows = list(_rows(Path(src), columns))
+    if not rows:
+        raise DataError(f"{src} holds no rows")
+    samples = [_sample(row, columns, f"{src}, row {number}") for number, row in enumerate(rows, 1)]
+    out = Path(out)
+    if regression:
+        labels = [_score(label, f"{src}, row {number}") for number, (_, label) in enumerate(samples, 1)]
+        member = SCORE_MEMBER
+    else:
+        labels, classes = _classes([label for _, label in samples], out / "classes.txt")
+        out.mkdir(parents=True, exist_ok=True)
+        write_classes(out / "classes.txt", classes)
+        member = LABEL_MEMBER
+    order = list(range(len(samples)))
+    random.Random(seed).shuffle(order)
+
+    def members() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for done, index in enumerate(order):
+            content = json.dumps(samples[index][0], ensure_ascii=False).encode()
+            yield f"{prefix}{done:08d}", {TEXT_MEMBER: content, member: str(labels[index]).encode()}
+            progress(done + 1, len(order))
+
+    return write_shards(members(), out, prefix, samples_per_shard)
+
+
+def _rows(src: Path, columns: list[str | int]) -> Iterator[Row]:
+    if src.is_dir():
+        yield from _saved_dataset(src)
+        return
+    if not src.is_file():
+        raise DataError(f"{src} does not exist; give a .tsv, .csv or .jsonl file, or a saved data set's folder")
+    try:
+        with open(src, newline="", encoding="utf-8") as file:
+            if src.suffix in (".jsonl", ".json"):
+                yield from (json.loads(line) for line in file if line.strip())
+                return
+            # a TSV of GLUE has quotes that open and never close
+            quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if src.suffix == ".tsv" else {}
+            if all(isinstance(column, int) for column in columns):
+                yield from (dict(enumerate(row)) for row in csv.reader(file, **quoting) if row)
+            else:
+                yield from csv.DictReader(file, **quoting)
+    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+        raise DataError(f"{src} cannot be read as a table: {error}") from None
+
+
+def _saved_dataset(src: Path) -> Iterator[Row]:
+    try:
+        from datasets import DatasetDict, load_from_disk
+    except ImportError as error:
+        raise DataError(f"{src} is a folder; reading a saved data set needs: pip install datasets") from error
+    try:
+        found = load_from_disk(str(src))
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(f"{src} holds no data set that `save_to_disk` has written: {error}") from None
+    if isinstance(found, DatasetDict):
+        raise DataError(f"{src} holds the splits {', '.join(found)}; name one: {src}/{next(iter(found))}")
+    yield from found
+
+
+def _sample(row: Row, columns: list[str | int], where: str) -> tuple[dict[str, str], str]:
+    for column in columns:
+        if not isinstance(row, dict) or row.get(column) is None:
+            names = ", ".join(map(str, row)) if isinstance(row, dict) else "none, being no object"
+            raise DataError(f"{where}: no column {column!r}; it has {names}")
+    texts = dict(zip(("text", "text_pair"), [columns[0], *columns[2:]], strict=False))
+    sample = {name: str(row[column]) for name, column in texts.items()}
+    if not sample["text"].strip():
+        raise DataError(f"{where}: its text is empty; remove the row")
+    return sample, str(row[columns[1]]).strip()
+
+
+def _score(label: str, where: str) -> float:
+    try:
+        score = float(label)
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise DataError(f"{where}: the label {label!r} is no number to regress on")
+    return score
+
+
+def _classes(labels: list[str], known: Path) -> tuple[list[int], list[str]]:
+    """Return class numbers and names; a classes.txt of an earlier split decides which names there are."""
+    if known.exists():
+        names = known.read_text(encoding="utf-8").splitlines()
+        if stray := sorted(set(labels) - set(names)):
+            raise DataError(f"label {stray[0]!r} is none of the classes in {known}: {', '.join(names[:20])}")
+    elif all(label.isascii() and label.isdigit() for label in labels):
+        names = [str(number) for number in range(max(map(int, labels)) + 1)]
+        labels = [str(int(label)) for label in labels]
+    else:
+        names = sorted(set(labels))
+    numbers = {name: number for number, name in enumerate(names)}
+    return [numbers[label] for label in labels], names
