@@ -29,6 +29,7 @@ from dsquant.spec import (
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "digits_w2a2"
+SOFT_LABELS = "soft_labels"  # as distill.teacher: the probabilities stored with the crops; no stage bears this name
 
 Bits = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS, strict=True)]
 Positive = Annotated[int, Field(gt=0, strict=True)]
@@ -54,6 +55,18 @@ class ModelConfig(Section):
     kwargs: dict[str, Any] = {}
 
 
+class SoftLabelsConfig(Section):
+    """Train on crops that a teacher has seen, stored in the shards by tools/make_soft_labels.py (docs/soft_labels.md).
+
+    Each visit of an image decodes it once and serves `crops_per_image` of its stored crops. A stage's `batch_size` counts
+    crops, so a step reads batch_size / crops_per_image images, and `epochs` counts as many crops as the set has images:
+    optimizer steps at equal `epochs` do not depend on crops_per_image, and e epochs pass over the images e / crops_per_image
+    times. With m = 4, one pass is four epochs (Quantization Variation, TMLR 2024; FKD, Shen and Xing 2022).
+    """
+
+    crops_per_image: Positive = 4
+
+
 class DataConfig(Section):
     """Say where the shards lie and how images become tensors; `source: digits` makes its own shards in the run."""
 
@@ -70,6 +83,7 @@ class DataConfig(Section):
     num_workers: Count = 4
     shuffle_buffer: Positive = 4096
     eval_batch_size: Positive = 256
+    soft_labels: SoftLabelsConfig | None = None
 
     @model_validator(mode="after")
     def _complete(self):
@@ -77,6 +91,15 @@ class DataConfig(Section):
             raise ValueError("data.train and data.val must name folders or patterns of WebDataset shards")
         if len(self.mean) != self.channels or len(self.std) != self.channels:
             raise ValueError(f"data.mean and data.std need {self.channels} values, one a channel")
+        if self.soft_labels and self.source != "shards":
+            raise ValueError(
+                f"data.soft_labels lie in shards that a teacher has seen, but data.source is {self.source!r}"
+            )
+        if self.soft_labels and self.augment != "none":
+            raise ValueError(
+                f"data.augment is {self.augment!r} and data.soft_labels is set: a soft label holds for its stored crop "
+                "alone, so nothing else may change the image; set data.augment: none"
+            )
         return self
 
 
@@ -223,9 +246,6 @@ class QuantConfig(Section):
             "weight.granularity: per_token is for activations; weights take per_tensor, per_channel or per_head": (
                 weight.granularity is Granularity.PER_TOKEN
             ),
-            "activation.granularity: per_channel is for weights; activations take per_tensor, per_head or per_token": (
-                activation.granularity is Granularity.PER_CHANNEL
-            ),
             f"activation.method: {activation.method} is for weights; activations take lsq or elastic": (
                 activation.method not in OF_ACTIVATIONS
             ),
@@ -246,7 +266,11 @@ class QuantConfig(Section):
 
 
 class DistillConfig(Section):
-    """Teach a stage by an earlier one: loss = hard * CE(labels) + soft * T^2 * CE(teacher probabilities at T)."""
+    """Teach a stage by an earlier one: loss = hard * CE(labels) + soft * T^2 * CE(teacher probabilities at T).
+
+    `teacher: soft_labels` takes the probabilities that are stored with the crops of `data.soft_labels`; T is then the
+    temperature they were made at.
+    """
 
     teacher: str
     soft: NonNegative = 1.0
@@ -312,7 +336,7 @@ class Target(Section):
     """Record the figure that a recipe is to be held against: published by whom, and ours where it was run."""
 
     metric: str
-    published: float
+    published: float | None  # None: nobody has published one
     source: str
     measured: float | None = None  # None: not run here
 
@@ -342,11 +366,30 @@ class RunConfig(Section):
         for name, stage in self.stages.items():
             sources = {"init_from": stage.init_from, "distill.teacher": stage.distill and stage.distill.teacher}
             for key, source in sources.items():
-                if source and source not in seen:
+                stored = key == "distill.teacher" and source == SOFT_LABELS
+                if source and source not in seen and not stored:
                     raise ValueError(f"stages.{name}.{key} is {source!r}; earlier stages are {seen}")
             seen.append(name)
         if stray := sorted(self.targets.keys() - set(seen)):
             raise ValueError(f"targets.{stray[0]}: no such stage; stages are {seen}")
+        return self
+
+    @model_validator(mode="after")
+    def _soft_labels_are_there_and_used(self):
+        soft = self.data.soft_labels
+        taught = [name for name, s in self.stages.items() if s.distill and s.distill.teacher == SOFT_LABELS]
+        if SOFT_LABELS in self.stages:
+            raise ValueError(f"stages.{SOFT_LABELS}: this name is kept for distill.teacher; call the stage otherwise")
+        if taught and not soft:
+            raise ValueError(f"stages.{taught[0]}.distill.teacher is {SOFT_LABELS!r}; set data.soft_labels too")
+        if soft and not taught:
+            raise ValueError(f"data.soft_labels is set, but no stage has distill.teacher: {SOFT_LABELS}")
+        for name, stage in self.stages.items():
+            if soft and stage.batch_size % soft.crops_per_image:
+                raise ValueError(
+                    f"stages.{name}.batch_size is {stage.batch_size} crops, not a multiple of "
+                    f"data.soft_labels.crops_per_image {soft.crops_per_image}"
+                )
         return self
 
 

@@ -26,11 +26,11 @@ from dsquant.checkpoint import (
     restore,
     save_checkpoint,
 )
-from dsquant.config import DataConfig, RunConfig, StageConfig
+from dsquant.config import SOFT_LABELS, DataConfig, RunConfig, StageConfig
 from dsquant.convert import convert_run
-from dsquant.data import EvalStream, ShardSet, TrainStream, build_transform, make_digits
+from dsquant.data import EvalStream, ShardSet, StoredCrops, TrainStream, build_transform, make_digits
 from dsquant.engine import Engine, World, micro_batch_size
-from dsquant.errors import CheckpointError, TrainingError
+from dsquant.errors import CheckpointError, ConfigError, TrainingError
 from dsquant.losses import stage_loss
 from dsquant.models import build_model, insert_sites
 from dsquant.quant.calibrate import calibrate
@@ -85,6 +85,21 @@ def transform_of(config: DataConfig, train: bool):
     )
 
 
+def images_per_batch(config: RunConfig, stage: StageConfig, world_size: int) -> int:
+    """Return images per rank and accumulation step; `batch_size` counts crops where an image serves several.
+
+    Raises ConfigError where the batch does not divide.
+    """
+    crops, soft = micro_batch_size(stage, world_size), config.data.soft_labels
+    per_image = soft.crops_per_image if soft else 1
+    if crops % per_image:
+        raise ConfigError(
+            f"batch_size {stage.batch_size} gives {crops} crops to each of {world_size} ranks x {stage.gradient_accumulation} "
+            f"accumulation steps, not a multiple of data.soft_labels.crops_per_image {per_image}"
+        )
+    return crops // per_image
+
+
 @dataclass
 class StepBuffer:
     """Keep per-step sums on the device until they are recorded: loss, right answers, images."""
@@ -116,6 +131,7 @@ class Run:
         self.main = world.rank == 0
         self._check_stages()
         self.train_shards, self.val_shards = open_data(config.data, run_dir, world.rank)
+        self.stored_crops = StoredCrops.of_recipe(config, self.train_shards)
         self.totals = {name: self._total_steps(stage) for name, stage in config.stages.items()}
         self.start = latest_checkpoint(run_dir, list(config.stages)) if resume else None
         if self.start and self.start.config.model != config.model:
@@ -128,7 +144,7 @@ class Run:
     def _check_stages(self) -> None:
         """Raise ConfigError for a later stage's fault now, before an earlier one has trained for hours."""
         for stage in self.config.stages.values():
-            micro_batch_size(stage, self.world.size)
+            images_per_batch(self.config, stage, self.world.size)
             if stage.quant is not None:
                 plain = self.config.model.model_copy(update={"pretrained": False, "checkpoint": None})
                 with torch.random.fork_rng(devices=[]):
@@ -210,7 +226,7 @@ class Run:
         return build_model(self.config.model)
 
     def _teacher(self, stage: StageConfig) -> nn.Module | None:
-        if stage.distill is None:
+        if stage.distill is None or stage.distill.teacher == SOFT_LABELS:
             return None
         teacher = load_model(load_run_checkpoint(self.run_dir, stage.distill.teacher)).to(self.world.device)
         if self.world.bf16:
@@ -221,8 +237,9 @@ class Run:
         data = self.config.data
         return TrainStream(
             self.train_shards,
-            transform=transform_of(data, train=True),
-            batch_size=micro_batch_size(stage, self.world.size),
+            transform=None if self.stored_crops else transform_of(data, train=True),
+            decode_rows=self.stored_crops,
+            batch_size=images_per_batch(self.config, stage, self.world.size),
             rank=self.world.rank,
             world_size=self.world.size,
             seed=self.config.seed,
@@ -277,13 +294,14 @@ class Run:
                 buffer.began = time.monotonic()
 
     def _step(
-        self, name: str, stage: StageConfig, engine: Engine, batches: Iterator[tuple[Tensor, Tensor]],
+        self, name: str, stage: StageConfig, engine: Engine, batches: Iterator[tuple[Tensor, ...]],
         teacher: nn.Module | None, lr: float, observe: bool = False,
     ) -> Tensor:  # fmt: skip
         """Take one optimizer step and return float64 (loss, right answers, images) of this rank, on its device."""
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         for micro in range(stage.gradient_accumulation):
-            images, labels = next(batches)
+            images, labels, *soft_labels = next(batches)
+            soft_labels = [tensor.to(self.world.device, non_blocking=True) for tensor in soft_labels]
             images, labels = engine.cast(images), labels.to(self.world.device, non_blocking=True)
             teacher_logits = None
             if teacher is not None:
@@ -291,7 +309,7 @@ class Run:
                     teacher_logits = teacher(images)
             seed_step(self.config.seed, name, engine.step_index, micro, self.world.rank)
             logits = engine.forward(images)
-            loss = stage_loss(logits, labels, teacher_logits, stage.distill, stage.label_smoothing)
+            loss = stage_loss(logits, labels, teacher_logits, stage.distill, stage.label_smoothing, soft_labels)
             engine.backward(loss)
             with torch.no_grad():
                 right = (logits.argmax(dim=-1) == labels).sum()

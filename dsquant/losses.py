@@ -1,9 +1,12 @@
-"""Losses of a stage: labels, and an earlier stage's probabilities."""
+"""Losses of a stage: labels, an earlier stage's probabilities, and stored soft labels."""
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsquant.config import DistillConfig
+from dsquant.config import SOFT_LABELS, DistillConfig
 
 
 def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -17,13 +20,48 @@ def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: floa
     return -(teacher * log_probs).sum(dim=-1).mean() * temperature**2
 
 
-def stage_loss(
-    logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, distill: DistillConfig | None, smoothing: float
+def rest_share(probabilities: Tensor, num_classes: int) -> Tensor:
+    """Return what each class that is not stored gets, `r = (1 - sum_k p) / (C - k)`, (B, k) -> (B,).
+
+    0 where all classes are stored, and where the stored probabilities, rounded to float16, sum to more than 1.
+    Source: marginal smoothing (FKD, Shen and Xing 2022).
+    """
+    others = num_classes - probabilities.shape[-1]
+    return (1 - probabilities.sum(dim=-1)).clamp_min(0) / others if others else torch.zeros_like(probabilities[..., 0])
+
+
+def sparse_soft_cross_entropy(
+    logits: Tensor, indices: Tensor, probabilities: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """Return the loss of a training step: cross-entropy to labels, or the distillation mixture where there is a teacher."""
-    if distill is None or teacher_logits is None:
+    """Return soft cross-entropy to the top-k probabilities of a teacher, without forming the dense (B, C) target.
+
+    With z = log_softmax(logits / T) and r = rest_share: `-T^2 * mean_batch (sum_k (p_k - r) z_k + r sum_c z_c)`, which is
+    `-T^2 * mean_batch sum_c p_c z_c` for p_c = p_k where c is stored and r elsewhere. logits (B, C), indices int64 (B, k),
+    none twice in a row, probabilities (B, k); computed in float32 or wider.
+    Source: "Quantization Variation" (TMLR 2024), multi-crop distillation, with T = 1; labels as in FKD.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    log_probs = (logits.to(wide) / temperature).log_softmax(dim=-1)
+    probabilities = probabilities.to(wide)
+    rest = rest_share(probabilities, logits.shape[-1])
+    stored = ((probabilities - rest[:, None]) * log_probs.gather(-1, indices)).sum(dim=-1)
+    return -(stored + rest * log_probs.sum(dim=-1)).mean() * temperature**2
+
+
+def stage_loss(
+    logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, distill: DistillConfig | None, smoothing: float,
+    soft_labels: Sequence[Tensor] = (),
+) -> Tensor:  # fmt: skip
+    """Return the loss of a training step: cross-entropy to labels, or the distillation mixture where there is a teacher.
+
+    soft_labels: (indices, probabilities) of a batch that has them; they teach where `distill.teacher` names them.
+    """
+    if distill is None or (teacher_logits is None and distill.teacher != SOFT_LABELS):
         return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-    loss = distill.soft * soft_cross_entropy(logits, teacher_logits, distill.temperature)
+    if distill.teacher == SOFT_LABELS:
+        loss = distill.soft * sparse_soft_cross_entropy(logits, *soft_labels, distill.temperature)
+    else:
+        loss = distill.soft * soft_cross_entropy(logits, teacher_logits, distill.temperature)
     if distill.hard:
         loss = loss + distill.hard * F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
     return loss

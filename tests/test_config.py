@@ -203,7 +203,6 @@ def test_shards_must_be_named_and_mean_and_std_fit_the_channels():
         ("weight", {"n_bits": 2, "method": "bwn"}, "weight.method: method bwn takes n_bits 1, not 2"),
         ("activation", {"n_bits": 2, "method": "statsq"}, "activation.method: statsq is for weights"),
         ("activation", {"n_bits": 2, "method": "seq"}, "seq is for weights; activations take lsq or elastic"),
-        ("activation", {"n_bits": 2, "granularity": "per_channel"}, "activation.granularity: per_channel is for weights"),
         ("activation", {"n_bits": 1}, "activation.method: 1 bit has no signed lsq levels"),
         ("activation", {"n_bits": 4, "method": "elastic"}, "activation.method: method elastic takes n_bits 1, not 4"),
     ],
@@ -385,3 +384,44 @@ def test_only_a_float_stage_may_be_taken_as_it_is():
     assert load_config("digits_w2a2", {"stages.fp.epochs": None, "stages.fp.steps": 0}).stages["fp"].steps == 0
     with pytest.raises(ConfigError, match="steps: 0 is for a float stage"):
         load_config("digits_w2a2", {"stages.w2a2.epochs": None, "stages.w2a2.steps": 0})
+
+
+def with_soft_labels(**overrides):
+    """Return the recipe with its last stage taught by stored crops."""
+    tree = changed(stages__w2a2__distill={"teacher": "soft_labels"})
+    tree["data"] |= {"source": "shards", "train": "t", "val": "v", "augment": "none", "soft_labels": {}}
+    for dotted, value in overrides.items():
+        section, _, key = dotted.rpartition("__")
+        node = tree
+        for part in section.split("__"):
+            node = node[part]
+        node[key] = value
+    return tree
+
+
+def test_a_stage_may_be_taught_by_soft_labels():
+    config = parse_config(with_soft_labels(), "inline")
+    assert config.data.soft_labels.crops_per_image == 4
+    assert config.stages["w2a2"].distill.teacher == "soft_labels"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"data__augment": "rrc"}, ["data.augment is 'rrc'", "data.soft_labels", "set data.augment: none"]),
+        ({"data__source": "digits"}, ["data.soft_labels", "data.source is 'digits'"]),
+        ({"data__soft_labels": None}, ["stages.w2a2.distill.teacher is 'soft_labels'", "data.soft_labels"]),
+        ({"stages__w2a2__distill": None}, ["data.soft_labels is set", "distill.teacher: soft_labels"]),
+        ({"data__soft_labels": {"crops_per_image": 5}}, ["stages.fp.batch_size is 32", "crops_per_image 5"]),
+        ({"stages__soft_labels": dict(RECIPE["stages"]["fp"])}, ["stages.soft_labels", "distill.teacher"]),
+        ({"data__soft_labels": {"crops": 5}}, ["data.soft_labels.crops: unknown key", "crops_per_image"]),
+    ],
+)
+def test_soft_labels_that_cannot_be_used_as_written_are_refused_with_the_keys_to_change(overrides, words):
+    message = refusal(with_soft_labels(**overrides))
+    assert all(word in message for word in words), message
+
+
+def test_no_stage_starts_from_soft_labels():
+    message = refusal(with_soft_labels(stages__w2a2__init_from="soft_labels"))
+    assert "stages.w2a2.init_from is 'soft_labels'" in message

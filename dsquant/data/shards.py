@@ -111,6 +111,11 @@ def read_failure(error: Exception) -> str:
     return reason.split(" @ <")[0] or type(error).__name__
 
 
+def beside(url: str, name: str) -> str:
+    """Give the address of the file `name` that lies beside a shard."""
+    return SHARD_NAME.sub(name, url) if _is_remote(url) else os.path.join(os.path.dirname(url), name)
+
+
 def _is_remote(location: str) -> bool:
     return re.match(r"[a-z][a-z0-9+]+:", location) is not None
 
@@ -135,7 +140,7 @@ def _matches(pattern: str) -> list[str]:
     found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
     for folder in {os.path.dirname(shard) for shard in found}:
         if os.path.exists(os.path.join(folder, PENDING_INDEX)):
-            raise DataError(f"{folder} was left half-written; {FIX}")
+            raise DataError(f"{folder} was left half-written; run the tool that writes it again, or remove it")
         for name in _read_index(os.path.join(folder, INDEX)) or ():
             listed = os.path.join(folder, name)
             if fnmatch.fnmatch(listed, pattern) and not os.path.exists(listed):
@@ -158,7 +163,7 @@ def _read_index(address: str) -> dict[str, dict] | None:
         finally:
             with suppress(OSError):  # a failed fetch shows as unreadable JSON already
                 stream.close()
-        return {_shard_name(entry["url"]): {**entry, "nsamples": int(entry["nsamples"])} for entry in entries}
+        return {shard_name(entry["url"]): {**entry, "nsamples": int(entry["nsamples"])} for entry in entries}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"no usable shard index at {address} ({type(error).__name__}: {error}); "
@@ -166,7 +171,10 @@ def _read_index(address: str) -> dict[str, dict] | None:
         ) from error
 
 
-def _shard_name(url: str) -> str:
+def shard_name(url: str) -> str:
+    """Give the file name in the address of a shard; raise DataError where it has none."""
+    if not _is_remote(url):
+        return os.path.basename(url)
     name = SHARD_NAME.search(url)
     if name is None:
         raise DataError(f"shard address {url} names no .tar file; dsquant needs the name to find its count in {INDEX}")
@@ -174,18 +182,18 @@ def _shard_name(url: str) -> str:
 
 
 def _remote_counts(urls: list[str], index: str | None) -> list[int]:
-    address = index or SHARD_NAME.sub(INDEX, urls[0])
+    address = index or beside(urls[0], INDEX)
     entries = _read_index(address)
     if entries is None:
         raise DataError(f"shard index {address} does not exist; copy it there, or write it with tools/make_shards.py")
-    unknown = [url for url in urls if _shard_name(url) not in entries]
+    unknown = [url for url in urls if shard_name(url) not in entries]
     if unknown:
         raise DataError(f"{address} does not list {unknown[0]}; write the index anew with tools/make_shards.py index")
-    return [entries[_shard_name(url)]["nsamples"] for url in urls]
+    return [entries[shard_name(url)]["nsamples"] for url in urls]
 
 
 def _local_counts(paths: list[str], cache_dir: Path | None, index: str | None) -> list[int]:
-    addresses = {path: index or os.path.join(os.path.dirname(path), INDEX) for path in paths}
+    addresses = {path: index or beside(path, INDEX) for path in paths}
     indexes = {address: _read_index(address) for address in set(addresses.values())}
     if index and indexes[index] is None:
         raise DataError(f"shard index {index} does not exist; write it with tools/make_shards.py index")
@@ -266,6 +274,31 @@ def write_shards(
     return ShardSet(tuple(map(str, partials)), tuple(count for _, count in partials.values()))
 
 
+def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
+    """Write one shard of a set that several processes write, between begin_set and finish_set, and count its samples."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        count = _write_tar(partial, samples)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def begin_set(folder: Path) -> None:
+    """Mark a folder as half-written until finish_set."""
+    write_whole(folder / PENDING_INDEX, _index_bytes([]))
+
+
+def finish_set(folder: Path, counts: Mapping[str, int]) -> ShardSet:
+    """Write the index of the shards {file name: samples} of a folder, beside those it lists already."""
+    entries = [_entry(folder / name, name, count) for name, count in counts.items()]
+    entries += [entry for name, entry in (_read_index(str(folder / INDEX)) or {}).items() if name not in counts]
+    write_whole(folder / PENDING_INDEX, _index_bytes(entries))
+    os.replace(folder / PENDING_INDEX, folder / INDEX)
+    return ShardSet(tuple(str(folder / name) for name in counts), tuple(counts.values()))
+
+
 def _write_tar(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
     keys = set()
     with open(path, "wb") as file:
@@ -284,8 +317,7 @@ def _write_tar(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> i
 def _put_in_place(folder: Path, prefix: str, partials: dict[Path, tuple[Path, int]]) -> None:
     old = _read_index(str(folder / INDEX)) or {}
     superseded = re.compile(re.escape(prefix) + r"-\d+\.tar")
-    entries = [{"url": path.name, "nsamples": count, "filesize": partial.stat().st_size}
-               for path, (partial, count) in partials.items()]  # fmt: skip
+    entries = [_entry(partial, path.name, count) for path, (partial, count) in partials.items()]
     entries += [entry for name, entry in old.items() if not superseded.fullmatch(name)]
     write_whole(folder / PENDING_INDEX, _index_bytes(entries))
     for path in folder.glob("*.tar"):
@@ -294,6 +326,10 @@ def _put_in_place(folder: Path, prefix: str, partials: dict[Path, tuple[Path, in
     for path, (partial, _) in partials.items():
         os.replace(partial, path)
     os.replace(folder / PENDING_INDEX, folder / INDEX)
+
+
+def _entry(path: str | Path, name: str, count: int) -> dict:
+    return {"url": name, "nsamples": count, "filesize": os.path.getsize(path)}
 
 
 def _index_bytes(entries: list[dict]) -> bytes:
@@ -309,7 +345,6 @@ def write_index(location: str | Path) -> ShardSet:
     if len(folders) > 1:
         raise DataError(f"{location} spans {len(folders)} folders; write one index a folder")
     counts = [count_samples(path) for path in paths]
-    entries = [{"url": os.path.basename(path), "nsamples": count, "filesize": os.path.getsize(path)}
-               for path, count in zip(paths, counts, strict=True)]  # fmt: skip
+    entries = [_entry(path, os.path.basename(path), count) for path, count in zip(paths, counts, strict=True)]
     write_whole(Path(folders.pop()) / INDEX, _index_bytes(entries))
     return ShardSet(tuple(paths), tuple(counts))

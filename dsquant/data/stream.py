@@ -30,7 +30,8 @@ from dsquant.data.shards import FIX, LABEL_MEMBER, ShardSet, image_member, read_
 from dsquant.errors import DataError
 
 Record = dict[str, Any]
-Batch = tuple[Tensor, Tensor]
+Row = tuple[Tensor | int, ...]
+Batch = tuple[Tensor, ...]
 Transform = Callable[[Image.Image], Tensor]
 READ_BYTES = 1 << 20  # of a pipe or a remote shard at a time
 
@@ -38,6 +39,8 @@ READ_BYTES = 1 << 20  # of a pipe or a remote shard at a time
 class TrainStream:
     """Give a rank its endless sequence of training batches.
 
+    A sample becomes one row (image, label) by `transform`, or the rows that `decode_rows` makes of its record; a batch
+    stacks the rows of `batch_size` samples. Either may draw from any random generator: it is seeded for each sample.
     `batches_per_epoch` = floor(samples / (batch_size * world_size)), the same on every rank; what is left over differs
     from epoch to epoch. shuffle_buffer is in samples (1 keeps the order of the shards). Raises DataError where the
     samples do not fill one batch a rank.
@@ -47,7 +50,8 @@ class TrainStream:
         self,
         shards: ShardSet,
         *,
-        transform: Transform,
+        transform: Transform | None = None,
+        decode_rows: Callable[[Record], list[Row]] | None = None,
         batch_size: int,
         rank: int,
         world_size: int,
@@ -56,7 +60,10 @@ class TrainStream:
         shuffle_buffer: int = 4096,
         pin_memory: bool = False,
     ):
+        if (transform is None) == (decode_rows is None):
+            raise ValueError("give either transform or decode_rows")
         self.shards, self.transform, self.batch_size = shards, transform, batch_size
+        self.decode_rows = decode_rows or self._one_row
         self.rank, self.world_size, self.seed = _checked_rank(rank, world_size), world_size, seed
         self.shuffle_buffer = shuffle_buffer
         self.loader = {"num_workers": num_workers, "pin_memory": pin_memory}
@@ -68,7 +75,7 @@ class TrainStream:
             )
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        """Yield (images float32 (B, C, H, W), labels int64 (B,)) without end, from batch `start` of the whole run.
+        """Yield (images float32 (B, C, H, W), labels int64 (B,), ...) without end, from batch `start` of the whole run.
 
         Batch i belongs to epoch i // batches_per_epoch; `batches(k)` continues an earlier run bit for bit after its
         first k batches. Raises DataError for a shard or sample that cannot be read.
@@ -113,8 +120,11 @@ class TrainStream:
         with _preserved_rng():
             for row in rows:
                 _seed_rng(_hash(self.seed, epoch, row["__key__"]))
-                decoded.append(decode(row, self.transform))
+                decoded += self.decode_rows(row)
         return _stacked(decoded)
+
+    def _one_row(self, record: Record) -> list[Row]:
+        return [decode(record, self.transform)]
 
 
 class EvalStream:
@@ -254,9 +264,9 @@ def _read_segment(
         begin += count
 
 
-def _stacked(rows: list[tuple[Tensor, int]]) -> Batch:
-    images, labels = zip(*rows, strict=True)
-    return torch.stack(images), torch.tensor(labels, dtype=torch.int64)
+def _stacked(rows: list[Row]) -> Batch:
+    columns = zip(*rows, strict=True)
+    return tuple(torch.stack(c) if isinstance(c[0], Tensor) else torch.tensor(c, dtype=torch.int64) for c in columns)
 
 
 def _checked_rank(rank: int, world_size: int) -> int:

@@ -2,8 +2,10 @@
 
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import timm
+import timm.data
 import torch
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -14,7 +16,7 @@ from dsquant.config import ModelConfig
 from dsquant.errors import CheckpointError, ConfigError
 from dsquant.models import sret, swin, vit
 from dsquant.models.sites import Sites
-from dsquant.spec import SitePolicy
+from dsquant.spec import LEARNED, ActivationSite, Bias, SitePolicy, WeightSite
 
 FAMILIES = {
     VisionTransformer: vit.insert_sites,
@@ -47,6 +49,21 @@ def build_model(config: ModelConfig) -> nn.Module:
             weights = sret.from_authors(model, weights)
         load_strict(model, weights, config.checkpoint)
     return model
+
+
+def pretrained_view(name: str) -> dict[str, Any]:
+    """Return what timm says of a model's own weights: num_classes, and how it sees images.
+
+    Keys: num_classes, image_size, channels, mean, std, interpolation. Raises ConfigError for an unknown name.
+    """
+    if not timm.is_model(name):
+        near = ", ".join(get_close_matches(name, timm.list_models(), n=4)) or "none; see timm.list_models()"
+        raise ConfigError(f"timm has no model {name!r}; similar names: {near}")
+    known = timm.get_pretrained_cfg(name).to_dict()
+    found = timm.data.resolve_data_config(pretrained_cfg=known)
+    channels, _, size = found["input_size"]
+    shown = {key: found[key] for key in ("mean", "std", "interpolation")}
+    return {"num_classes": known["num_classes"], "image_size": size, "channels": channels, **shown}
 
 
 def read_float_weights(path: str) -> dict[str, Tensor]:
@@ -90,20 +107,42 @@ def insert_sites(model: nn.Module, policy: SitePolicy, grad_scale: str = "lsq") 
             sites = Sites(policy, grad_scale)
             insert(model, sites)
             policy.finish()
+            model.quant_sites = (*sites.weights, *sites.activations)  # for describe; no module, not in the state dict
             return sites
     known = ", ".join(family.__name__ for family in FAMILIES)
     raise ConfigError(f"{type(model).__name__} has no quantization sites in dsquant; families with sites: {known}")
 
 
-def describe(sites: Sites) -> str:
-    """Return a table of every site: bits, sign, granularity, groups, offset."""
-    rows = [("site", "bits", "codes", "granularity", "groups", "offset")]
-    for site in [*sites.weights, *sites.activations]:
-        spec = site.spec
-        groups = getattr(site, "n_groups", None) or site.grouping.n_groups
-        offset = "learned" if spec.offset else "-"
-        rows.append(
-            (site.name, str(spec.n_bits), f"{spec.qmin}..{spec.qmax}", str(spec.granularity), str(groups), offset)
+def describe(model: nn.Module) -> str:
+    """Return a table of every quantization site of a model, a line each, weights first.
+
+    codes are what is stored, levels what they stand for in units of the scale; lr is the multiplier of the scale's learning
+    rate. Raises ConfigError for a model that `insert_sites` has not been through.
+    """
+    sites = getattr(model, "quant_sites", None)
+    if sites is None:
+        raise ConfigError(
+            f"this {type(model).__name__} is not quantized: describe the model of a quantized stage, one that load_packed "
+            "returned, or one that insert_sites has been through"
         )
+    rows = [("site", "method", "bits", "codes", "levels", "granularity", "groups", "offset", "bias", "lr")]
+    rows += [(site.name, *_cells(site)) for site in sites]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cells(site: WeightSite | ActivationSite) -> tuple[str, ...]:
+    spec, grid = site.spec, site.spec.levels
+    groups = site.grouping.n_groups if isinstance(site, WeightSite) else site.n_groups
+    return (
+        str(spec.method),
+        str(spec.n_bits),
+        f"{grid.qmin}..{grid.qmax}",
+        f"{grid.qmin + grid.shift:g}..{grid.qmax + grid.shift:g}",
+        str(spec.granularity),
+        str(groups),
+        "learned" if spec.offset else "-",
+        "-" if spec.bias is Bias.NONE else str(spec.bias),
+        f"{spec.lr_scale:g}" if spec.method in LEARNED else "-",
+    )

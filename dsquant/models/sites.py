@@ -1,5 +1,6 @@
 """Collect the quantization sites of a model while its family file walks it."""
 
+from dataclasses import replace
 from math import prod
 
 from torch import nn
@@ -17,6 +18,9 @@ class Sites:
         self.policy, self.grad_scale = policy, grad_scale
         self.weights: list[WeightSite] = []
         self.quantizers: dict[str, ActivationQuantizer] = {}
+        self.heads: dict[
+            str, int | Grouping
+        ] = {}  # what belongs to a head: of activations their number, of weights where
 
     @property
     def activations(self) -> list[ActivationSite]:
@@ -58,6 +62,8 @@ class Sites:
         spec = self.policy.activation_spec(name, signed=signed, offset=offset, linear=features is not None)
         if spec is None:
             return None
+        if heads:
+            self.heads[name] = heads
         n_groups = _activation_groups(name, spec, heads, tokens, features)
         site = ActivationSite(name, spec, n_groups, numel // n_groups, features or 1)
         factor = 1.0 if self.grad_scale == "none" else lsq_grad_scale(site.numel, spec.grad_qmax)
@@ -71,6 +77,9 @@ class Sites:
             return
         grouping = _weight_grouping(name, spec, shape, heads, out_blocks, out_heads)
         grouping.check(shape)
+        if heads or out_heads:
+            per_head = replace(spec, granularity=Granularity.PER_HEAD)
+            self.heads[name] = _weight_grouping(name, per_head, shape, heads, out_blocks, out_heads)
         self.weights.append(WeightSite(name, shape, spec, grouping, fused=out_blocks))
 
     def bind(self, state: QuantState, *, trainable: bool = True) -> None:

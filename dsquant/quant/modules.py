@@ -113,9 +113,8 @@ class QuantLinear(nn.Linear):
             return F.linear(x, weight, bias)
         x = quantizer.shifted(x)
         args = quantizer.args(x)
-        if args is None:
-            return F.linear(x, weight, bias)
-        return quant_linear(x, weight, quantizer.shifted_bias(weight, bias), *args)
+        bias = quantizer.shifted_bias(weight, bias)
+        return F.linear(x, weight, bias) if args is None else quant_linear(x, weight, bias, *args)
 
 
 class QuantConv2d(nn.Conv2d):

@@ -28,16 +28,23 @@ def group_of(numel, grouping):
     return (np.arange(numel) // grouping.inner) % grouping.n_groups
 
 
-def expected_codes(latent, scale, site):
+SHIFTS = {"lsq": 0.0, "ternary": 0.0, "seq": 0.5, "elastic": 0.5, "statsq": 0.5, "bwn": 0.5}
+
+
+def expected_codes(latent, scale, site, centre=None):
     """Round half to even in float32, element by element by the rule of the format."""
-    w = latent.numpy().reshape(-1)
+    w, group = latent.numpy().reshape(-1), group_of(latent.numel(), site.grouping)
+    if centre is not None:
+        w = w - centre.numpy()[group]
     half = 2 ** (site.spec.n_bits - 1)
-    v = np.clip(w / scale.numpy()[group_of(w.size, site.grouping)], np.float32(-half), np.float32(half - 1))
-    return np.rint(v).astype(np.int8).reshape(site.shape)
+    low, high = (-1, 1) if site.spec.method == "ternary" else (-half, half - 1)
+    v = w / scale.numpy()[group] - np.float32(SHIFTS[site.spec.method])
+    return np.rint(np.clip(v, np.float32(low), np.float32(high))).astype(np.int8).reshape(site.shape)
 
 
 def expected_image(codes, scale, site):
-    flat = codes.reshape(-1).astype(np.float32) * scale.numpy()[group_of(codes.size, site.grouping)]
+    levels = codes.reshape(-1).astype(np.float32) + np.float32(SHIFTS[site.spec.method])
+    flat = levels * scale.numpy()[group_of(codes.size, site.grouping)]
     return torch.from_numpy(flat.reshape(site.shape))
 
 
@@ -60,19 +67,24 @@ class Case:
         return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 
 
-def make_case(n_bits=2, granularity="per_tensor", rules=(), activation="per_tensor", **kwargs):
+def make_case(
+    n_bits=2, granularity="per_tensor", rules=(), activation="per_tensor", method="lsq", activation_quant=None, **kwargs
+):
     generator = torch.Generator().manual_seed(n_bits)
     model_config = ModelConfig(name="vit_tiny_patch16_224", num_classes=5, kwargs={**KWARGS, **kwargs})
-    rules = [{"match": "patch_embed.*", "n_bits": 8}, {"match": "head*", "n_bits": 8}, *rules]
+    eight = {"n_bits": 8, "method": "lsq", "bias": "none"}
+    rules = [{"match": "patch_embed.*", **eight}, {"match": "head*", **eight}, *rules]
     if granularity == "per_head":  # these have no heads
         rules += [{"match": m, "granularity": "per_tensor"} for m in ("patch_embed.*", "head*", "*.mlp.*")]
+    if activation == "per_token":  # these have no tokens
+        rules += [{"match": m, "granularity": "per_tensor"} for m in ("patch_embed.*input", "head*input")]
     if activation == "per_head":
         no_heads = ("patch_embed.*input", "head*input", "*.mlp.*input", "*.qkv.input")
         rules += [{"match": m, "granularity": "per_tensor"} for m in no_heads]
     quant = QuantConfig.model_validate(
         {
-            "weight": {"n_bits": n_bits, "granularity": granularity},
-            "activation": {"n_bits": n_bits, "granularity": activation},
+            "weight": {"n_bits": n_bits, "granularity": granularity, "method": method},
+            "activation": {"n_bits": n_bits, "granularity": activation, **(activation_quant or {})},
             "rules": rules,
         }
     )
@@ -85,7 +97,15 @@ def make_case(n_bits=2, granularity="per_tensor", rules=(), activation="per_tens
     for site in sites.activations:
         if site.spec.offset:
             scales[f"{site.name}:offset"] = torch.randn(site.n_groups, generator=generator)
-    codes = {s.name: expected_codes(latents[s.name], scales[f"{s.name}:scale"], s) for s in sites.weights}
+        for role in {"before": ("before",), "around": ("before", "after")}.get(site.spec.bias, ()):
+            scales[f"{site.name}:{role}"] = 0.2 * torch.randn(site.features, generator=generator)
+    for site in sites.weights:
+        if site.spec.method == "bwn":
+            scales[f"{site.name}:centre"] = 0.1 * torch.randn(site.grouping.n_groups, generator=generator)
+    codes = {
+        s.name: expected_codes(latents[s.name], scales[f"{s.name}:scale"], s, scales.get(f"{s.name}:centre"))
+        for s in sites.weights
+    }
     images = {s.name: expected_image(codes[s.name], scales[f"{s.name}:scale"], s) for s in sites.weights}
     oracle.load_state_dict({**latents, **images})
     for name, quantizer in sites.quantizers.items():
@@ -110,6 +130,24 @@ def rewrite(path, *, header=None, tensors=None, drop=()):
         entries = {k: v for k, v in {**file.metadata(), **(header or {})}.items() if k not in drop}
         held = {k: file.get_tensor(k).clone() for k in file.keys() if k not in drop}  # noqa: SIM118 - no mapping
     save_file({**held, **(tensors or {})}, path, entries)
+
+
+# Every method of weights and activations: what make_case takes.
+METHODS = {
+    "one bit": {"n_bits": 1, "method": "elastic", "activation_quant": {"method": "elastic", "bias": "before"}},
+    "bwn": {"n_bits": 1, "method": "bwn", "activation_quant": {"method": "elastic"}},
+    "seq": {"n_bits": 2, "method": "seq"},
+    "ternary": {"n_bits": 2, "method": "ternary"},
+    "statsq a row": {"n_bits": 3, "method": "statsq", "granularity": "per_channel"},
+    "tokens and biases": {"n_bits": 2, "method": "statsq", "granularity": "per_channel", "activation": "per_token",
+                          "activation_quant": {"bias": "around"}},
+}  # fmt: skip
+
+
+@pytest.fixture(params=METHODS)
+def method_case(request, case):
+    """Give the Case of each method in turn."""
+    return case(**METHODS[request.param])
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,9 @@ def weights_by_the_document(path):
         bits = np.unpackbits(row_bytes, axis=1, bitorder="little")[:, : cols * n_bits].reshape(rows, cols, n_bits)
         codes = (bits * (1 << np.arange(n_bits))).sum(axis=2) - 2 ** (n_bits - 1)
         group = (np.arange(codes.size) // entry["inner"]) % entry["n_groups"]
-        image = codes.reshape(-1).astype(np.float32) * raw_tensor(path, f"{name}_scale")[group]
+        image = (codes.reshape(-1).astype(np.float32) + np.float32(entry["shift"])) * raw_tensor(path, f"{name}_scale")[
+            group
+        ]
         yield name, codes.reshape(shape), image.reshape(shape)
 
 

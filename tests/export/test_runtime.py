@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import dsquant
 from dsquant.errors import ExportError
 from dsquant.export import PackedConv2d, PackedLinear, load_packed
 from dsquant.export.runtime import PackedActivation
@@ -28,6 +29,29 @@ def test_logits_are_those_of_the_trained_model_bit_for_bit(case, path, n_bits, g
     logits = load_packed(path)(made.images())
     assert torch.equal(logits, made.oracle(made.images()))
     assert logits.std() > 0.01  # not a constant that any model would give
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_logits_of_every_method_are_those_of_the_trained_model_bit_for_bit(method_case, path, cache):
+    method_case.write(path)
+    logits = load_packed(path, cache=cache)(method_case.images())
+    assert torch.equal(logits, method_case.oracle(method_case.images()))
+    assert logits.std() > 0.01
+
+
+def test_in_bfloat16_every_method_computes_as_the_trained_model_does(method_case, path):
+    method_case.write(path)
+    images = method_case.images().bfloat16()
+    expected = copy.deepcopy(method_case.oracle).bfloat16()(images)
+    assert torch.equal(load_packed(path).bfloat16()(images), expected)
+
+
+def test_a_packed_model_describes_its_sites(case, path):
+    made = case(1, method="bwn", activation_quant={"method": "elastic"})
+    made.write(path)
+    table = dsquant.describe(load_packed(path))
+    assert table == dsquant.describe(made.oracle)
+    assert re.search(r"blocks\.0\.attn\.qkv\.weight +bwn +1 +-1\.\.0 +-0\.5\.\.0\.5 +per_tensor +3 ", table)
 
 
 @pytest.mark.parametrize(

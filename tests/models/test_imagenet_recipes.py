@@ -1,4 +1,4 @@
-"""The ImageNet recipes of Swin-T and SReT-T: their sites at full size, and a few training steps of each stage at reduced size."""
+"""The ImageNet recipes: their sites at full size, and a few training steps of each stage at reduced size."""
 
 import pytest
 import torch
@@ -8,9 +8,23 @@ from dsquant.config import load_config
 from dsquant.models import build_model, insert_sites
 from tests.models.test_families_on_shards import SRET, SWIN
 
-REDUCED = {"imagenet_swin_tiny": SWIN, "imagenet_sret_tiny": SRET}
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+REDUCED = {
+    "imagenet_deit_tiny": VIT,
+    "imagenet_deit_small": VIT,
+    "imagenet_vit_large": VIT,
+    "imagenet_swin_tiny": SWIN,
+    "imagenet_swin_large": SWIN,
+    "imagenet_sret_tiny": SRET,
+}
+VIT_ENDS, SWIN_ENDS = ["patch_embed.proj", "head"], ["patch_embed.proj", "head.fc"]
+MERGINGS = [f"layers.{i}.downsample.reduction" for i in (1, 2, 3)]
 WEIGHTS_OF_8_BITS = {
-    "imagenet_swin_tiny": ["patch_embed.proj", *(f"layers.{i}.downsample.reduction" for i in (1, 2, 3)), "head.fc"],
+    "imagenet_deit_tiny": VIT_ENDS,
+    "imagenet_deit_small": VIT_ENDS,
+    "imagenet_vit_large": VIT_ENDS,
+    "imagenet_swin_tiny": [*SWIN_ENDS, *MERGINGS],
+    "imagenet_swin_large": [*SWIN_ENDS, *MERGINGS],
     "imagenet_sret_tiny": ["patch_embed.conv1", "patch_embed.conv2", "patch_embed.conv3", "pools.0", "pools.1", "head"],
 }
 

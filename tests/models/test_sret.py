@@ -65,7 +65,8 @@ def test_sret_tiny_has_the_parameters_of_the_paper_and_the_quantizers_of_the_met
 
 
 def test_each_site_has_the_sign_offset_and_bits_of_the_method_table():
-    sites = insert_sites(small_sret(), config().policy())
+    model = small_sret()
+    sites = insert_sites(model, config().policy())
     found = {s.name: (s.spec.n_bits, s.spec.signed, s.spec.offset) for s in sites.activations}
     expected = {f"{name}.input": (8, True, False) for name in ("patch_embed.conv1", "pools.0", "head")}
     expected |= {f"patch_embed.{conv}.input": (8, False, False) for conv in ("conv2", "conv3")}
@@ -84,7 +85,7 @@ def test_each_site_has_the_sign_offset_and_bits_of_the_method_table():
     groupings = {s.name: (s.shape, s.grouping) for s in sites.weights}
     assert groupings["stages.0.blocks.1.attn.qkv.weight"] == ((48, 16), Grouping(3, 16 * 16))
     assert groupings["pools.0.weight"][0] == (32, 1, 3, 3)  # depthwise: a filter sees one channel of 16
-    assert len(describe(sites).splitlines()) == 1 + len(bits) + len(found)
+    assert len(describe(model).splitlines()) == 1 + len(bits) + len(found)
 
 
 def test_evaluation_repeats_itself_and_training_is_random_by_torchs_generator_alone():

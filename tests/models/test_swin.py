@@ -184,11 +184,13 @@ def test_the_gradient_factor_counts_the_elements_of_an_image_over_all_its_window
 
 
 def test_the_table_of_sites_names_each_with_its_bits_codes_and_groups():
-    lines = describe(insert_sites(small_swin(V1), config().policy())).splitlines()
+    model = small_swin(V1)
+    insert_sites(model, config().policy())
+    lines = describe(model).splitlines()
     assert len(lines) == 1 + 4 * 4 + 3 + 8 * 4 + 3
     rows = {line.split()[0]: line.split()[1:] for line in lines}
-    assert rows["layers.0.blocks.1.attn.qkv.weight"][:4] == ["2", "-2..1", "per_tensor", "3"]
-    assert rows["layers.1.downsample.reduction.input"][:4] == ["8", "-128..127", "per_tensor", "1"]
+    assert rows["layers.0.blocks.1.attn.qkv.weight"][:6] == ["lsq", "2", "-2..1", "-2..1", "per_tensor", "3"]
+    assert rows["layers.1.downsample.reduction.input"][:3] == ["lsq", "8", "-128..127"]
 
 
 @pytest.mark.parametrize("name", [V1, V2])

@@ -5,14 +5,16 @@ import timm
 import torch
 from timm.layers import GluMlp
 
+import dsquant
 from dsquant.config import ModelConfig, QuantConfig
 from dsquant.errors import CheckpointError, ConfigError
-from dsquant.models import build_model, describe, insert_sites
+from dsquant.models import build_model, insert_sites
 from dsquant.quant.state import QuantState
 from dsquant.spec import Grouping
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 DEFAULT = QuantConfig(weight={"n_bits": 2}, activation={"n_bits": 2})
+DEFAULT_RULES = ({"match": "patch_embed.*", "n_bits": 8}, {"match": "head*", "n_bits": 8})
 TOKENS = 17
 
 
@@ -263,7 +265,9 @@ def test_q_k_and_v_have_a_scale_each_in_the_fused_weight():
     ("rule", "said"),
     [
         ({"match": "blocks.*.attn.qkvv.*", "n_bits": 4}, r"'blocks\.\*\.attn\.qkvv\.\*' matches no site"),
-        ({"match": "*.fc1.input", "granularity": "per_channel"}, r"blocks\.0\.mlp\.fc1\.input has no per_channel"),
+        ({"match": "*.attn.k", "granularity": "per_channel"}, r"blocks\.0\.attn\.k has no per_channel"),
+        ({"match": "head.input", "granularity": "per_token"}, r"head\.input has no per_token"),
+        ({"match": "*.fc1.weight", "granularity": "per_token"}, r"blocks\.0\.mlp\.fc1\.weight is a weight; per_token"),
         ({"match": "*.qkv.input", "granularity": "per_head"}, r"blocks\.0\.attn\.qkv\.input has no per_head"),
         ({"match": "*.fc1.weight", "granularity": "per_head"}, r"blocks\.0\.mlp\.fc1\.weight has no heads"),
         ({"match": "patch_embed.proj.weight", "granularity": "per_head"}, r"patch_embed\.proj\.weight has no heads"),
@@ -308,13 +312,40 @@ def test_a_mask_is_refused():
         model.blocks[0].attn(torch.zeros(1, TOKENS, 32), attn_mask=torch.ones(TOKENS, TOKENS))
 
 
-def test_the_table_of_sites_names_each_with_its_bits_codes_and_groups():
-    lines = describe(insert_sites(small_vit(), DEFAULT.policy())).splitlines()
-    assert len(lines) == 1 + 10 + 18
-    rows = {line.split()[0]: line.split()[1:] for line in lines}
-    assert rows["blocks.0.attn.qkv.weight"] == ["2", "-2..1", "per_tensor", "3", "-"]
-    assert rows["blocks.1.mlp.fc2.input"] == ["2", "0..3", "per_tensor", "1", "learned"]
-    assert rows["head.input"] == ["8", "-128..127", "per_tensor", "1", "-"]
+def described(*rules, **kwargs):
+    model = small_vit()
+    insert_sites(model, config(*rules, **kwargs).policy())
+    return {line.split()[0]: line.split()[1:] for line in dsquant.describe(model).splitlines()}
+
+
+def test_the_table_of_sites_names_each_with_its_method_bits_levels_and_groups():
+    rows = described(*DEFAULT_RULES)
+    assert len(rows) == 1 + 10 + 18
+    assert rows["site"] == ["method", "bits", "codes", "levels", "granularity", "groups", "offset", "bias", "lr"]
+    plain = ["per_tensor", "1", "-", "-", "1"]
+    assert rows["blocks.0.attn.qkv.weight"] == ["lsq", "2", "-2..1", "-2..1", "per_tensor", "3", "-", "-", "1"]
+    assert rows["blocks.1.mlp.fc2.input"] == ["lsq", "2", "0..3", "0..3", "per_tensor", "1", "learned", "-", "1"]
+    assert rows["head.input"] == ["lsq", "8", "-128..127", "-128..127", *plain]
+
+
+def test_the_table_shows_what_rules_have_changed():
+    rows = described(
+        *DEFAULT_RULES,
+        {"match": "*.fc1.weight", "method": "statsq", "granularity": "per_channel"},
+        {"match": "*.fc1.input", "method": "elastic", "n_bits": 1, "granularity": "per_token", "bias": "around"},
+        {"match": "*.attn.q", "lr_scale": 0.5},
+        {"match": "*.proj.*", "quantize": False},
+    )
+    assert rows["blocks.0.mlp.fc1.weight"] == ["statsq", "2", "-2..1", "-1.5..1.5", "per_channel", "128", "-", "-", "-"]
+    one_bit = ["elastic", "1", "-1..0", "-0.5..0.5", "per_token", "17", "-", "around", "1"]
+    assert rows["blocks.1.mlp.fc1.input"] == one_bit
+    assert rows["blocks.1.attn.q"][-1] == "0.5"
+    assert not [name for name in rows if ".proj." in name and not name.startswith("patch_embed")]
+
+
+def test_a_model_that_is_not_quantized_has_no_table():
+    with pytest.raises(ConfigError, match="this VisionTransformer is not quantized: describe the model of a quantized"):
+        dsquant.describe(small_vit())
 
 
 def test_a_model_is_built_by_its_timm_name_and_odd_ones_are_named():

@@ -126,7 +126,7 @@ def run_cases(zero, cases):
 
 
 def run_and_resume(folder, cases, middle):
-    """On one rank: every tensor of a run that went through, and of one restored in the middle from its checkpoint."""
+    """On one rank: what a run that went through ends with, what one restored in its middle does, and the model there."""
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo")
@@ -135,6 +135,7 @@ def run_and_resume(folder, cases, middle):
         config, engine = config_of(case), start_engine(case, 1, world)
         losses, _ = train(engine, middle)
         path = save_checkpoint(folder / case, config, "q", engine, done=False)
+        parameters = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
         losses += train(engine, STEPS)[0]
         through = losses[middle:], everything(engine)
         engine.destroy()
@@ -143,7 +144,7 @@ def run_and_resume(folder, cases, middle):
         restore(engine, Checkpoint.open(path))
         resumed = train(engine, STEPS)[0], everything(engine)
         engine.destroy()
-        found[case] = through, resumed
+        found[case] = through, resumed, parameters
     return found
 
 

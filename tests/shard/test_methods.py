@@ -5,8 +5,10 @@ from itertools import pairwise
 import pytest
 import torch
 
+from dsquant.checkpoint import Checkpoint, load_model
+from dsquant.convert import pack_checkpoint
+from dsquant.export import read_packed
 from tests import ranks
-from tests.shard import method_runs
 from tests.shard.method_oracle import Trainer
 from tests.shard.method_runs import CASES, LR, STEPS, WEIGHT_DECAY, batch, float_model, quant_of
 
@@ -22,7 +24,7 @@ def runs(request, tmp_path_factory):
     """Return what every case found on each of two ranks."""
     folder = tmp_path_factory.mktemp("methods") / "ranks"
     kwargs = {"zero": request.param, "cases": list(CASES)}
-    return ranks.launch(2, "tests.shard.method_runs:run_cases", kwargs, folder, 170, ENV)
+    return ranks.launch(2, "tests.shard.method_runs:run_cases", kwargs, folder, 300, ENV)
 
 
 @pytest.fixture(scope="module")
@@ -137,13 +139,27 @@ def test_statistics_binary_weights_and_annealing_resume_bit_for_bit(run_ranks, t
     """A run that was restored half way holds every bit of one that was not: latents, moments, tracker, scales, losses."""
     cases = ["statsq", "bwn", "cga", "mdq"]
     found = run_ranks(
-        2, "tests.shard.method_runs:run_and_resume", folder=tmp_path, cases=cases, middle=STEPS // 2, env=ENV
-    )
+        2, "tests.shard.method_runs:run_and_resume", timeout=240, folder=tmp_path, cases=cases, middle=STEPS // 2,
+        env=ENV,
+    )  # fmt: skip
     for rank in found:
         for case in cases:
-            (losses, wanted), (resumed_losses, resumed) = rank[case]
+            (losses, wanted), (resumed_losses, resumed), _ = rank[case]
             assert losses == resumed_losses, case
             assert wanted.keys() == resumed.keys()
             assert not [key for key in wanted if not torch.equal(wanted[key], resumed[key])], case
             assert len(losses) == STEPS // 2
-    assert method_runs.STEPS == STEPS
+    check_what_comes_of_a_checkpoint(tmp_path, {case: found[0][case][2] for case in cases})
+
+
+def check_what_comes_of_a_checkpoint(folder, trained):
+    """A teacher and a packed file have the very images that the model trained with when the checkpoint was written."""
+    for case, parameters in trained.items():
+        (path,) = (folder / case / "checkpoints" / "q").iterdir()
+        teacher = load_model(Checkpoint.open(path))
+        pack_checkpoint(Checkpoint.open(path), folder / case / "m.safetensors")
+        packed = read_packed(folder / case / "m.safetensors")
+        assert len(packed.weights) == 4
+        for name, parameter in teacher.named_parameters():
+            assert torch.equal(parameter, parameters[name]), (case, name)
+            assert name not in packed.weights or torch.equal(packed.image(name), parameters[name]), (case, name)

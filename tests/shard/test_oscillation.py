@@ -7,7 +7,7 @@ import torch
 
 from dsquant.config import FreezeConfig
 from dsquant.shard.fragments import Fragment
-from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, track
+from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, near_boundary, track
 from dsquant.shard.weight_quantizers import ShardedWeight
 from dsquant.spec import Grouping, QuantSpec, WeightSite
 
@@ -219,3 +219,29 @@ def test_the_threshold_falls_by_a_cosine_from_the_start_of_freezing(progress, ex
 def test_nothing_freezes_where_freezing_is_off():
     assert [freeze_threshold(FreezeConfig(), p) for p in (0.0, 0.5, 1.0)] == [None] * 3
     assert set(TrackerState.start(torch.zeros(3), freeze=False).tensors()) == {"codes", "direction", "frequency"}
+
+
+@pytest.mark.parametrize(
+    ("method", "n_bits", "boundaries"),
+    [
+        ("lsq", 2, [-1.5, -0.5, 0.5]),
+        ("seq", 2, [-1.0, 0.0, 1.0]),
+        ("statsq", 2, [-1.0, 0.0, 1.0]),
+        ("ternary", 2, [-0.5, 0.5]),
+        ("elastic", 1, [0.0]),
+        ("bwn", 1, [0.0]),
+        ("lsq", 4, [k + 0.5 for k in range(-8, 7)]),
+    ],
+)
+@pytest.mark.parametrize("reach", [0.005, 0.0625, 0.5])
+def test_a_weight_is_near_a_boundary_exactly_where_its_code_can_change_within_reach(method, n_bits, boundaries, reach):
+    """The outermost levels have no boundary beyond them."""
+    levels = QuantSpec(n_bits, method=method).levels
+    v = torch.linspace(-9.7, 9.7, 4001)
+    distance = (v[:, None] - torch.tensor(boundaries)).abs().amin(1)
+    decided = (distance - reach).abs() > 1e-5
+    assert torch.equal(near_boundary(v, levels, reach)[decided], (distance <= reach)[decided])
+    grid = torch.arange(levels.qmin, levels.qmax + 1) + levels.shift
+    nearest = [grid[(x[:, None] - grid).abs().argmin(1)] for x in (v - reach, v + reach)]
+    changes = nearest[0] != nearest[1]
+    assert torch.equal(near_boundary(v, levels, reach)[decided], changes[decided])

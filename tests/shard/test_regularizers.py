@@ -36,7 +36,11 @@ def loop_loss(w, scales, grouping, n_bits, config):
     clipped = torch.where(inside, w.flatten(), (w.detach().flatten() / s).clamp(qmin, qmax) * s)
     codes = (w.detach().flatten() / s).clamp(qmin, qmax).round()
     squared = ((codes * s).detach() - clipped).square()
-    loss = config.mse_weight * (squared.sum() if config.aggregation == "sum" else squared.mean())
+    rows = squared.view(w.shape[0], -1)
+    loss = (
+        config.mse_weight
+        * {"sum": squared.sum(), "mean": squared.mean(), "kernel_mean": rows.mean(1).sum()}[config.aggregation]
+    )
     for g in range(grouping[0]):
         for k in range(qmin, qmax + 1):
             members = clipped[(group == g) & (codes == k)]
@@ -118,7 +122,7 @@ def test_golden_gradient(n_bits, cuts):
 
 
 @pytest.mark.parametrize("n_bits", [2, 3, 4])
-@pytest.mark.parametrize("aggregation", ["sum", "mean"])
+@pytest.mark.parametrize("aggregation", ["sum", "mean", "kernel_mean"])
 @pytest.mark.parametrize("grouping", GROUPINGS.values(), ids=GROUPINGS)
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 def test_the_closed_form_is_the_gradient_of_the_loop_over_bins(n_bits, aggregation, grouping, cuts):

@@ -1,5 +1,6 @@
 """The shard step as a whole, on the simplest layout: parameters that are their own shards, as under ZeRO 0."""
 
+import pytest
 import timm
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ def make(optimizer="adamw", **quant):
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", **SMALL)
     tensor = {"n_bits": 2}
-    config = QuantConfig(weight=tensor, activation=tensor, **quant)
+    config = QuantConfig(**{"weight": tensor, "activation": tensor, **quant})
     sites = insert_sites(model, config.policy())
     shard_optimizer = ShardOptimizer(OPTIMIZERS[optimizer](model.parameters(), lr=1e-3))
     named = list(model.named_parameters())
@@ -60,10 +61,10 @@ def make(optimizer="adamw", **quant):
     return model.train(), shard_optimizer, quantization, images
 
 
-def train_step(model, optimizer, quantization, images, progress=0.5):
+def train_step(model, optimizer, quantization, images, progress=0.5, observe=False):
     loss = F.cross_entropy(model(images), torch.arange(8) % 5)
     loss.backward()
-    quantization.begin_step(progress, 1.0)
+    quantization.begin_step(progress, 1.0, observe)
     optimizer.step()
     quantization.finish_step()
     optimizer.zero_grad()
@@ -71,13 +72,33 @@ def train_step(model, optimizer, quantization, images, progress=0.5):
     return loss.detach()
 
 
-def test_a_step_with_the_whole_method_reads_nothing_back():
-    freeze = {"momentum": 0.1, "freeze": {"enabled": True, "start": 0.0}}
-    model, optimizer, quantization, images = make(obr={"weight": 0.01, "start": 0.0}, oscillation=freeze)
+FREEZE = {"momentum": 0.1, "freeze": {"enabled": True, "start": 0.0}}
+CGA = {"cga": {"enabled": True}, "dampening": {"weight": 0.1, "start": 0.0}}
+STATSQ = {"n_bits": 2, "method": "statsq", "granularity": "per_channel"}
+BINARY = {"n_bits": 1, "method": "elastic", "bias": "around"}
+
+
+@pytest.mark.parametrize(
+    "quant",
+    [
+        {"obr": {"weight": 0.01, "start": 0.0}, "oscillation": FREEZE},
+        {
+            "weight": {"n_bits": 2, "method": "seq"},
+            "oscillation": FREEZE,
+            "grad_scale": "mdq",
+            "scale_optimizer": "sgd",
+        },
+        {"weight": STATSQ, "oscillation": CGA},
+        {"weight": {"n_bits": 1, "method": "bwn"}, "activation": BINARY, "oscillation": CGA},
+    ],
+    ids=["obr and freezing", "seq, mdq and freezing", "statsq and annealing", "binary and annealing"],
+)
+def test_a_step_with_the_whole_method_reads_nothing_back(quant):
+    model, optimizer, quantization, images = make(**quant)
     train_step(model, optimizer, quantization, images)
     optimizer.inner.step = lambda: None  # torch's own AdamW reads its step count, on CPU a CPU scalar
     with HostReads() as reads:
-        train_step(model, optimizer, quantization, images)
+        train_step(model, optimizer, quantization, images, observe=True)
     assert reads.seen == []
 
 
