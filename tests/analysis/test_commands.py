@@ -134,6 +134,7 @@ def test_a_model_by_name_is_analysed_with_its_own_preparation_of_images(named_mo
         (["sensitivity", "--run", "RUN", "--modules", "*.value"], "--modules '*.value' matches none"),
         (["sensitivity", "--run", "RUN", "--by", "layer"], "by is 'layer'; choose module, kind or block"),
         (["sensitivity", "--run", "RUN", "--n_bits", "9"], "n_bits is 9"),
+        (["sensitivity", "--run", "RUN", "--n_bits", "4", "--granularity", "row"], "weights take per_tensor"),
         (["sensitivity", "--run", "RUN", "--out", "x.yaml"], "--out x.yaml is a file"),
         (["sensitivity", "--model", "deit_tiny_patch16_224"], "--model needs --data"),
         (["sensitivity", "--run", "RUN", "--plots", "maybe"], "--plots is 'maybe'; it takes true or false"),
