@@ -32,10 +32,7 @@ def search_bits(
     Granularities, methods and sites left in float are those of `quant`. `allocated` and `uniform` are then measured with
     everything quantized; uniform has the most bits that the budget would allow every weight (and activation).
     """
-    if cost not in COSTS:
-        raise ConfigError(f"--cost is {cost!r}; choose one of {', '.join(COSTS)}")
-    if budget_bits is not None and budget_bytes is not None:
-        raise ConfigError("give --budget_bits or --budget_bytes, not both")
+    _check_options(candidates, cost, budget_bits, budget_bytes)
     sites = insert_sites(subject.build(), quant.policy())
     modules = {"weights": [Module(s.name, *_kind(s.name), _whole_weight(s.name, s.shape[0])) for s in sites.weights]}
     if activation_budget_bits is not None:
@@ -58,6 +55,15 @@ def search_bits(
     result["uniform"] = _uniform(subject, quant, candidates, result)
     check_resolves(insert_sites(subject.build(), at_bits(quant, chosen)), chosen)
     return result
+
+
+def _check_options(candidates: tuple[int, ...], cost: str, budget_bits: float | None, budget_bytes: int | None) -> None:
+    if cost not in COSTS:
+        raise ConfigError(f"--cost is {cost!r}; choose one of {', '.join(COSTS)}")
+    if not candidates or not all(type(n_bits) is int for n_bits in candidates):
+        raise ConfigError(f"--bits is {candidates}; give whole numbers separated by commas, for example 2,3,4,8")
+    if budget_bits is not None and budget_bytes is not None:
+        raise ConfigError("give --budget_bits or --budget_bytes, not both")
 
 
 def _kind(name: str) -> tuple[str, str | None]:

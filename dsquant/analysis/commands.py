@@ -155,9 +155,11 @@ class Analyze:
         for name, site in result["sites"].items():
             shares = (max(site["oscillating_pct"]), site["oscillating_pct"][-1], site["frozen_pct"][-1])
             table.add_row(name, str(site["n_bits"]), f"{site['numel']:,}", *(f"{share:.2f}" for share in shares))
-        for name, share in result["final_parts"].items():
+        for name, share in (result["final_parts"] or {}).items():
             table.add_row(name, "", "", "", f"{share:.2f}", "")
         self._console.print(table)
+        if result["final_parts"] is None:
+            self._console.print(f"q, k and v are not told apart: stage {result['stage']} has no checkpoint")
         if self._plots:
             self._shown(plots.oscillation_curves(result, self._out / "oscillation.png"))
 

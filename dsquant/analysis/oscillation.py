@@ -77,14 +77,16 @@ def _together(curves: list[dict[str, Any]]) -> dict[str, Any]:
     return {"numel": numel, "n_bits": max(c["n_bits"] for c in curves), "blocks": len(curves), **shares}
 
 
-def final_by_part(run: str | Path, stage: str) -> dict[str, float]:
+def final_by_part(run: str | Path, stage: str) -> dict[str, float] | None:
     """Return the oscillating share (%) of q, k and v inside each fused weight, from the checkpoint's tracker.
 
-    Records speak of whole weights. Empty where no weight of the stage is fused. Raises CheckpointError without a
-    checkpoint of the stage.
+    Records speak of whole weights. Empty where no weight of the stage is fused, None where the stage has no checkpoint
+    (yet). Raises CheckpointError for one that is damaged.
     """
-    from dsquant.checkpoint import load_run_checkpoint
+    from dsquant.checkpoint import load_run_checkpoint, stages_on_disk
 
+    if stage not in stages_on_disk(Path(run)):
+        return None
     config = load_config(str(Path(run) / RECIPE_FILE))
     quant = config.stages[stage].quant
     checkpoint = load_run_checkpoint(Path(run), stage)

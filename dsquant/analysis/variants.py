@@ -82,6 +82,9 @@ def uniform_policy(n_bits: int, granularity: str = "per_tensor") -> SitePolicy:
 
     Raises ConfigError for bits or a granularity that not every site can have.
     """
+    known = [str(g) for g in Granularity if g is not Granularity.PER_TOKEN]
+    if granularity not in known:
+        raise ConfigError(f"--granularity is {granularity!r}; weights take {', '.join(known)}")
     weight = QuantSpec(n_bits, granularity=Granularity(granularity))
     return SitePolicy(weight, QuantSpec(n_bits))
 

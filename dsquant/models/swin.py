@@ -13,7 +13,6 @@ The image and the inputs of the patch mergings are sites too. The paper's weight
 import math
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Mlp
 from timm.models import swin_transformer as v1
 from timm.models import swin_transformer_v2 as v2
@@ -24,6 +23,7 @@ from dsquant.models.attention import AttentionSites, insert_attention, insert_ml
 from dsquant.models.sites import Sites
 
 MAX_LOGIT_SCALE = math.log(1.0 / 0.01)  # SwinV2, section 3.2: the temperature is at least 0.01
+NO_LENGTH = 1e-5  # sums of codes that cancel leave about this much in float32; the step of such sums is far above it
 MAX_POSITION_BIAS = 16  # of timm's SwinV2: 16 * sigmoid keeps continuous position biases in range
 
 
@@ -51,7 +51,7 @@ class QuantWindowAttentionV2(AttentionSites, v2.WindowAttention):
         if self.is_float(self.qkv.input_quantizer):  # timm's forward passes the module qkv by
             return super().forward(x, mask)
         q, k, v = _heads(self.qkv(x, self._qkv_bias()), self.num_heads)
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q, k = _unit(q), _unit(k)
         scale = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
         x = self.attend(q, k, v, scale, bias=self._position_bias(), mask=_for_all_heads(mask))
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
@@ -64,6 +64,16 @@ class QuantWindowAttentionV2(AttentionSites, v2.WindowAttention):
         """Return the continuous relative position bias (heads, N, N)."""
         table = self.cpb_mlp(self.relative_coords_table).flatten(0, -2)
         return MAX_POSITION_BIAS * table[self.relative_position_index].permute(2, 0, 1).sigmoid()
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Return x / |x| along the last dimension; zero, and no gradient, where |x| is zero up to rounding.
+
+    A token whose quantized input has only codes of 0 makes a key of exactly 0, SwinV2's keys having no bias. Through a
+    division by a tiny constant in place of |x|, as in `F.normalize`, its gradient would be that many times too large.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm <= NO_LENGTH, math.inf)
 
 
 def _heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:

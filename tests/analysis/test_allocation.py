@@ -124,9 +124,10 @@ def test_a_cost_is_the_loss_of_the_site_alone_at_those_bits(subject):
     ("options", "says"),
     [
         ({"budget_bits": 3, "budget_bytes": 10}, "not both"),
+        ({"candidates": (2, 2.5)}, "--bits is .* whole numbers"),
         ({"cost": "top1"}, "--cost is 'top1'; choose one of loss, kl"),
     ],
 )
 def test_options_that_do_not_go_together_are_errors(subject, options, says):
     with pytest.raises(ConfigError, match=says):
-        search_bits(subject, QUANT, (2, 4), **options)
+        search_bits(subject, QUANT, **{"candidates": (2, 4), **options})

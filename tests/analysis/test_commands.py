@@ -134,6 +134,7 @@ def test_a_model_by_name_is_analysed_with_its_own_preparation_of_images(named_mo
         (["sensitivity", "--run", "RUN", "--modules", "*.value"], "--modules '*.value' matches none"),
         (["sensitivity", "--run", "RUN", "--by", "layer"], "by is 'layer'; choose module, kind or block"),
         (["sensitivity", "--run", "RUN", "--n_bits", "9"], "n_bits is 9"),
+        (["sensitivity", "--run", "RUN", "--n_bits", "4", "--granularity", "row"], "weights take per_tensor"),
         (["sensitivity", "--run", "RUN", "--out", "x.yaml"], "--out x.yaml is a file"),
         (["sensitivity", "--model", "deit_tiny_patch16_224"], "--model needs --data"),
         (["sensitivity", "--run", "RUN", "--plots", "maybe"], "--plots is 'maybe'; it takes true or false"),
@@ -166,7 +167,9 @@ def test_without_matplotlib_the_fix_is_named_before_anything_is_measured(trained
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_whose_checkpoint_is_gone_is_an_error(trained_run, tmp_path, capsys):
+def test_a_run_without_checkpoints_has_its_records_alone(trained_run, tmp_path, capsys):
     shutil.copytree(trained_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "wandb"))
     assert analyze("outliers", "--run", tmp_path / "run", "--out", tmp_path / "out") == 1
     assert "holds no checkpoint; give the --out_dir of a run" in capsys.readouterr().err
+    assert analyze("oscillation", "--run", tmp_path / "run", "--plots=false", "--out", tmp_path / "out") == 0
+    assert "q, k and v are not told apart: stage w2a2 has no checkpoint" in capsys.readouterr().out

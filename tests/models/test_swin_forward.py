@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from dsquant.config import ModelConfig
 from dsquant.export import load_packed, write_packed
 from dsquant.models import insert_sites
+from dsquant.models.swin import _unit
 from dsquant.quant.calibrate import calibrate
 from dsquant.quant.state import QuantState
 from tests.export.conftest import DATA, expected_codes, expected_image
@@ -208,3 +209,27 @@ def test_in_bfloat16_the_logits_are_near_and_gradients_have_the_dtype_of_their_t
     assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in model.parameters())
     assert state.grads.dtype == torch.float32
     assert state.grads[: state.n_activation].abs().min() > 0
+
+
+def test_a_token_whose_codes_are_all_zero_makes_a_key_of_zero_and_no_gradient_explodes():
+    model, _, state = bound(V2)
+    attention = model.layers[0].blocks[0].attn
+    x = torch.randn(2, 16, 16)
+    x[:, 3] *= 1e-4 * state.get("layers.0.blocks.0.attn.qkv.input")
+    x.requires_grad_()
+    key = attention.qkv(x, attention._qkv_bias())[:, 3, 16:32]
+    assert not key.any()
+    attention(x).square().sum().backward()
+    ordinary = x.grad[:, :3].norm(dim=-1).max()
+    assert 0 < ordinary < 1e3
+    assert x.grad[:, 3].norm(dim=-1).max() < 10 * ordinary
+
+
+def test_vectors_with_a_length_are_normalized_as_timm_does():
+    x = torch.randn(4, 2, 7, 8) * torch.logspace(-4, 2, 7)[:, None]
+    assert torch.equal(_unit(x), F.normalize(x, dim=-1))
+    x[0, 0, 0] = 0
+    x.requires_grad_()
+    _unit(x).sum().backward()
+    assert x.grad.isfinite().all()
+    assert not x.grad[0, 0, 0].any()
