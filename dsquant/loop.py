@@ -409,6 +409,7 @@ class Run:
             "checkpoint": str(checkpoint.path),
         }
         self.summary |= {key: self.summary.get(key) for key in (*RESULTS, "images_per_second")}
+        self.summary |= {} if self.score == "top1" else {"metric": self.score}
         self.summary |= {"packed_file": None, "packed_bytes": None}
         if self.config.stages[last].quant is not None:
             packed = convert_run(self.run_dir, self.run_dir / PACKED_FILE, last)

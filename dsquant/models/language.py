@@ -92,6 +92,7 @@ def read_config(config: ModelConfig) -> PretrainedConfig:
             raise ConfigError(f"model.kwargs.{key} is no part of a {found.model_type}'s architecture; {hint}")
         setattr(found, key, value)
     found.num_labels = config.num_classes
+    found.use_cache = False  # of decoders; it would only warn
     _check(config, found)
     return found
 

@@ -133,7 +133,8 @@ def closing_table(summary: dict[str, Any], stream: TextIO | None = None, *, run_
     """Print what a run achieved and where everything lies; what the summary lacks is shown as "-".
 
     Keys of `summary`: recipe, world_size, zero_stage, steps, seconds, images_per_second, float_top1, top1,
-    oscillating_pct, oscillating_peak_pct (the last four in percent), float_bytes, packed_bytes, packed_file, checkpoint.
+    oscillating_pct, oscillating_peak_pct (the last four in percent), float_bytes, packed_bytes, packed_file, checkpoint;
+    where `metric` names one other than top-1, METRIC and float_METRIC.
     `run_dir` is where metrics and report lie.
     """
     stream = stream or sys.stdout
@@ -158,9 +159,13 @@ def _result_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if summary.get("packed_bytes") and summary.get("float_bytes"):
         packed += f", {summary['float_bytes'] / summary['packed_bytes']:.1f} times smaller"
     seconds, rate = summary.get("seconds"), summary.get("images_per_second")
+    scores = {"top1": "top-1"} | ({name: name} if (name := summary.get("metric")) else {})
     return [
-        ("float top-1", shown("float_top1", "{:.2f} %")),
-        ("quantized top-1", shown("top1", "{:.2f} %")),
+        *(
+            (f"{kind} {name}", shown(f"{prefix}{key}", "{:.2f} %"))
+            for key, name in scores.items()
+            for kind, prefix in (("float", "float_"), ("quantized", ""))
+        ),
         (
             "oscillating weights",
             shown("oscillating_pct", "{:.2f} %") + shown("oscillating_peak_pct", ", at most {:.2f} %", ""),

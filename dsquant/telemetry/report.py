@@ -167,15 +167,18 @@ def _tiles(summary: dict[str, Any]) -> str:
         value = summary.get(key)
         return "-" if value is None else form.format(value)
 
-    float_top1, top1 = summary.get("float_top1"), summary.get("top1")
-    change = "" if None in (float_top1, top1) else f"{top1 - float_top1:+.2f} against float"
+    def change(key: str) -> str:
+        before, after = summary.get(f"float_{key}"), summary.get(key)
+        return "" if None in (before, after) else f"{after - before:+.2f} against float"
+
+    scores = {"top1": "top-1"} | ({name: name} if (name := summary.get("metric")) else {})
     float_bytes, packed_bytes = summary.get("float_bytes"), summary.get("packed_bytes")
     ratio = f"{float_bytes / packed_bytes:.1f}×" if float_bytes and packed_bytes else "-"
     sizes = f"{float_bytes / 1e6:.3g} MB → {packed_bytes / 1e6:.3g} MB" if float_bytes and packed_bytes else ""
     ranks = f"{number('world_size', '{}')} ranks, ZeRO stage {number('zero_stage', '{}')}"
     tiles = [
-        ("float top-1", number("float_top1", "{:.2f} %"), ""),
-        ("quantized top-1", number("top1", "{:.2f} %"), change),
+        *((f"float {name}", number(f"float_{key}", "{:.2f} %"), "") for key, name in scores.items()),
+        *((f"quantized {name}", number(key, "{:.2f} %"), change(key)) for key, name in scores.items()),
         ("oscillating weights", number("oscillating_pct", "{:.2f} %"), ""),
         ("packed file, smaller by", ratio, sizes),
         ("images/s", number("images_per_second", "{:,.0f}"), ranks),

@@ -130,3 +130,24 @@ def test_the_run_holds_its_tokenizer_and_needs_the_given_one_no_more(text_run):
     run_dir = text_run("zero1")
     assert (run_dir / "tokenizer" / "tokenizer.json").is_file()
     assert read_packed(run_dir / "model.packed.safetensors").model.kwargs["vocab_size"] == 40
+
+
+def test_the_minilm_recipe_goes_from_float_to_one_bit_by_all_its_stages(data, tmp_path):
+    """At reduced size: its own stages and rules on a tiny BERT, one step each."""
+    tiny = "{vocab_size: 40, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 24, "
+    tiny += "hidden_act: relu, attention_probs_dropout_prob: 0.0}"
+    options = ["--recipe", "sst2_minilm", "--max_steps", 1, "--out_dir", tmp_path / "run", "--data.num_workers", 0]
+    options += [f"--data.{name}={data}/{name}-*.tar" for name in ("train", "val")]
+    options += [f"--data.tokenizer={data}/tokenizer", "--model.name=bert", "--model.pretrained=False"]
+    run(train_command(*options, f"--model.kwargs={tiny}"), tmp_path / "log").ok()
+    assert list(losses(tmp_path / "run")) == [(s, 1) for s in ("fp", "w4a4", "w2a2", "w1a2", "w1a1")]
+    packed = read_packed(tmp_path / "run" / "model.packed.safetensors")
+    bits = {name: site.spec.n_bits for name, site in packed.weights.items()}
+    assert bits.pop("classifier.weight") == 8
+    assert set(bits.values()) == {1}
+    assert packed.weights["bert.embeddings.word_embeddings.weight"].grouping.n_groups == 40
+    kinds = {name: (site.spec.n_bits, str(site.spec.bias)) for name, site in packed.activations.items()}
+    assert kinds["bert.encoder.layer.0.output.dense.input"] == (1, "before")
+    assert kinds["bert.encoder.layer.0.attention.self.probs"] == (1, "none")
+    found = evaluate_packed(tmp_path / "run" / "model.packed.safetensors", f"{data}/val-*.tar")
+    assert found["loss"] == pytest.approx(records(tmp_path / "run", "eval", "w1a1")[-1]["loss"], rel=1e-6)
