@@ -61,6 +61,12 @@ class ModelConfig(Section):
     checkpoint: str | None = None
     kwargs: dict[str, Any] = {}
 
+    @model_validator(mode="after")
+    def _images_have_no_length(self):
+        if self.library == "timm" and self.max_length is not None:
+            raise ValueError("model.max_length is for text; timm models take images")
+        return self
+
 
 class SoftLabelsConfig(Section):
     """Train on crops that a teacher has seen, stored in the shards by tools/make_soft_labels.py (docs/soft_labels.md).
@@ -396,7 +402,8 @@ class RunConfig(Section):
     def _model_takes_the_length_of_the_data(cls, tree: Any) -> Any:
         """Give a text model the length of its inputs: quantizers depend on it, and a model travels without its data."""
         model, data = (tree.get(key) for key in ("model", "data")) if isinstance(tree, dict) else (None, None)
-        if not isinstance(model, dict) or not isinstance(data, dict) or data.get("task") != "text":
+        sections = isinstance(model, dict) and isinstance(data, dict)
+        if not sections or data.get("task") != "text" or model.get("library") != "transformers":
             return tree
         return {**tree, "model": {**model, "max_length": data.get("max_length")}}
 

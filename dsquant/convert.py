@@ -132,7 +132,7 @@ def evaluate_packed(
             world_size=world_size,
             num_workers=num_workers,
         )
-        evaluate(model, stream, data.metric, device, dtype, scores)
+        evaluate(model, stream, scores, device, dtype)
     return scores.result()
 
 

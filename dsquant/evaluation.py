@@ -97,11 +97,9 @@ def glue_metric(metric: str, predicted, labels) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, stream: EvalStream, metric: str, device: torch.device | str, dtype: torch.dtype,
-    scores: Scores | None = None,
-) -> Scores:  # fmt: skip
-    """Run a model in evaluation mode over a rank's batches of validation samples, and return their Scores."""
-    scores = scores or Scores(metric, device)
+    model: nn.Module, stream: EvalStream, scores: Scores, device: torch.device | str, dtype: torch.dtype
+) -> Scores:
+    """Run a model in evaluation mode over a rank's batches of validation samples, add them to `scores`, and return these."""
     for inputs, labels in stream.batches():
         scores.add(logits_of(model, move(inputs, device, dtype)), labels.to(device))
     return scores

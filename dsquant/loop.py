@@ -31,7 +31,7 @@ from dsquant.convert import convert_run
 from dsquant.data import EvalStream, ShardSet, StoredCrops, TrainStream, copy_tokenizer, make_digits
 from dsquant.engine import Engine, World, micro_batch_size
 from dsquant.errors import CheckpointError, ConfigError, TrainingError
-from dsquant.evaluation import METRICS, evaluate, score_name, transform_of
+from dsquant.evaluation import METRICS, Scores, evaluate, score_name, transform_of
 from dsquant.losses import hidden_loss, stage_loss
 from dsquant.models import build_model, insert_sites, model_outputs, tokenizer_location
 from dsquant.quant.calibrate import calibrate
@@ -380,7 +380,8 @@ class Run:
             world_size=self.world.size,
             num_workers=min(data.num_workers, 2),
         )
-        return evaluate(model, stream, data.metric, self.world.device, dtype).result()
+        scores = Scores(data.metric, self.world.device)
+        return evaluate(model, stream, scores, self.world.device, dtype).result()
 
     def _save(self, name: str, engine: Engine, *, done: bool) -> None:
         if self.metrics:
