@@ -1,4 +1,4 @@
-"""Show runs, going on or finished: `html` writes a report page, `compare` sets seeds side by side, `wandb_sync` sends one."""
+"""Show runs, going on or finished: `html` writes a report page, `compare` sets seeds side by side, `curves` draws stages."""
 
 import json
 import sys
@@ -47,9 +47,26 @@ def seeds(*runs: str, out: str | None = None) -> None:
         Path(out).write_text(json.dumps(table, indent=1) + "\n")
 
 
+def curves(run: str, out: str, stages: str | None = None, title: str | None = None) -> None:
+    """Draw training loss, top-1 and oscillating weights of a run's stages into one PNG (needs matplotlib).
+
+    Args:
+        run: the run folder.
+        out: the file to write.
+        stages: those to draw, separated by commas; all by default.
+        title: of the picture; the name of the run folder by default.
+    """
+    from dsquant.analysis.curves import stage_curves
+    from dsquant.analysis.plots import run_curves
+
+    chosen = stages.split(",") if isinstance(stages, str) else list(stages or ())
+    found = stage_curves(str(run), [name.strip() for name in chosen])
+    print(run_curves(found, Path(out), title=title or Path(str(run)).name))
+
+
 if __name__ == "__main__":
     try:
-        fire.Fire({"html": html, "compare": seeds, "wandb_sync": wandb_sync}, name="report.py")
+        fire.Fire({"html": html, "compare": seeds, "curves": curves, "wandb_sync": wandb_sync}, name="report.py")
     except DsquantError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

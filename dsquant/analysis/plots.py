@@ -273,3 +273,29 @@ def allocation_bits(bits: Mapping[str, int], path: Path, *, title: str) -> Path:
     named: Callable[[str], str] = layer_of if all(name.endswith(".weight") for name in bits) else str
     values = {named(name): float(n) for name, n in bits.items()}
     return block_table(values, path, title=title, label="bits", form="{:.0f}", colors="Blues", limits=(0, 8))
+
+
+def run_curves(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], path: Path, *, title: str) -> Path:
+    """Draw training loss, validation top-1 and oscillating weights of several stages, each over its own steps."""
+    panels = (
+        ("loss", "training loss"),
+        ("top1", "validation top-1 (%)"),
+        ("oscillating_pct", "oscillating weights (%)"),
+    )
+    figure, axes = _figure(len(panels), 13.5, 4.6, title)
+    for ax, (field, label) in zip(axes, panels, strict=True):
+        for index, (stage, found) in enumerate(curves.items()):
+            if found[field]:
+                steps, values = zip(*found[field], strict=True)
+                marker = "o" if field == "top1" else None
+                ax.plot(steps, values, color=COLORS[index % len(COLORS)], lw=1.6, marker=marker, ms=3.5, label=stage)
+        ax.set_xlabel("optimizer step of the stage", fontsize=9, color=INK)
+        ax.set_ylabel(label, fontsize=9, color=INK)
+        ax.grid(color="#dddddd", lw=0.6)
+    axes[2].set_ylim(bottom=0)
+    lines = list(axes[0].get_lines())
+    lines += [line for line in axes[1].get_lines() if line.get_label() not in {x.get_label() for x in lines}]
+    ends = {name: f"{name}: {found['top1'][-1][1]:.2f} %" if found["top1"] else name for name, found in curves.items()}
+    names = [ends[str(line.get_label())] for line in lines]
+    figure.legend(lines, names, loc="outside lower center", ncols=min(5, len(lines)), fontsize=9, frameon=False)
+    return _save(figure, path)
