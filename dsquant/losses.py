@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsquant.config import SOFT_LABELS, DistillConfig
+from dsquant.errors import ConfigError
 
 
 def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -62,7 +63,13 @@ def hidden_loss(hidden: tuple[Tensor, ...], teacher_hidden: tuple[Tensor, ...], 
 
 
 def label_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Return the cross-entropy to classes (labels int64), or the squared error to scores (labels float, one logit)."""
+    """Return the cross-entropy to classes (labels int64), or the squared error to scores (labels float, one logit).
+
+    Raises ConfigError where the labels are of the other kind than the model.
+    """
+    if labels.is_floating_point() != (logits.shape[-1] == 1):
+        kind = "scores" if labels.is_floating_point() else "classes"
+        raise ConfigError(f"the shards hold {kind} and the model has {logits.shape[-1]} outputs; see model.num_classes")
     if labels.is_floating_point():
         return F.mse_loss(logits.float().squeeze(-1), labels)
     return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)

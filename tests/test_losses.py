@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dsquant.config import DistillConfig
+from dsquant.errors import ConfigError
 from dsquant.losses import hidden_loss, rest_share, soft_cross_entropy, sparse_soft_cross_entropy, stage_loss
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["marginal_smoothing_k5"]
@@ -131,3 +132,10 @@ def test_scores_are_regressed_on_and_a_teachers_scores_too():
     teacher = torch.tensor([[2.0], [3.0]])
     distill = DistillConfig(teacher="fp", soft=2.0, hard=0.5)
     assert stage_loss(logits, labels, teacher, distill, 0.0).item() == 2.0 * 0.5 + 0.5 * 2.5
+
+
+def test_labels_of_another_kind_than_the_model_are_an_error():
+    with pytest.raises(ConfigError, match="hold classes and the model has 1 outputs"):
+        stage_loss(torch.ones(2, 1), torch.tensor([0, 1]), None, None, 0.0)
+    with pytest.raises(ConfigError, match="hold scores and the model has 3 outputs"):
+        stage_loss(torch.ones(2, 3), torch.tensor([0.0, 1.0]), None, None, 0.0)

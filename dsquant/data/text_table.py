@@ -50,16 +50,18 @@ def shard_text_table(
         out.mkdir(parents=True, exist_ok=True)
         write_classes(out / "classes.txt", classes)
         member = LABEL_MEMBER
-    order = list(range(len(samples)))
-    random.Random(seed).shuffle(order)
+    pairs = [(sample, {member: str(label).encode()}) for (sample, _), label in zip(samples, labels, strict=True)]
+    random.Random(seed).shuffle(pairs)
+    return write_shards(_members(pairs, prefix, progress), out, prefix, samples_per_shard)
 
-    def members() -> Iterator[tuple[str, dict[str, bytes]]]:
-        for done, index in enumerate(order):
-            content = json.dumps(samples[index][0], ensure_ascii=False).encode()
-            yield f"{prefix}{done:08d}", {TEXT_MEMBER: content, member: str(labels[index]).encode()}
-            progress(done + 1, len(order))
 
-    return write_shards(members(), out, prefix, samples_per_shard)
+def _members(
+    pairs: list[tuple[dict[str, str], dict[str, bytes]]], prefix: str, progress: Callable[[int, int], None]
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    for number, (sample, label) in enumerate(pairs):
+        content = json.dumps(sample, ensure_ascii=False).encode()
+        yield f"{prefix}{number:08d}", {TEXT_MEMBER: content, **label}
+        progress(number + 1, len(pairs))
 
 
 def _rows(src: Path, columns: list[str | int]) -> Iterator[Row]:
