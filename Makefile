@@ -4,6 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# A file's tests stay in one process, as they share runs; more workers than cores would only wait for one another.
+TEST_FLAGS ?= -n 2 --dist loadfile
 BENCH ?= step --model deit_tiny_patch16_224 --batch 16 --n_bits 2
 
 # DeepSpeed compiles a small C++ op on first use: ninja must be on PATH, and the build stays inside .venv.
@@ -33,7 +35,7 @@ demo: venv  ## train the 2-bit digits model end to end and show the closing tabl
 	$(IN_VENV) deepspeed dsquant/train.py --ds_config ds_configs/zero2.json
 
 test: venv  ## run the tests
-	$(IN_VENV) python -m pytest -q
+	$(IN_VENV) python -m pytest -q $(TEST_FLAGS)
 
 lint: venv  ## check style and formatting
 	$(IN_VENV) ruff check .
