@@ -23,7 +23,7 @@ class _QuantLinear(torch.autograd.Function):
         d_x = grad @ weight
         x_hat = torch.empty_like(x, memory_format=torch.contiguous_format)
         for block in blocks(x):
-            d_x[block], x_hat[block] = backward_block(x[block], d_x[block], scale, offset, ctx.levels, sums)
+            d_x[block], _ = backward_block(x[block], d_x[block], scale, offset, ctx.levels, sums, x_hat[block])
         rows = grad.reshape(-1, grad.shape[-1])
         d_weight = rows.t() @ x_hat.view(-1, x_hat.shape[-1])
         d_bias = rows.sum(0) if ctx.has_bias else None

@@ -141,9 +141,9 @@ class ShardedWeight:
         if self.levels.elastic or not self.learned:
             d_scale = level * grad
         else:
-            cut = v.clamp_(self.levels.low, self.levels.high)
-            blocked = (grad - passed).mul_(cut)
-            d_scale = torch.sub(level, cut, out=v).mul_(grad).add_(blocked)
+            v.clamp_(self.levels.low, self.levels.high)
+            outside = v.clone() if self.levels.shift or self.levels.reach else level  # only what lies outside counts
+            d_scale = torch.sub(level, v, out=v).mul_(grad).addcmul_(grad - passed, outside)
         if (
             self.tracker.frozen is not None
         ):  # the image of a frozen weight is scale * level, and its level is a constant
