@@ -246,6 +246,7 @@ class Run:
             seed=self.config.seed,
             num_workers=data.num_workers,
             shuffle_buffer=data.shuffle_buffer,
+            bucket_batches=data.bucket_batches,
             pin_memory=self.world.device.type == "cuda",
         )
 
