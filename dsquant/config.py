@@ -311,7 +311,8 @@ class DistillConfig(Section):
 
     `teacher: soft_labels` takes the probabilities that are stored with the crops of `data.soft_labels`; T is then the
     temperature they were made at.
-    `hidden` weighs the squared distance of the embedding output and of every layer's output to the teacher's (BiT; text).
+    `hidden` weighs the squared distance to the teacher's hidden states: of text the embedding output and every layer's output
+    (BiT); of images every block's output, relative to the teacher's squared norm.
     """
 
     teacher: str
@@ -319,6 +320,14 @@ class DistillConfig(Section):
     hard: NonNegative = 0.0
     hidden: NonNegative = 0.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _hidden_of_a_model(self):
+        if self.hidden and self.teacher == SOFT_LABELS:
+            raise ValueError(
+                f"hidden states need an online teacher, not {SOFT_LABELS}; name a stage, or set hidden to 0"
+            )
+        return self
 
 
 class StageConfig(Section):
@@ -420,9 +429,6 @@ class RunConfig(Section):
             raise ValueError(f"model.library is {self.model.library}; data.task {self.data.task} needs {library}")
         if (self.data.metric == "pearson_spearman") != (self.model.num_classes == 1):
             raise ValueError("data.metric pearson_spearman and model.num_classes 1 go together: both mean regression")
-        for name, stage in self.stages.items():
-            if stage.distill and stage.distill.hidden and self.data.task != "text":
-                raise ValueError(f"stages.{name}.distill.hidden: only text models give hidden states; set it to 0")
         return self
 
     @model_validator(mode="after")

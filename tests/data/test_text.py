@@ -278,8 +278,7 @@ def test_a_recipe_for_text_that_contradicts_itself_is_an_error_that_names_the_ke
         recipe(**changes)
 
 
-def test_hidden_states_are_distilled_between_text_models_only():
+def test_hidden_states_are_no_part_of_stored_labels():
     assert recipe(distill={"teacher": "a", "hidden": 2.0}).stages["b"].distill.hidden == 2.0
-    image = {"task": "image", "image_size": 8, "max_length": None, "model": {"library": "timm"}}
-    with pytest.raises(ConfigError, match=r"stages\.b\.distill\.hidden: only text models"):
-        recipe(distill={"teacher": "a", "hidden": 2.0}, **image)
+    with pytest.raises(ConfigError, match=r"hidden states need an online teacher, not soft_labels"):
+        recipe(distill={"teacher": "soft_labels", "hidden": 2.0})
