@@ -235,10 +235,11 @@ class OscillationConfig(Section):
 class CalibrationConfig(Section):
     """Say how many training batches set the first activation scales, in how many rounds, and by which rule.
 
-    mse fits scale and offset to the least squared error. lsq: 2 mean|x| / sqrt(qmax), twice that where unsigned (OFQ, BiT).
-    qv: 2 mean|x| / sqrt(qmax) with the qmax of signed codes everywhere (code of Quantization Variation). Offsets of the last
-    two start at 0. `inherit` takes every scale, offset and bias, weights' too, from the stage of `init_from` instead, which
-    must have the same sites: for fine-tuning that goes on where that stage ended (CGA).
+    mse fits scale and offset to the least squared error, biases around signed sites being set to the means of their features.
+    lsq: 2 mean|x| / sqrt(qmax), twice that where unsigned (OFQ, BiT). qv: 2 mean|x| / sqrt(qmax) with the qmax of signed
+    codes everywhere (code of Quantization Variation). Offsets and biases of the last two start at 0. `inherit` takes every
+    scale, offset and bias, weights' too, from the stage of `init_from` instead, which must have the same sites: for
+    fine-tuning that goes on where that stage ended (CGA).
     """
 
     batches: Positive = 4

@@ -2,7 +2,9 @@
 
 Every rank runs training images through the model; ranges and histograms (or means) of each site are reduced over all
 ranks, and the same scale and offset are then found on each: those of least squared error, or those of a published rule.
-Later rounds repeat this with all sites quantizing, so that a site is fitted to what it will really see.
+Later rounds repeat this with all sites quantizing, so that a site is fitted to what it will really see. Before that, biases
+around a signed site are set to its features' means: a feature that hardly leaves its mean, as the outliers of BERT do not,
+would otherwise stretch the scale of all, and keep one code for every token.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsquant.errors import TrainingError
-from dsquant.quant.modules import ActivationQuantizer
+from dsquant.quant.modules import ActivationQuantizer, Mode
 from dsquant.quant.padding import real_elements, real_tokens
 from dsquant.quant.state import SCALE_FLOOR, QuantState
-from dsquant.spec import Granularity, QuantSpec
+from dsquant.spec import Bias, Granularity, QuantSpec
 
 Inputs = Tensor | dict[str, Tensor]
 BINS = 1024
@@ -92,6 +94,20 @@ class MeanObserver:
         self.count += rows.shape[1]
 
 
+class FeatureMeanObserver:
+    """Add up each feature, the last dimension, over real tokens in float64, and count these: (features + 1,)."""
+
+    def __init__(self, quantizer: ActivationQuantizer):
+        self.quantizer, self.total = quantizer, None
+
+    def __call__(self, x: Tensor) -> None:
+        real = real_elements(self.quantizer, x)
+        real = torch.ones_like(x, dtype=torch.bool) if real is None else real.expand_as(x)
+        counted = torch.cat([x.double().masked_fill(~real, 0.0), real[..., :1].double()], dim=-1)
+        total = counted.flatten(0, -2).sum(dim=0)
+        self.total = total if self.total is None else self.total + total
+
+
 def calibrate(
     quantizers: dict[str, ActivationQuantizer], state: QuantState, forward: Callable[[Inputs], object],
     batches: Iterable[Inputs], rounds: int, bind: Callable[[], None], init: str = "mse",
@@ -105,11 +121,14 @@ def calibrate(
         forward: runs the model on a batch in evaluation mode without gradients.
         rounds: 1 fits to float activations; each further round refits with all sites quantizing.
         bind: makes the quantizers read their values from `state`; called after the first round.
-        init: "mse" for the least squared error, or a rule of `mean_scale`.
+        init: "mse" for the least squared error, with biases around signed sites at their means; or a rule of `mean_scale`,
+            with biases at 0.
 
     Raises TrainingError naming a site that no image reached or that saw a non-finite value.
     """
     batches = list(batches)
+    if init == "mse":
+        _centre(quantizers, state, forward, batches, bind)
     for turn in range(rounds):
         if init == "mse":
             found = _least_error(quantizers, forward, batches)
@@ -121,6 +140,27 @@ def calibrate(
                 state.get(name, "offset").copy_(offset)
         if turn == 0:
             bind()
+
+
+def _centre(quantizers, state, forward, batches, bind) -> None:
+    """Set the biases around signed sites to -mean and mean of each feature, which leaves the float function as it is."""
+    chosen = {name: q for name, q in quantizers.items() if q.site.spec.bias is Bias.AROUND and q.site.spec.signed}
+    if not chosen:
+        return
+    seen = _observe(chosen, {name: FeatureMeanObserver(q) for name, q in chosen.items()}, forward, batches)
+    for name, observer in seen.items():
+        _check_reached(name, observer.total)
+    together = torch.cat([observer.total for observer in seen.values()])
+    if dist.is_initialized():
+        dist.all_reduce(together)
+    for name, sums in zip(seen, together.split([o.total.numel() for o in seen.values()]), strict=True):
+        _check_finite(name, sums)
+        mean = sums[:-1] / sums[-1]
+        state.get(name, "before").copy_(-mean)
+        state.get(name, "after").copy_(mean)
+    bind()
+    for quantizer in quantizers.values():
+        quantizer.mode = Mode.FLOAT  # the biases act from now on, the scales are yet to be fitted
 
 
 def _least_error(quantizers, forward, batches) -> dict[str, tuple[Tensor, Tensor | None]]:

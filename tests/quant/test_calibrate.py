@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from dsquant.errors import ConfigError, TrainingError
 from dsquant.quant.calibrate import calibrate
-from dsquant.quant.modules import ActivationQuantizer, Mode
+from dsquant.quant.modules import ActivationQuantizer, Mode, QuantLinear, become
 from dsquant.quant.state import QuantState
 from dsquant.spec import ActivationSite, QuantSpec
 
@@ -96,6 +97,52 @@ def test_a_second_round_sees_what_quantizing_sites_pass_on():
             site.mode = Mode.FLOAT
         calibrate(sites, state, forward, [x], rounds, bind, init="lsq")
         torch.testing.assert_close(state.get("next"), (2 * seen).view(1))
+
+
+def linear(spec):
+    """Return a quantized linear layer, and its calibration on batches: its state."""
+    torch.manual_seed(0)
+    layer, site = nn.Linear(WIDTH, 3), ActivationSite("site", spec, features=WIDTH)
+    become(layer, QuantLinear, input_quantizer=ActivationQuantizer(site))
+
+    def calibrate_on(batches, init="mse"):
+        state = QuantState([], [site])
+        found = {"site": layer.input_quantizer}
+
+        def bind():
+            layer.input_quantizer.bind({role: state.get("site", role) for role in site.values})
+
+        calibrate(found, state, layer, batches, 1, bind, init=init)
+        return state
+
+    return layer, calibrate_on
+
+
+def test_biases_around_a_signed_site_start_at_its_features_means():
+    """An outlier that is a constant of its feature costs the others no resolution, and float outputs do not change."""
+    x = torch.randn(64, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
+    x[..., 2] = x[..., 2] * 0.5 + 40.0
+    layer, calibrate_on = linear(QuantSpec(2, bias="around"))
+    wanted = layer(x)
+    state = calibrate_on([x[:24], x[24:]])
+    torch.testing.assert_close(state.get("site", "before"), -x.mean(dim=(0, 1)))
+    assert torch.equal(state.get("site", "after"), -state.get("site", "before"))
+    assert state.get("site") < 1.5  # of values around 0 with a spread of 1, not of 40
+    assert (layer(x) - wanted).square().mean() < 0.3 * (wanted - wanted.mean(dim=(0, 1))).square().mean()
+    layer.input_quantizer.mode = Mode.FLOAT
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("spec", "init"), [(QuantSpec(2, bias="before"), "mse"), (QuantSpec(2, signed=False, bias="around"), "mse"),
+                       (QuantSpec(2, bias="around"), "lsq")]
+)  # fmt: skip
+def test_other_biases_start_at_zero(spec, init):
+    _, calibrate_on = linear(spec)
+    state = calibrate_on([values(8, TOKENS, WIDTH).abs()], init)
+    assert all(
+        not state.get("site", role).any() for role in ("before", "after") if (role != "after" or spec.bias == "around")
+    )
 
 
 def calibrate_rank(init):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsquant.errors import TrainingError
-from dsquant.quant.calibrate import HistogramObserver, RangeObserver
+from dsquant.quant.calibrate import FeatureMeanObserver, HistogramObserver, RangeObserver
 from dsquant.quant.modules import ActivationQuantizer
 from dsquant.quant.padding import real_elements, real_tokens
 from dsquant.spec import ActivationSite, Granularity, QuantSpec
@@ -63,6 +63,18 @@ def test_ranges_and_counts_are_of_real_tokens_only(name):
         expected = torch.histc(torch.tensor(group), 1024, -5, 5).double()
         assert counts.sum() == len(group)
         assert (counts - expected).abs().sum() <= 2  # one value may lie at the edge of its bin
+
+
+@pytest.mark.parametrize("name", ["input of a linear layer", "input of a head"])
+def test_means_of_features_are_of_real_tokens_only(name):
+    quantizer, x, _ = case(name)
+    observer = FeatureMeanObserver(quantizer)
+    with real_tokens(BATCH):
+        observer(x)
+        observer(x)
+    rows = x if x.dim() == 2 else torch.stack([x[b, n] for b in range(B) for n in range(LENGTHS[b])])
+    assert observer.total[-1] == 2 * len(rows)
+    torch.testing.assert_close(observer.total[:-1] / observer.total[-1], rows.double().mean(0))
 
 
 def test_the_mask_lasts_as_long_as_its_batch():
