@@ -139,7 +139,7 @@ def insert_sites(model: nn.Module, policy: SitePolicy, grad_scale: str = "lsq") 
         sites = Sites(policy, grad_scale)
         insert(model, sites)
         policy.finish()
-        model.quant_sites = (*sites.weights, *sites.activations)  # for describe; no module, not in the state dict
+        model.quant_sites = (*sites.weights, *sites.products.values(), *sites.activations)  # for describe; no module
         return sites
     known = ", ".join([*(family.__name__ for family in FAMILIES), *TEXT_FAMILIES])
     raise ConfigError(f"{type(model).__name__} has no quantization sites in dsquant; families with sites: {known}")

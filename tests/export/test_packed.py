@@ -311,7 +311,7 @@ def test_a_header_that_cannot_be_meant_is_refused(case, tmp_path, rewrite):
     case(2).write(path)
     whole = path.read_bytes()
     edits = {
-        "has version '2' of the packed format; this dsquant reads '1'": lambda: {"version": "2"},
+        "has version '3' of the packed format; this dsquant reads '1' and '2'": lambda: {"version": "3"},
         "damaged header (JSONDecodeError": lambda: {"sites": "{"},
         "damaged header (ConfigError: n_bits is 9": lambda: edited(
             path, "sites", lambda s: s["weights"][QKV].update(n_bits=9)
