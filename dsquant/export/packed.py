@@ -285,7 +285,7 @@ class PackedModel:
         return decode(self.tensor(f"{name}_packed"), self.tensor(f"{name}_scale"), self._site(name))
 
     def _site(self, name: str) -> WeightSite:
-        return next(site for site in self.packed_sites if site.name == name)
+        return {site.name: site for site in self.packed_sites}[name]
 
 
 def read_packed(path: str | Path) -> PackedModel:
