@@ -84,8 +84,9 @@ class DataConfig(Section):
     """Say where the shards lie and how their samples become tensors; `source: digits` makes its own shards in the run.
 
     task image: `image_size` and the fields after it. task text: sentences are cut to `max_length` tokens by the tokenizer
-    of the model, or that of the folder `tokenizer`, and padded to it or to the `longest` of their batch. `metric` is what
-    validation reports beside the loss; pearson_spearman is for scores (regression, `model.num_classes: 1`).
+    of the model, or that of the folder `tokenizer`, and padded to it or to the `longest` of their batch; in the
+    latter case the sentences of every `bucket_batches` batches may be put together by length, which leaves less to pad.
+    `metric` is what validation reports beside the loss; pearson_spearman is for scores (regression, `model.num_classes: 1`).
     """
 
     task: Literal["image", "text"] = "image"
@@ -96,6 +97,7 @@ class DataConfig(Section):
     tokenizer: str | None = None
     max_length: Positive | None = None
     pad_to: Literal["max_length", "longest"] = "max_length"
+    bucket_batches: Positive = 1
     image_size: Positive | None = None
     channels: Literal[1, 3] = 3
     augment: Literal["none", "shift", "flip_crop", "rrc", "rand_augment"] = "rrc"
@@ -118,6 +120,10 @@ class DataConfig(Section):
         for name in foreign:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"data.{name} has no use where data.task is {self.task}; remove it, or set data.task")
+        if self.bucket_batches > 1 and self.pad_to != "longest":
+            raise ValueError(
+                "data.bucket_batches saves padding only where data.pad_to is longest; set it, or remove it"
+            )
         if self.task == "text" and self.source != "shards":
             raise ValueError(f"data.source is {self.source}; text comes from shards")
         if len(self.mean) != self.channels or len(self.std) != self.channels:
@@ -134,7 +140,7 @@ class DataConfig(Section):
         return self
 
 
-TEXT_FIELDS = ("tokenizer", "max_length", "pad_to")
+TEXT_FIELDS = ("tokenizer", "max_length", "pad_to", "bucket_batches")
 IMAGE_FIELDS = ("image_size", "channels", "augment", "mean", "std", "interpolation", "crop_pct")
 
 
@@ -312,7 +318,8 @@ class DistillConfig(Section):
 
     `teacher: soft_labels` takes the probabilities that are stored with the crops of `data.soft_labels`; T is then the
     temperature they were made at.
-    `hidden` weighs the squared distance of the embedding output and of every layer's output to the teacher's (BiT; text).
+    `hidden` weighs the squared distance to the teacher's hidden states: of text the embedding output and every layer's output
+    (BiT); of images every block's output, relative to the teacher's squared norm.
     """
 
     teacher: str
@@ -320,6 +327,14 @@ class DistillConfig(Section):
     hard: NonNegative = 0.0
     hidden: NonNegative = 0.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _hidden_of_a_model(self):
+        if self.hidden and self.teacher == SOFT_LABELS:
+            raise ValueError(
+                f"hidden states need an online teacher, not {SOFT_LABELS}; name a stage, or set hidden to 0"
+            )
+        return self
 
 
 class StageConfig(Section):
@@ -421,9 +436,6 @@ class RunConfig(Section):
             raise ValueError(f"model.library is {self.model.library}; data.task {self.data.task} needs {library}")
         if (self.data.metric == "pearson_spearman") != (self.model.num_classes == 1):
             raise ValueError("data.metric pearson_spearman and model.num_classes 1 go together: both mean regression")
-        for name, stage in self.stages.items():
-            if stage.distill and stage.distill.hidden and self.data.task != "text":
-                raise ValueError(f"stages.{name}.distill.hidden: only text models give hidden states; set it to 0")
         return self
 
     @model_validator(mode="after")

@@ -32,7 +32,7 @@ from dsquant.data import EvalStream, ShardSet, StoredCrops, TrainStream, copy_to
 from dsquant.engine import Engine, World, micro_batch_size
 from dsquant.errors import CheckpointError, ConfigError, TrainingError
 from dsquant.evaluation import METRICS, Scores, evaluate, score_name, transform_of
-from dsquant.losses import hidden_loss, stage_loss
+from dsquant.losses import block_loss, hidden_loss, stage_loss
 from dsquant.models import build_model, insert_sites, model_outputs, tokenizer_location
 from dsquant.quant.calibrate import calibrate
 from dsquant.run_folder import TOKENIZER
@@ -246,6 +246,7 @@ class Run:
             seed=self.config.seed,
             num_workers=data.num_workers,
             shuffle_buffer=data.shuffle_buffer,
+            bucket_batches=data.bucket_batches,
             pin_memory=self.world.device.type == "cuda",
         )
 
@@ -312,7 +313,10 @@ class Run:
             logits, hidden = engine.outputs(inputs, hidden=distills_hidden)
             loss = stage_loss(logits, labels, teacher_logits, stage.distill, stage.label_smoothing, soft_labels)
             if distills_hidden:
-                loss = loss + stage.distill.hidden * hidden_loss(hidden, taught, inputs["attention_mask"])
+                text = isinstance(inputs, dict)
+                loss = loss + stage.distill.hidden * (
+                    hidden_loss(hidden, taught, inputs["attention_mask"]) if text else block_loss(hidden, taught)
+                )
             engine.backward(loss)
             with torch.no_grad():
                 right = (logits.argmax(dim=-1) == labels).sum()

@@ -62,6 +62,20 @@ def hidden_loss(hidden: tuple[Tensor, ...], teacher_hidden: tuple[Tensor, ...], 
     return total
 
 
+def block_loss(outputs: tuple[Tensor, ...], teacher_outputs: tuple[Tensor, ...]) -> Tensor:
+    """Return `sum_blocks mean_samples |output - teacher_output|^2 / |teacher_output|^2` in float32.
+
+    Both are the outputs of the same blocks, of any shape (B, ...); norms are over a sample, so that the mean does not depend on
+    how ranks share a batch. Relative, since the residual stream of an image model grows with depth, unlike the normalized one
+    of BERT that `hidden_loss` is for.
+    """
+    total = torch.zeros((), device=outputs[0].device)
+    for own, taught in zip(outputs, teacher_outputs, strict=True):
+        own, taught = own.flatten(1).float(), taught.flatten(1).float()
+        total = total + ((own - taught).square().sum(1) / taught.square().sum(1)).mean()
+    return total
+
+
 def label_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     """Return the cross-entropy to classes (labels int64), or the squared error to scores (labels float, one logit).
 

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 
 from dsquant.config import DistillConfig
 from dsquant.errors import ConfigError
-from dsquant.losses import hidden_loss, rest_share, soft_cross_entropy, sparse_soft_cross_entropy, stage_loss
+from dsquant.losses import (
+    block_loss,
+    hidden_loss,
+    rest_share,
+    soft_cross_entropy,
+    sparse_soft_cross_entropy,
+    stage_loss,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["marginal_smoothing_k5"]
 
@@ -139,3 +146,14 @@ def test_labels_of_another_kind_than_the_model_are_an_error():
         stage_loss(torch.ones(2, 1), torch.tensor([0, 1]), None, None, 0.0)
     with pytest.raises(ConfigError, match="hold scores and the model has 3 outputs"):
         stage_loss(torch.ones(2, 3), torch.tensor([0.0, 1.0]), None, None, 0.0)
+
+
+def test_outputs_of_blocks_are_compared_relative_to_the_teacher():
+    generator = torch.Generator().manual_seed(1)
+    own = [torch.randn(shape, generator=generator) for shape in ((2, 5, 3), (2, 4, 4, 6))]
+    taught = [torch.randn(shape, generator=generator) for shape in ((2, 5, 3), (2, 4, 4, 6))]
+    pairs = [(a[i], b[i]) for a, b in zip(own, taught, strict=True) for i in range(2)]
+    wanted = sum(((a - b).norm() / b.norm()).item() ** 2 for a, b in pairs) / 2
+    assert block_loss(own, taught).item() == pytest.approx(wanted, rel=1e-5)
+    larger = block_loss([own[0] * 100, own[1]], [taught[0] * 100, taught[1]])
+    assert larger.item() == pytest.approx(wanted, rel=1e-5)  # the size of a block's output gives it no weight

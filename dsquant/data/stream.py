@@ -44,8 +44,10 @@ class TrainStream:
     A sample becomes one row (image, label) by `transform`, or the rows that `decode_rows` makes of its record; a batch
     stacks the rows of `batch_size` samples. Either may draw from any random generator: it is seeded for each sample.
     `batches_per_epoch` = floor(samples / (batch_size * world_size)), the same on every rank; what is left over differs
-    from epoch to epoch. shuffle_buffer is in samples (1 keeps the order of the shards). Raises DataError where the
-    samples do not fill one batch a rank.
+    from epoch to epoch. shuffle_buffer is in samples (1 keeps the order of the shards). Of text, every `bucket_batches`
+    batches in a row share their samples out by length, the shortest together; then those batches come in an order of their
+    own, on every rank the same, so that ranks have batches of like length at a time. Raises DataError where the samples do
+    not fill one batch a rank.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class TrainStream:
         seed: int,
         num_workers: int = 0,
         shuffle_buffer: int = 4096,
+        bucket_batches: int = 1,
         pin_memory: bool = False,
     ):
         if (transform is None) == (decode_rows is None):
@@ -67,7 +70,7 @@ class TrainStream:
         self.shards, self.transform, self.batch_size = shards, transform, batch_size
         self.decode_rows = decode_rows or self._one_row
         self.rank, self.world_size, self.seed = _checked_rank(rank, world_size), world_size, seed
-        self.shuffle_buffer = shuffle_buffer
+        self.shuffle_buffer, self.bucket_batches = shuffle_buffer, bucket_batches
         self.loader = {"num_workers": num_workers, "pin_memory": pin_memory}
         self.batches_per_epoch = shards.total // (batch_size * world_size)
         if self.batches_per_epoch == 0:
@@ -101,17 +104,30 @@ class TrainStream:
         shard_order = list(range(len(self.shards)))
         random.Random(_hash(self.seed, epoch, "shards")).shuffle(shard_order)
         order = self._order(epoch, size)
+        buckets = sorted({batch // self.bucket_batches for batch in mine})
+        spans = {b: range(b * self.bucket_batches, (b + 1) * self.bucket_batches) for b in buckets}
         wanted = np.zeros(size, dtype=bool)
-        wanted[order[mine]] = True
+        for span in spans.values():
+            wanted[order[span.start : span.stop]] = True
         records = _read_segment(self.shards, shard_order, self.rank * size, wanted)
-        kept: dict[int, Record] = {}  # read, but of a later batch: never more than the shuffle buffer
-        for batch in mine:
+        kept: dict[int, Record] = {}  # read, but of a later bucket: never more than the shuffle buffer
+        for bucket, span in spans.items():
             rows = []
-            for position in order[batch].tolist():
+            for position in order[span.start : span.stop].ravel().tolist():
                 while position not in kept:
                     kept.update([next(records)])
                 rows.append(kept.pop(position))
-            yield self._decoded(rows, epoch)
+            batches = self._by_length(rows, _hash(self.seed, epoch, f"bucket {bucket}"))
+            for index in (i for i in mine if i in span):
+                yield self._decoded(batches[index - span.start], epoch)
+
+    def _by_length(self, rows: list[Record], seed: int) -> list[list[Record]]:
+        """Cut the records of a bucket into batches of like length, in a random order; a bucket of one batch stays as it is."""
+        if len(rows) > self.batch_size:
+            rows = sorted(rows, key=lambda record: len(record[TEXT_MEMBER]))
+        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        random.Random(seed).shuffle(batches)
+        return batches
 
     def _order(self, epoch: int, size: int) -> np.ndarray:
         """Give the positions in the segment, (batches_per_epoch, batch_size), that make up each batch."""

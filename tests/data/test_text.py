@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -146,10 +147,10 @@ def test_padding_to_the_longest_pads_no_further_and_marks_what_it_adds(tokenizer
     assert tokenize.stack([(tokenize({"text": "w1"}), 0.5)])[1].dtype == torch.float32
 
 
-def stream(shards, tokenizer, rank=0, world_size=1, workers=0):
+def stream(shards, tokenizer, rank=0, world_size=1, workers=0, pad_to="max_length", **options):
     return TrainStream(
-        shards, transform=Tokenize(tokenizer, 8), batch_size=4, rank=rank, world_size=world_size, seed=3,
-        num_workers=workers, shuffle_buffer=16,
+        shards, transform=Tokenize(tokenizer, 8, pad_to), batch_size=4, rank=rank, world_size=world_size, seed=3,
+        num_workers=workers, shuffle_buffer=16, **options,
     )  # fmt: skip
 
 
@@ -170,6 +171,30 @@ def test_batches_of_text_are_the_same_for_any_number_of_workers_and_after_a_resu
     assert same(wanted, take(stream(shards, tokenizer, workers=2).batches(), 23))
     assert same(wanted[13:], take(stream(shards, tokenizer).batches(13), 10))
     assert not same(wanted[:10], wanted[10:20])
+
+
+def test_buckets_pad_less_and_keep_every_sentence_the_resume_and_the_workers(shards, tokenizer):
+    def words(batches):
+        return sorted(tuple(row[row != 0].tolist()) for tokens, _ in batches for row in tokens["input_ids"])
+
+    options = {"pad_to": "longest", "bucket_batches": 4}
+    plain = take(stream(shards, tokenizer, pad_to="longest").batches(), 10)
+    wanted = take(stream(shards, tokenizer, **options).batches(), 23)  # more than two epochs of ten
+    assert words(wanted[:10]) == words(plain)
+    for bucket in (slice(0, 4), slice(4, 8), slice(8, 10)):  # of the same samples as without buckets, and less to pad
+        assert words(wanted[bucket]) == words(plain[bucket])
+    padding = [sum(int((t["attention_mask"] == 0).sum()) for t, _ in found) for found in (wanted[:10], plain)]
+    assert padding[0] < padding[1] / 2
+    assert same(wanted, take(stream(shards, tokenizer, workers=3, **options).batches(), 23))
+    assert same(wanted[13:], take(stream(shards, tokenizer, **options).batches(13), 10))
+
+
+def test_buckets_give_every_rank_batches_of_like_length_at_a_time(shards, tokenizer):
+    options = {"pad_to": "longest", "bucket_batches": 5, "world_size": 2}
+    per_rank = [take(stream(shards, tokenizer, rank=rank, **options).batches(), 5) for rank in range(2)]
+    tokens = [[batch["attention_mask"].sum().item() for batch, _ in batches] for batches in per_rank]
+    assert all((a[0] - b[0]) * (a[1] - b[1]) >= 0 for a, b in combinations(zip(*tokens, strict=True), 2)), tokens
+    assert max(tokens[0]) > 2 * min(tokens[0])
 
 
 def test_every_validation_sentence_is_counted_once_and_padding_carries_no_label(shards, tokenizer):
@@ -240,6 +265,7 @@ def test_the_model_takes_the_length_of_the_data():
         ({"task": "image", "image_size": 8, "max_length": 4}, r"data\.max_length has no use where data\.task is image"),
         ({"task": "image", "max_length": None}, r"data\.image_size is needed"),
         ({"source": "digits"}, r"data\.source is digits; text comes from shards"),
+        ({"bucket_batches": 8}, r"data\.bucket_batches saves padding only where data\.pad_to is longest"),
         ({"max_len": 4}, r"data\.max_len: unknown key.*max_length"),
         ({"metric": "bleu"}, r"data\.metric"),
         ({"metric": "pearson_spearman"}, r"pearson_spearman and model\.num_classes 1 go together"),
@@ -252,8 +278,7 @@ def test_a_recipe_for_text_that_contradicts_itself_is_an_error_that_names_the_ke
         recipe(**changes)
 
 
-def test_hidden_states_are_distilled_between_text_models_only():
+def test_hidden_states_are_no_part_of_stored_labels():
     assert recipe(distill={"teacher": "a", "hidden": 2.0}).stages["b"].distill.hidden == 2.0
-    image = {"task": "image", "image_size": 8, "max_length": None, "model": {"library": "timm"}}
-    with pytest.raises(ConfigError, match=r"stages\.b\.distill\.hidden: only text models"):
-        recipe(distill={"teacher": "a", "hidden": 2.0}, **image)
+    with pytest.raises(ConfigError, match=r"hidden states need an online teacher, not soft_labels"):
+        recipe(distill={"teacher": "soft_labels", "hidden": 2.0})

@@ -159,18 +159,33 @@ def scale_optimizer(model: nn.Module, scale_lr: float) -> torch.optim.Optimizer:
     return torch.optim.Adam(groups, betas=(0.9, 0.999))
 
 
-def train(model, teacher, batches, rates, *, scale_lr, weight_decay, obr_weight):
-    """Train on `batches` at the learning rates `rates`, and return the soft cross-entropy of each step before it.
+def with_blocks(model, images):
+    """Return the logits of timm's VisionTransformer and the output of each of its blocks, taken apart by hand."""
+    x, outputs = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images)))), []
+    for block in model.blocks:
+        x = block(x)
+        outputs.append(x)
+    return model.forward_head(model.norm(x)), outputs
 
-    obr_weight rises from 0 by a cosine over the steps. The rates' largest is that at which scales move at scale_lr.
+
+def train(model, teacher, batches, rates, *, scale_lr, weight_decay, obr_weight, hidden):
+    """Train on `batches` at the learning rates `rates`, and return the distillation loss of each step before it.
+
+    hidden weighs the squared error of each block's output relative to the teacher's. obr_weight rises from 0 by a cosine
+    over the steps. The rates' largest is that at which scales move at scale_lr.
     """
     weights, scales = weight_optimizer(model, weight_decay), scale_optimizer(model, scale_lr)
     regularized = [m for m in model.modules() if isinstance(m, Quantized) and m.weight_quantizer.n_bits <= 4]
     losses = []
     for step, (images, rate) in enumerate(zip(batches, rates["steps"], strict=True)):
         with torch.no_grad():
-            wanted = teacher(images).softmax(dim=-1)
-        loss = -(wanted * model(images).log_softmax(dim=-1)).sum(dim=-1).mean()
+            wanted, taught = with_blocks(teacher, images)
+        logits, outputs = with_blocks(model, images)
+        loss = -(wanted.softmax(dim=-1) * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
+        for own, target in zip(outputs, taught, strict=True):
+            loss = loss + hidden * sum(
+                (a - b).norm() ** 2 / b.norm() ** 2 for a, b in zip(own, target, strict=True)
+            ) / len(own)
         losses.append(loss.item())
         strength = obr_weight * 0.5 * (1 - math.cos(math.pi * step / len(batches)))
         if strength:

@@ -15,7 +15,7 @@ from tests.integration.runs import TINY, ds_config, losses, pretrain
 
 STEPS, WORLD, TOLERANCE = 20, 2, 1e-4
 ZERO_STAGES = ["zero1", "zero3"]
-KEEP_FLOAT = {"stages.fp.lr": 1e-30}  # leaves the float weights as they are
+CHANGES = {"stages.fp.lr": 1e-30, "stages.w2a2.distill.hidden": 0.2}  # the first leaves the float weights as they are
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def setting(tmp_path_factory):
     """Return the folder of all runs, their recipe, and their overrides, from pre-trained float weights on."""
     folder = tmp_path_factory.mktemp("oracle")
     weights = pretrain(load_config(str(TINY)), folder)
-    overrides = KEEP_FLOAT | {"model.checkpoint": str(weights)}
+    overrides = CHANGES | {"model.checkpoint": str(weights)}
     return folder, load_config(str(TINY), overrides), overrides
 
 
@@ -74,7 +74,7 @@ def train_oracle(setting, trained):
     def train(**changes):
         model = oracle.insert_quantizers(built(), stage.quant.weight.n_bits, calibrated).train()
         options = {"scale_lr": stage.quant.scale_lr, "weight_decay": stage.weight_decay}
-        options["obr_weight"] = stage.quant.obr.weight
+        options |= {"obr_weight": stage.quant.obr.weight, "hidden": stage.distill.hidden}
         return oracle.train(model, built().eval(), images, rates, **options | changes), model
 
     return train
@@ -128,7 +128,9 @@ def test_latents_codes_and_scales_after_these_steps_are_those_of_the_oracle(trai
 
 
 @pytest.mark.parametrize(
-    "left_out", [{"obr_weight": 0.0}, {"scale_lr": 1e-30}, {"weight_decay": 0.0}], ids=lambda change: next(iter(change))
+    "left_out",
+    [{"obr_weight": 0.0}, {"hidden": 0.0}, {"scale_lr": 1e-30}, {"weight_decay": 0.0}],
+    ids=lambda change: next(iter(change)),
 )
 def test_leaving_out_a_part_of_the_method_would_be_seen(trained, train_oracle, left_out):
     assert furthest(w2a2_losses(trained["zero1"]), train_oracle(**left_out)[0]) > 10 * TOLERANCE
