@@ -118,8 +118,9 @@ def test_a_damaged_file_with_products_is_refused(path, rewrite):
             path, "sites", lambda s: s["weights"][QKV].update(rows=[64, 95])
         ),
         "damaged header (KeyError: 'of'": lambda: edited(path, "sites", lambda s: s["products"][PRODUCT].pop("of")),
-        f"{PRODUCT}_packed is": lambda: edited(path, "sites", lambda s: s["products"][PRODUCT].update(n_bits=8)),
-        "site blocks.0.attn.q is None in the file": lambda: edited(path, "quant", lambda q: q.update(qk_reparam=False, rules=[])),
+        "in the file and None in the model that dsquant builds": lambda: edited(
+            path, "quant", lambda q: q.update(qk_reparam=False, rules=[])
+        ),
         f"site {PRODUCT} is": lambda: edited(path, "sites", lambda s: s["products"][PRODUCT].update(of="head.weight")),
     }  # fmt: skip
     for message, edit in edits.items():
@@ -127,6 +128,10 @@ def test_a_damaged_file_with_products_is_refused(path, rewrite):
         rewrite(path, header=edit())
         with pytest.raises(ExportError, match=re.escape(message)):
             load_packed(path)
+    path.write_bytes(whole)
+    rewrite(path, tensors={f"{PRODUCT}_packed": torch.zeros(64, 99, dtype=torch.int32)})
+    with pytest.raises(ExportError, match=re.escape(f"{PRODUCT}_packed is I32 [64, 99], its site needs I32 [64, ")):
+        load_packed(path)
     path.write_bytes(whole)
     rewrite(path, drop=[f"{PRODUCT}_scale"])
     with pytest.raises(ExportError, match=f"lacks the tensor {PRODUCT}_scale"):
