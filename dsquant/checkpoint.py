@@ -95,9 +95,10 @@ def _owned_tensors(engine: Engine) -> dict[str, Tensor]:
         for fragment in fragments:
             key = f"{fragment.name}@{fragment.offset}"
             weight = quantization.weights.get(fragment.name) if quantization else None
-            tensors[f"weight/{key}"] = quantization.latent(weight) if weight else fragment.values
+            tensors[f"weight/{key}"] = quantization.latents_of(fragment) if quantization else fragment.values
             tensors |= {f"{part}/{key}": fragment.of(moment) for part, moment in moments.items()}
-            if weight:
+            if weight and weight.fragment is not None:  # offsets of trackers are those within the site
+                key = f"{fragment.name}@{weight.fragment.offset}"
                 tensors |= {f"tracker.{part}/{key}": t for part, t in weight.tracker.tensors().items()}
     return tensors
 
@@ -133,6 +134,8 @@ def _manifest(config: RunConfig, stage: str, engine: Engine, done: bool) -> dict
         "zero_stage": engine.zero_stage,
         "optimizer_scalars": scalars,
         "shapes": {f.name: list(f.shape) for f in _all_fragments(engine)},
+        "site_shapes": {s.name: list(s.shape) for s in engine.sites.weights if s.rows} if engine.sites else {},
+        "bf16": engine.world.bf16,
         "config": config.model_dump(mode="json"),
     }
 
@@ -258,8 +261,10 @@ class Checkpoint:
         return out
 
     def whole(self, part: str) -> dict[str, Tensor]:
-        """Return one part of every weight that has it, in the weights' shapes."""
+        """Return one part of every weight that has it, in the weights' shapes; trackers' in those of their sites."""
         shapes = self.manifest["shapes"]
+        if part.startswith("tracker."):
+            shapes = shapes | self.manifest.get("site_shapes", {})
         return {
             name: self.read(part, name, 0, torch.Size(shapes[name]).numel()).view(shapes[name])
             for name in self._index.get(part, ())
@@ -397,5 +402,5 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
         for site in sites.weights:
             runs = (-1, site.grouping.n_groups, site.grouping.inner)
             levels, scale = codes[site.name].float().view(runs), state.get(site.name)[None, :, None]
-            parameters[site.name].data.view(runs).copy_(dequantize(levels, scale, None, site.spec.levels))
+            site.of(parameters[site.name].data).view(runs).copy_(dequantize(levels, scale, None, site.spec.levels))
     return model.eval()

@@ -262,6 +262,11 @@ class QuantConfig(Section):
     `grad_scale` is the factor on the gradient of a scale of N elements: lsq 1 / sqrt(N qmax); mdq 1 / sqrt(qmax |w|_1) for
     weights, of their present latents (Quantization Variation), and lsq for activations; none 1. Adam cancels it: it has an
     effect with `scale_optimizer: sgd`.
+
+    `qk_reparam` is OFQ's query-key reparameterization (Liu et al. 2023, section 4.2): of each head the product of its q and
+    k weights is quantized, in every forward pass, and not the two. Its sites are `*.attn.qk.weight`, one for the products of
+    an attention, with a method whose scale is a statistic (statsq, bwn), and `*.attn.qk`, the product times the input;
+    `*.attn.qkv.weight` is then the v rows alone, q and k rows train as float latents, and their biases have no part.
     """
 
     weight: TensorQuant
@@ -270,6 +275,7 @@ class QuantConfig(Section):
         RuleConfig(match="patch_embed.*", n_bits=8, method=Method.LSQ),
         RuleConfig(match="head*", n_bits=8, method=Method.LSQ),
     )
+    qk_reparam: Flag = False
     weight_init: Literal["mse", "lsq", "lsq_plus"] = "mse"
     scale_lr: Annotated[float, Field(gt=0)] = 1e-3
     scale_lr_mode: Literal["relative", "absolute"] = "relative"
@@ -304,6 +310,7 @@ class QuantConfig(Section):
             QuantSpec(**self.weight.model_dump()),
             QuantSpec(**self.activation.model_dump()),
             [rule.rule() for rule in self.rules],
+            qk_reparam=self.qk_reparam,
         )
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from dsquant.config import DataConfig, ModelConfig, load_config
 from dsquant.data import EvalStream, ShardSet
@@ -12,7 +13,8 @@ from dsquant.errors import ConfigError, ExportError
 from dsquant.evaluation import Scores, evaluate, transform_of
 from dsquant.export import PackedInfo, load_packed, read_packed, write_packed
 from dsquant.export.layout import data_keys
-from dsquant.models import build_model, insert_sites, portable
+from dsquant.models import Sites, build_model, insert_sites, portable
+from dsquant.quant.reparam import encode_product
 from dsquant.run_folder import RECIPE_FILE, TOKENIZER
 
 if TYPE_CHECKING:
@@ -61,13 +63,14 @@ def pack_checkpoint(checkpoint: "Checkpoint", out: str | Path) -> PackedInfo:
         where = "model" if odd[0] in own else "checkpoint"
         raise ExportError(f"stage {stage!r}: only its {where} has {odd[0]}; convert with the dsquant that trained it")
     sites = insert_sites(model, quant.policy())
+    product_codes, product_scales = _products(checkpoint, latents, sites)
     return write_packed(
         out,
         latents=latents,
         buffers={name: tensor for name, tensor in buffers.items() if name in own},  # ZeRO 3 saves volatile ones as well
         weight_sites=sites.weights,
         activation_sites=sites.activations,
-        scales=checkpoint.quant,
+        scales=checkpoint.quant | product_scales,
         model=portable(config.model.model_copy(update={"pretrained": False, "checkpoint": None})),
         quant=quant,
         data=config.data.model_dump(mode="json", include=data_keys(config.data.task)),
@@ -79,8 +82,18 @@ def pack_checkpoint(checkpoint: "Checkpoint", out: str | Path) -> PackedInfo:
             "world_size": checkpoint.manifest["world_size"],
             "eval_batch_size": config.data.eval_batch_size,
         },
-        codes=checkpoint.codes,
+        codes=checkpoint.codes | product_codes,
+        products=sites.products,
     )
+
+
+def _products(
+    checkpoint: "Checkpoint", latents: dict[str, Tensor], sites: Sites
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return codes and scales of the products of q and k weights (QKR), of the weights that forward passes saw."""
+    dtype = torch.bfloat16 if checkpoint.manifest.get("bf16", False) else torch.float32
+    found = {site.name: encode_product(latents[fused].to(dtype), site) for fused, site in sites.products.items()}
+    return {name: codes for name, (codes, _) in found.items()}, {f"{n}:scale": scale for n, (_, scale) in found.items()}
 
 
 def validation_data(run_dir: str | Path) -> str:

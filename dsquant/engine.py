@@ -171,6 +171,11 @@ class Engine:
         self.quantization.initialize_scales()
         self.quantization.start()
         self.optimizer.quantization = self.quantization
+        cga = quant.oscillation.cga
+        for name, site in self.sites.products.items():
+            held = cga.enabled and site.spec.n_bits <= cga.max_bits
+            qkv = self.module.get_submodule(name.removesuffix(".weight"))
+            qkv.boundary_range = cga.boundary_range if held else None
 
     def _restore_masters(self, exact: dict[str, Tensor]) -> None:
         """Give the masters their float32 weights back: DeepSpeed has copied them from the model after its cast to bf16."""

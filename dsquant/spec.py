@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from math import inf, prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsquant.errors import ConfigError
 
 MIN_BITS, MAX_BITS = 1, 8
+SCALE_FLOOR = 1e-6  # no scale is smaller
 
 
 class Granularity(StrEnum):
@@ -50,6 +51,7 @@ class Bias(StrEnum):
 
 LEARNED = frozenset({Method.LSQ, Method.SEQ, Method.TERNARY, Method.ELASTIC})  # the scale is trained
 OF_ACTIVATIONS = frozenset({Method.LSQ, Method.ELASTIC})
+STATISTICS = frozenset({Method.STATSQ, Method.BWN})  # the scale follows from the tensor itself
 BITS_OF_METHOD = {Method.TERNARY: 2, Method.ELASTIC: 1, Method.BWN: 1}
 
 
@@ -184,7 +186,8 @@ class Grouping:
 class WeightSite:
     """Name a quantized parameter, its shape, its spec and how its elements fall into scale groups.
 
-    `fused` is how many weights of the method lie in this parameter, one below another: 3 for a fused q, k, v.
+    `fused` is how many weights of the method lie in this parameter, one below another: 3 for a fused q, k, v. A site may
+    be `rows` [start, stop) of its parameter alone: shape and grouping are then those of the rows, the others stay float.
     """
 
     name: str
@@ -192,10 +195,20 @@ class WeightSite:
     spec: QuantSpec
     grouping: Grouping
     fused: int = 1
+    rows: tuple[int, int] | None = None
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    @property
+    def first(self) -> int:
+        """Return the site's first element in its parameter."""
+        return 0 if self.rows is None else self.rows[0] * (self.numel // self.shape[0])
+
+    def of(self, parameter: Any) -> Any:
+        """Return the site's part of its whole parameter, or of any tensor of that shape."""
+        return parameter if self.rows is None else parameter[self.rows[0] : self.rows[1]]
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -243,10 +256,13 @@ class SitePolicy:
 
     Sites are named after parameters: `blocks.0.attn.qkv.weight` is a weight; `blocks.0.attn.qkv.input`,
     `blocks.0.attn.probs` and the like are activations. A rule that matches no site is an error, found by `finish`.
+    `qk_reparam` asks for the product of q and k weights as a site in place of the two (OFQ's QKR).
     """
 
-    def __init__(self, weight: QuantSpec, activation: QuantSpec, rules: Iterable[PolicyRule] = ()):
-        self.weight, self.activation, self.rules = weight, activation, tuple(rules)
+    def __init__(
+        self, weight: QuantSpec, activation: QuantSpec, rules: Iterable[PolicyRule] = (), *, qk_reparam: bool = False
+    ):
+        self.weight, self.activation, self.rules, self.qk_reparam = weight, activation, tuple(rules), qk_reparam
         self._names: list[str] = []
         self._matched: set[int] = set()
 

@@ -26,6 +26,11 @@ class Variants:
     """Hold a model, its sites, and what each weight is in float and quantized; `quantize_only` makes a variant."""
 
     def __init__(self, model: nn.Module, sites: Sites, images: dict[str, Tensor]):
+        if sites.products:
+            raise ConfigError(
+                f"{next(iter(sites.products.values())).name} is formed in every forward pass: analysis cannot leave it in float; "
+                "analyse a stage without quant.qk_reparam, or the float model (--n_bits)"
+            )
         self.model, self.sites = model, sites
         self._parameters = {site.name: model.get_parameter(site.name) for site in sites.weights}
         self._floats = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
@@ -93,7 +98,7 @@ def at_bits(quant: QuantConfig, bits: dict[str, int]) -> SitePolicy:
     """Return the policy of a recipe's stage with the bits of some sites, by their exact names, set otherwise."""
     policy = quant.policy()
     rules = [PolicyRule(name, {"n_bits": n_bits}) for name, n_bits in bits.items()]
-    return SitePolicy(policy.weight, policy.activation, [*policy.rules, *rules])
+    return SitePolicy(policy.weight, policy.activation, [*policy.rules, *rules], qk_reparam=policy.qk_reparam)
 
 
 def post_training(subject: Subject, policy: SitePolicy, *, activations: bool = True) -> Variants:

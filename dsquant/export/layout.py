@@ -16,7 +16,8 @@ from dsquant.ops.fake_quantize import dequantize, quantize
 from dsquant.ops.pack import packed_words, unpack
 from dsquant.spec import ActivationSite, Grouping, QuantSpec, WeightSite
 
-FORMAT, VERSION = "dsquant-packed", "1"
+FORMAT, VERSION, WITH_PRODUCTS = "dsquant-packed", "1", "2"  # the second where a file holds products (QKR)
+VERSIONS = (VERSION, WITH_PRODUCTS)
 TensorType = tuple[str, tuple[int, ...]]  # safetensors dtype, shape
 DATA_KEYS = {"image_size", "channels", "mean", "std", "interpolation", "crop_pct"}  # of an image model
 TEXT_KEYS = {"task", "metric", "max_length", "pad_to"}  # of a text model
@@ -46,19 +47,17 @@ def decode(packed: Tensor, scale: Tensor, site: WeightSite) -> Tensor:
     return dequantize(codes.float(), group_scales(scale, site.shape, site.grouping), None, site.spec.levels)
 
 
-def site_table(weights: list[WeightSite], activations: list[ActivationSite]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Describe sites as the file's header does: all that decoding weights and quantizing activations needs."""
+def site_table(
+    weights: list[WeightSite], activations: list[ActivationSite], products: dict[str, WeightSite] | None = None
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Describe sites as the file's header does: all that decoding weights and quantizing activations needs.
+
+    `products` (QKR), by the name of the fused weight that they stand for, are a table of their own, where there are any.
+    """
+    of_products = {site.name: _weight_entry(site) | {"of": fused} for fused, site in (products or {}).items()}
     return {
-        "weights": {
-            site.name: {
-                "n_bits": site.spec.n_bits,
-                "method": str(site.spec.method),
-                "shift": site.spec.levels.shift,
-                "shape": list(site.shape),
-                **asdict(site.grouping),
-            }
-            for site in weights
-        },
+        "weights": {site.name: _weight_entry(site) for site in weights},
+        **({"products": of_products} if of_products else {}),
         "activations": {
             site.name: {
                 "n_bits": site.spec.n_bits,
@@ -74,6 +73,17 @@ def site_table(weights: list[WeightSite], activations: list[ActivationSite]) -> 
             for site in activations
         },
     }
+
+
+def _weight_entry(site: WeightSite) -> dict[str, Any]:
+    entry = {
+        "n_bits": site.spec.n_bits,
+        "method": str(site.spec.method),
+        "shift": site.spec.levels.shift,
+        "shape": list(site.shape),
+        **asdict(site.grouping),
+    }
+    return entry if site.rows is None else entry | {"rows": list(site.rows)}
 
 
 def packed_shape(site: WeightSite) -> tuple[int, int]:
@@ -100,7 +110,10 @@ def weight_site(name: str, entry: dict[str, Any]) -> WeightSite:
     if min(*shape, grouping.n_groups, grouping.inner) < 1:
         raise ValueError(f"{name} has shape {shape} and {grouping}")
     grouping.check(shape)
-    return WeightSite(name, shape, QuantSpec(index(entry["n_bits"]), method=entry["method"]), grouping)
+    rows = tuple(map(index, entry["rows"])) if "rows" in entry else None
+    if rows is not None and (len(rows) != 2 or rows[1] - rows[0] != shape[0] or rows[0] < 0):
+        raise ValueError(f"{name} has shape {shape} and rows {rows}")
+    return WeightSite(name, shape, QuantSpec(index(entry["n_bits"]), method=entry["method"]), grouping, rows=rows)
 
 
 def activation_site(name: str, entry: dict[str, Any]) -> ActivationSite:

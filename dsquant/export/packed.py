@@ -20,6 +20,8 @@ from dsquant.errors import ConfigError, ExportError
 from dsquant.export.layout import (
     FORMAT,
     VERSION,
+    VERSIONS,
+    WITH_PRODUCTS,
     activation_site,
     data_keys,
     decode,
@@ -32,7 +34,12 @@ from dsquant.export.layout import (
 from dsquant.ops.pack import pack, unpack
 from dsquant.spec import ActivationSite, WeightSite
 
-POLICY_KEYS = {"weight", "activation", "rules"}  # of QuantConfig; its other keys only record how training went
+POLICY_KEYS = {
+    "weight",
+    "activation",
+    "rules",
+    "qk_reparam",
+}  # of QuantConfig; its other keys only record how training went
 NOT_SHIPPED = {"pretrained", "checkpoint"}  # of ModelConfig; the weights are in the file
 TEXT_ONLY = {"library", "max_length"}  # of ModelConfig; timm models have no use for them
 TEXT_NAMES = ("bert", "roberta")  # built from kwargs alone
@@ -68,6 +75,7 @@ def write_packed(
     data: dict[str, Any],
     training: dict[str, Any] | None = None,
     codes: dict[str, Tensor] | None = None,
+    products: dict[str, WeightSite] | None = None,
 ) -> PackedInfo:
     """Write a packed file, whole or not at all; the same input gives the same bytes.
 
@@ -80,6 +88,8 @@ def write_packed(
             metric, max_length and pad_to.
         training: a JSON mapping that records where the model comes from.
         codes: int8 codes, weight-shaped, that training used; a weight without them is encoded from its latent.
+        products: sites of products of q and k weights (QKR), by the fused weight they stand for, whose q and k rows are not
+            in the file; `scales` and `codes` hold theirs (`quant.reparam.encode_product`).
 
     Raises ExportError naming the tensor that is missing, of another shape or dtype, not finite or out of range.
     """
@@ -87,29 +97,32 @@ def write_packed(
     if data.keys() != (wanted := data_keys(data.get("task", "image"))):
         raise ExportError(f"data must hold {sorted(wanted)}, not {sorted(data)}")
     _check_latents(latents, weight_sites)
-    scales = _checked_scales(scales, weight_sites, activation_sites)
-    codes = codes or {}
+    codes, products = codes or {}, products or {}
+    packed_sites = [*weight_sites, *products.values()]
+    scales = _checked_scales(scales, weight_sites, activation_sites, [*products.values()])
     quantized = {site.name for site in weight_sites}
-    if stray := sorted(codes.keys() - quantized):
+    if lacking := [site.name for site in products.values() if site.name not in codes]:
+        raise ExportError(f"{lacking[0]} is a product of weights, no latent is its own: give its codes")
+    if stray := sorted(codes.keys() - {site.name for site in packed_sites}):
         raise ExportError(f"{stray[0]} has codes but is no quantized weight of this model")
     rest = [(name, tensor) for name, tensor in [*latents.items(), *buffers.items()] if name not in quantized]
     parts = [{name: tensor.float() if tensor.is_floating_point() else tensor} for name, tensor in rest]
-    parts += [_weight_tensors(s, latents[s.name], scales, codes.get(s.name)) for s in weight_sites]
+    parts += [_weight_tensors(s, latents.get(s.name), scales, codes.get(s.name)) for s in packed_sites]
     parts += [{f"{s.name}.{role}": scales[f"{s.name}:{role}"]} for s in activation_sites for role in s.values]
     unshipped = NOT_SHIPPED | (TEXT_ONLY if model.library == "timm" else set())
     header = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": WITH_PRODUCTS if products else VERSION,
         "dsquant_version": __version__,
         "model": json.dumps(model.model_dump(mode="json", exclude=unshipped)),
         "quant": json.dumps(quant.model_dump(mode="json")),
-        "sites": json.dumps(site_table(weight_sites, activation_sites)),
+        "sites": json.dumps(site_table(weight_sites, activation_sites, products)),
         "data": json.dumps(data),
         "training": json.dumps(training or {}),
     }
     file_bytes = _write_whole(Path(path), _merged(parts), header)
     float_bytes = 4 * sum(tensor.numel() for tensor in [*latents.values(), *buffers.values()])
-    return PackedInfo(Path(path), file_bytes, float_bytes, _bits_per_weight(weight_sites))
+    return PackedInfo(Path(path), file_bytes, float_bytes, _bits_per_weight(packed_sites))
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -138,15 +151,17 @@ def _check_latents(latents: dict[str, Tensor], weight_sites: list[WeightSite]) -
     for site in weight_sites:
         if site.name not in latents:
             raise ExportError(f"{site.name} is a quantized weight but has no latent")
-        if tuple(latents[site.name].shape) != site.shape:
-            raise ExportError(f"{site.name} is {tuple(latents[site.name].shape)}, its site has {site.shape}")
+        if tuple(site.of(latents[site.name]).shape) != site.shape:
+            rows = "" if site.rows is None else f" in rows {site.rows[0]} to {site.rows[1]}"
+            raise ExportError(f"{site.name} is {tuple(latents[site.name].shape)}, its site has {site.shape}{rows}")
 
 
 def _checked_scales(
-    scales: dict[str, Tensor], weights: list[WeightSite], activations: list[ActivationSite]
+    scales: dict[str, Tensor], weights: list[WeightSite], activations: list[ActivationSite], products: list[WeightSite]
 ) -> dict[str, Tensor]:
     """Return float32 scales on the CPU, one for each site and role. Raises ExportError naming the first odd one."""
     sizes = {f"{s.name}:{role}": s.grouping.n_groups for s in weights for role in s.roles}
+    sizes |= {f"{s.name}:scale": s.grouping.n_groups for s in products}  # their codes are given: no centre decides them
     sizes |= {f"{s.name}:{role}": numel for s in activations for role, numel in s.values.items()}
     if odd := sorted(sizes.keys() ^ scales.keys()):
         raise ExportError(f"{odd[0]} is {'missing' if odd[0] in sizes else 'of no site of this model'}")
@@ -162,11 +177,11 @@ def _checked_scales(
 
 
 def _weight_tensors(
-    site: WeightSite, latent: Tensor, scales: dict[str, Tensor], codes: Tensor | None
+    site: WeightSite, latent: Tensor | None, scales: dict[str, Tensor], codes: Tensor | None
 ) -> dict[str, Tensor]:
     scale = scales[f"{site.name}:scale"]
     if codes is None:
-        codes = encode(latent.detach().cpu(), scale, site, scales.get(f"{site.name}:centre"))
+        codes = encode(site.of(latent).detach().cpu(), scale, site, scales.get(f"{site.name}:centre"))
     elif codes.dtype != torch.int8 or tuple(codes.shape) != site.shape:
         raise ExportError(f"{site.name}: codes are {codes.dtype} {tuple(codes.shape)}, not int8 {site.shape}")
     low, high = int(codes.min()), int(codes.max())
@@ -226,8 +241,8 @@ def _write_whole(path: Path, tensors: dict[str, Tensor], header: dict[str, str])
 class PackedModel:
     """Hold the header of a packed file, checked, and read its tensors on demand.
 
-    `model` and `quant` rebuild the model and its policy; `sites` is the header's own table, from which `weights` and
-    `activations` are made; `names` are those of all tensors.
+    `model` and `quant` rebuild the model and its policy; `sites` is the header's own table, from which `weights`,
+    `activations` and `products` (QKR, by the fused weight they stand for) are made; `names` are those of all tensors.
     """
 
     path: Path
@@ -237,6 +252,7 @@ class PackedModel:
     sites: dict[str, dict[str, dict[str, Any]]]
     weights: dict[str, WeightSite]
     activations: dict[str, ActivationSite]
+    products: dict[str, WeightSite]
     data: dict[str, Any]
     training: dict[str, Any]
     names: frozenset[str]
@@ -245,7 +261,12 @@ class PackedModel:
     @property
     def rest(self) -> frozenset[str]:
         """Return the names of the parameters and buffers that are stored as they are."""
-        return self.names - site_tensors([*self.weights.values()], [*self.activations.values()]).keys()
+        return self.names - site_tensors(self.packed_sites, [*self.activations.values()]).keys()
+
+    @property
+    def packed_sites(self) -> list[WeightSite]:
+        """Return every site whose codes are in the file, products last."""
+        return [*self.weights.values(), *self.products.values()]
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor of the file in memory of its own. Raises ExportError where the file has none of that name."""
@@ -254,14 +275,17 @@ class PackedModel:
         return self._file.get_tensor(name).clone()
 
     def codes(self, name: str) -> Tensor:
-        """Return the int8 codes of a quantized weight in its shape."""
-        site = self.weights[name]
+        """Return the int8 codes of a quantized weight or product in its shape."""
+        site = self._site(name)
         packed = self.tensor(f"{name}_packed")
         return unpack(packed, site.spec.n_bits, site.numel // site.shape[0]).view(site.shape)
 
     def image(self, name: str) -> Tensor:
-        """Return `w_hat` of a quantized weight, float32."""
-        return decode(self.tensor(f"{name}_packed"), self.tensor(f"{name}_scale"), self.weights[name])
+        """Return `w_hat` of a quantized weight or product, float32."""
+        return decode(self.tensor(f"{name}_packed"), self.tensor(f"{name}_scale"), self._site(name))
+
+    def _site(self, name: str) -> WeightSite:
+        return {site.name: site for site in self.packed_sites}[name]
 
 
 def read_packed(path: str | Path) -> PackedModel:
@@ -277,9 +301,11 @@ def read_packed(path: str | Path) -> PackedModel:
         raise ExportError(f"{path} is missing, truncated or no safetensors file: {error}") from None
     if header.get("format") != FORMAT:
         raise ExportError(f"{path} is no packed model: its format is {header.get('format')!r}, not {FORMAT!r}")
-    if header.get("version") != VERSION:
+    if header.get("version") not in VERSIONS:
         found = f"version {header.get('version')!r} of the packed format"
-        raise ExportError(f"{path} has {found}; this dsquant reads {VERSION!r}: update the older one")
+        raise ExportError(
+            f"{path} has {found}; this dsquant reads {' and '.join(map(repr, VERSIONS))}: update the older one"
+        )
     try:
         packed = _parsed(path, header, file)
     except (KeyError, TypeError, ValueError, AttributeError, ValidationError, ConfigError) as error:
@@ -298,10 +324,11 @@ def _parsed(path: Path, header: dict[str, str], file: Any) -> PackedModel:
         path=path,
         dsquant_version=header["dsquant_version"],
         model=model,
-        quant=QuantConfig.model_validate({key: quant[key] for key in POLICY_KEYS}),
+        quant=QuantConfig.model_validate({key: quant[key] for key in POLICY_KEYS & quant.keys()}),
         sites=sites,
         weights={name: weight_site(name, entry) for name, entry in sites["weights"].items()},
         activations={name: activation_site(name, entry) for name, entry in sites["activations"].items()},
+        products={entry["of"]: weight_site(name, entry) for name, entry in sites.get("products", {}).items()},
         data=data,
         training=json.loads(header.get("training", "{}")),
         names=frozenset(file.keys()),
@@ -311,13 +338,13 @@ def _parsed(path: Path, header: dict[str, str], file: Any) -> PackedModel:
 
 def _check_tensors(packed: PackedModel) -> None:
     """Raise ExportError unless every site's tensors are there, with the dtype and shape that its entry calls for."""
-    for name, expected in site_tensors([*packed.weights.values()], [*packed.activations.values()]).items():
+    for name, expected in site_tensors(packed.packed_sites, [*packed.activations.values()]).items():
         if name not in packed.names:
             raise ExportError(f"{packed.path} lacks the tensor {name}; convert it again")
         found = packed._file.get_slice(name)
         if (found.get_dtype(), tuple(found.get_shape())) != expected:
             held = f"{found.get_dtype()} {found.get_shape()}"
             raise ExportError(f"{packed.path}: {name} is {held}, its site needs {expected[0]} {list(expected[1])}")
-    for name, site in packed.weights.items():
-        if tuple(packed.tensor(f"{name}_shape").tolist()) != site.shape:
-            raise ExportError(f"{packed.path}: {name}_shape disagrees with the header's {list(site.shape)}")
+    for site in packed.packed_sites:
+        if tuple(packed.tensor(f"{site.name}_shape").tolist()) != site.shape:
+            raise ExportError(f"{packed.path}: {site.name}_shape disagrees with the header's {list(site.shape)}")

@@ -16,7 +16,9 @@ from dsquant.export.layout import decode, site_table
 from dsquant.export.packed import PackedModel, read_packed
 from dsquant.models.registry import build_model, insert_sites
 from dsquant.models.sites import Sites
+from dsquant.ops.qk_product import keys_and_values
 from dsquant.quant.modules import ActivationQuantizer, QuantConv2d, QuantLinear, become
+from dsquant.quant.reparam import QuantQkv
 from dsquant.spec import Grouping, WeightSite
 
 
@@ -32,7 +34,7 @@ class PackedWeight(nn.Module):
 
     def store(self, site: WeightSite, packed: Tensor, scale: Tensor, *, cache: bool) -> None:
         """Replace the float weight by packed words; `cache` decodes once and keeps the image beside them."""
-        del self.weight
+        self._parameters.pop("weight", None)
         self.site = site
         self.register_buffer("weight_packed", packed)
         self.register_buffer("weight_scale", scale)
@@ -74,6 +76,17 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
         return decode(words, scale, site).view(*ids.shape, -1).to(self._like.dtype)
 
 
+class PackedQkv(PackedWeight, QuantQkv):
+    """Apply QuantQkv with packed v rows and a packed product of q and k weights, a PackedWeight of its own."""
+
+    packed_product: PackedWeight
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the quantized input, by the arithmetic of training."""
+        bias = None if self.bias is None else self.bias[self.site.rows[0] :]
+        return keys_and_values(x, self.packed_product.weight, self.weight, bias)
+
+
 class PackedActivation(ActivationQuantizer):
     """Quantize an activation with scales that follow the model to its device and stay float32."""
 
@@ -84,7 +97,9 @@ class PackedActivation(ActivationQuantizer):
         return self
 
 
-PACKED_CLASSES = {QuantLinear: PackedLinear, QuantConv2d: PackedConv2d, nn.Embedding: PackedEmbedding}
+PACKED_CLASSES = {
+    QuantLinear: PackedLinear, QuantConv2d: PackedConv2d, nn.Embedding: PackedEmbedding, QuantQkv: PackedQkv,
+}  # fmt: skip
 
 
 def load_packed(path: str | Path, device: torch.device | str = "cpu", *, cache: bool = False) -> nn.Module:
@@ -103,9 +118,16 @@ def load_packed(path: str | Path, device: torch.device | str = "cpu", *, cache: 
     for site in sites.weights:
         module = model.get_submodule(site.name.removesuffix(".weight"))
         become(module, PACKED_CLASSES[type(module)])
-        words, scale = packed.tensor(f"{site.name}_packed"), packed.tensor(f"{site.name}_scale")
-        module.store(site, words, scale, cache=cache)
+        module.store(site, *_stored(packed, site), cache=cache)
+    for fused, site in sites.products.items():
+        module = model.get_submodule(fused.removesuffix(".weight"))
+        module.packed_product = PackedWeight()
+        module.packed_product.store(site, *_stored(packed, site), cache=cache)
     return model.eval().requires_grad_(False).to(device)
+
+
+def _stored(packed: PackedModel, site: WeightSite) -> tuple[Tensor, Tensor]:
+    return packed.tensor(f"{site.name}_packed"), packed.tensor(f"{site.name}_scale")
 
 
 def _build(packed: PackedModel) -> tuple[nn.Module, Sites]:
@@ -116,9 +138,9 @@ def _build(packed: PackedModel) -> tuple[nn.Module, Sites]:
         sites = insert_sites(model, packed.quant.policy())
     except (ConfigError, CheckpointError) as error:
         raise ExportError(f"{packed.path}: its model cannot be built: {error}") from error
-    own = site_table(sites.weights, sites.activations)
+    own = {"products": {}} | site_table(sites.weights, sites.activations, sites.products)
     for kind, table in own.items():
-        filed = packed.sites[kind]
+        filed = packed.sites.get(kind, {})
         for name in sorted(table.keys() | filed.keys()):
             if table.get(name) != filed.get(name):
                 raise ExportError(

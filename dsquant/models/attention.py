@@ -5,10 +5,16 @@ from torch import Tensor, nn
 from dsquant.models.sites import Sites
 from dsquant.ops.quant_attention import quant_attention
 from dsquant.quant.modules import ActivationQuantizer, Mode, become
+from dsquant.quant.reparam import QuantQkv
 
 
 class AttentionSites:
-    """Give an attention module quantizers of q, k, probabilities and v. Mixed in before the float class."""
+    """Give an attention module quantizers of q, k, probabilities and v. Mixed in before the float class.
+
+    With QKR q is the input of `qkv`, which is quantized there, and k that input times the product of q and k weights.
+    """
+
+    qkv: nn.Linear | QuantQkv
 
     q_quantizer: ActivationQuantizer | None
     k_quantizer: ActivationQuantizer | None
@@ -31,6 +37,8 @@ class AttentionSites:
 
     def is_float(self, *others: ActivationQuantizer | None) -> bool:
         """Say whether no site of this module, nor any other, does anything: the float class may run as it is."""
+        if isinstance(self.qkv, QuantQkv):  # its q and k weights are always quantized, as images are
+            return False
         sites = (*self._sites(), *others)
         return all(site is None or (site.mode is Mode.FLOAT and site.observer is None) for site in sites)
 
@@ -50,6 +58,22 @@ class AttentionSites:
         return _through(self.probs_quantizer, scores.softmax(dim=-1)) @ v
 
 
+def split_heads(projected: Tensor | tuple[Tensor, Tensor, Tensor], heads: int, rows: int) -> tuple[Tensor, ...]:
+    """Return q, k, v, each (rows, H, N, D), of what `qkv` makes of an input whose sequences are cut into `rows` in all.
+
+    Of a fused projection (B, N', 3 * H * D); or of what `QuantQkv` returns: then q and k (rows, H, N, C) are of the width of
+    the input, and q, the input itself, is the same in every head, an expanded view.
+    """
+    if isinstance(projected, Tensor):
+        return (
+            projected.reshape(rows, -1, 3, heads, projected.shape[-1] // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        )
+    x_hat, keys, values = projected
+    q = x_hat.reshape(rows, 1, -1, x_hat.shape[-1]).expand(-1, heads, -1, -1)
+    k, v = (t.reshape(rows, -1, heads, t.shape[-1] // heads).transpose(1, 2) for t in (keys, values))
+    return q, k, v
+
+
 def _through(site: ActivationQuantizer | None, x: Tensor) -> Tensor:
     return x if site is None else site(x)
 
@@ -62,20 +86,24 @@ def insert_attention(
 
     tokens: of one sample. length: of the sequences attended within, the longest where they differ (`one_length` False,
     which allows q, k, v and probabilities no per_token scales). projected: of those that enter qkv and proj.
+    With `qk_reparam` in the policy there are `{name}.qk.weight` and `{name}.qk` in place of q and k.
     """
     heads, projected = attention.num_heads, projected or length
-    sites.linear(
-        f"{name}.qkv", attention.qkv, features=tokens * attention.qkv.in_features, out_blocks=3, out_heads=heads,
-        tokens=projected,
-    )  # fmt: skip
+    width, entering = attention.proj.in_features, tokens * attention.qkv.in_features
     per_head = {"heads": heads, "heads_first": True, "tokens": length if one_length else None}
-    quantizers = {
-        f"{part}_quantizer": sites.activation(f"{name}.{part}", tokens * attention.proj.in_features, **per_head)
-        for part in ("q", "k", "v")
-    }
+    if sites.policy.qk_reparam:
+        sites.reparametrized(name, attention.qkv, features=entering, heads=heads, tokens=projected)
+        quantizers = {"q_quantizer": None, "k_quantizer": sites.activation(f"{name}.qk", heads * entering, **per_head)}
+    else:
+        sites.linear(
+            f"{name}.qkv", attention.qkv, features=entering, out_blocks=3, out_heads=heads, tokens=projected
+        )  # fmt: skip
+        quantizers = {
+            f"{part}_quantizer": sites.activation(f"{name}.{part}", tokens * width, **per_head) for part in ("q", "k")
+        }
+    quantizers["v_quantizer"] = sites.activation(f"{name}.v", tokens * width, **per_head)
     quantizers["probs_quantizer"] = sites.activation(f"{name}.probs", heads * tokens * length, signed=False, **per_head)
-    features = tokens * attention.proj.in_features
-    sites.linear(f"{name}.proj", attention.proj, features=features, heads=heads, tokens=projected)
+    sites.linear(f"{name}.proj", attention.proj, features=tokens * width, heads=heads, tokens=projected)
     become(attention, quant_class, **quantizers)
 
 

@@ -89,6 +89,10 @@ def insert_sites(model: PreTrainedModel, sites: Sites) -> None:
     the groups of per_token; without it that is the model's greatest length.
     """
     _check_variant(model)
+    if sites.policy.qk_reparam:
+        raise ConfigError(
+            f"quant.qk_reparam needs q, k and v fused in one layer; those of {type(model).__name__} are three, set it to false"
+        )
     name = model.base_model_prefix
     encoder, config = getattr(model, name), model.config
     tokens = getattr(model, "input_tokens", None) or config.max_position_embeddings

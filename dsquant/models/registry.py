@@ -139,7 +139,7 @@ def insert_sites(model: nn.Module, policy: SitePolicy, grad_scale: str = "lsq") 
         sites = Sites(policy, grad_scale)
         insert(model, sites)
         policy.finish()
-        model.quant_sites = (*sites.weights, *sites.activations)  # for describe; no module, not in the state dict
+        model.quant_sites = (*sites.weights, *sites.products.values(), *sites.activations)  # for describe; no module
         return sites
     known = ", ".join([*(family.__name__ for family in FAMILIES), *TEXT_FAMILIES])
     raise ConfigError(f"{type(model).__name__} has no quantization sites in dsquant; families with sites: {known}")
@@ -149,7 +149,8 @@ def describe(model: nn.Module) -> str:
     """Return a table of every quantization site of a model, a line each, weights first.
 
     codes are what is stored, levels what they stand for in units of the scale; lr is the multiplier of the scale's learning
-    rate. Raises ConfigError for a model that `insert_sites` has not been through.
+    rate. `weight[a:b]` are rows of a weight whose others stay float. Raises ConfigError for a model that `insert_sites` has
+    not been through.
     """
     sites = getattr(model, "quant_sites", None)
     if sites is None:
@@ -158,10 +159,15 @@ def describe(model: nn.Module) -> str:
             "returned, or one that insert_sites has been through"
         )
     rows = [("site", "method", "bits", "codes", "levels", "granularity", "groups", "offset", "bias", "lr")]
-    rows += [(site.name, *_cells(site)) for site in sites]
+    rows += [(_shown(site), *_cells(site)) for site in sites]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _shown(site: WeightSite | ActivationSite) -> str:
+    rows = getattr(site, "rows", None)
+    return site.name if rows is None else f"{site.name}[{rows[0]}:{rows[1]}]"
 
 
 def _cells(site: WeightSite | ActivationSite) -> tuple[str, ...]:

@@ -7,16 +7,21 @@ from torch import nn
 
 from dsquant.errors import ConfigError
 from dsquant.quant.modules import ActivationQuantizer, QuantConv2d, QuantLinear, become, lsq_grad_scale
+from dsquant.quant.reparam import QuantQkv
 from dsquant.quant.state import QuantState
-from dsquant.spec import ActivationSite, Granularity, Grouping, QuantSpec, SitePolicy, WeightSite
+from dsquant.spec import STATISTICS, ActivationSite, Granularity, Grouping, QuantSpec, SitePolicy, WeightSite
 
 
 class Sites:
-    """Hold the weight sites and activation quantizers that one policy puts into one model."""
+    """Hold the weight sites and activation quantizers that one policy puts into one model.
+
+    `products` are sites of what no parameter holds (QKR), by the name of the fused weight whose q and k rows they multiply.
+    """
 
     def __init__(self, policy: SitePolicy, grad_scale: str = "lsq"):
         self.policy, self.grad_scale = policy, grad_scale
         self.weights: list[WeightSite] = []
+        self.products: dict[str, WeightSite] = {}
         self.quantizers: dict[str, ActivationQuantizer] = {}
         self.heads: dict[
             str, int | Grouping
@@ -43,6 +48,31 @@ class Sites:
         shape = (module.out_features, module.in_features)
         self._weight(f"{name}.weight", shape, heads=heads, out_blocks=out_blocks, out_heads=out_heads)
         become(module, QuantLinear, input_quantizer=input_quantizer)
+
+    def reparametrized(self, name: str, module: nn.Linear, *, features: int, heads: int, tokens: int) -> None:
+        """Quantize the input of `{name}.qkv`, its v rows, and of each head the product of its q and k rows (QKR).
+
+        features, heads and tokens are those of `linear`, for a fused layer (3 * H * D, C). Raises ConfigError where either
+        weight is left in float, and for a method whose scale is learned.
+        """
+        width, size = module.in_features, module.out_features // 3
+        input_quantizer = self.activation(f"{name}.qkv.input", features, tokens=tokens, features=width)
+        values = self._weight(f"{name}.qkv.weight", (size, width), out_heads=heads, rows=(2 * size, 3 * size))
+        product, shape = f"{name}.qk.weight", (heads * width, width)
+        spec = self.policy.weight_spec(product)
+        if spec is None or values is None:
+            raise ConfigError(
+                f"a quant rule leaves {product if spec is None else f'{name}.qkv.weight'} in float; with quant.qk_reparam the v "
+                "rows and the product of q and k rows are quantized together: remove the rule, or qk_reparam"
+            )
+        if spec.method not in STATISTICS:
+            raise ConfigError(
+                f"{product} has method {spec.method}, whose scale is learned, but no shard holds this product; give it a "
+                "statistic by a quant rule: {match: '*.attn.qk.weight', method: statsq, granularity: per_channel}"
+            )
+        site = WeightSite(product, shape, spec, _weight_grouping(product, spec, shape, None, 1, heads))
+        self.products[values.name] = site
+        become(module, QuantQkv, input_quantizer=input_quantizer, product=site, heads=heads)
 
     def conv(self, name: str, module: nn.Conv2d, *, features: int, signed: bool = True) -> None:
         """Quantize a convolution's input and weight, one scale each (per_channel: one a filter)."""
@@ -78,16 +108,17 @@ class Sites:
         return self.quantizers[name]
 
     def _weight(self, name: str, shape: tuple[int, ...], *, heads: int | None = None, out_blocks: int = 1,
-                out_heads: int | None = None) -> None:  # fmt: skip
+                out_heads: int | None = None, rows: tuple[int, int] | None = None) -> WeightSite | None:  # fmt: skip
         spec = self.policy.weight_spec(name)
         if spec is None:
-            return
+            return None
         grouping = _weight_grouping(name, spec, shape, heads, out_blocks, out_heads)
         grouping.check(shape)
         if heads or out_heads:
             per_head = replace(spec, granularity=Granularity.PER_HEAD)
             self.heads[name] = _weight_grouping(name, per_head, shape, heads, out_blocks, out_heads)
-        self.weights.append(WeightSite(name, shape, spec, grouping, fused=out_blocks))
+        self.weights.append(WeightSite(name, shape, spec, grouping, out_blocks, rows))
+        return self.weights[-1]
 
     def bind(self, state: QuantState, *, trainable: bool = True) -> None:
         """Point every activation quantizer at its values in `state`; frozen copies serve inference."""

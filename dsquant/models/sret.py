@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dsquant.errors import CheckpointError, ConfigError
-from dsquant.models.attention import AttentionSites, insert_attention, insert_mlp
+from dsquant.models.attention import AttentionSites, insert_attention, insert_mlp, split_heads
 from dsquant.models.sites import Sites
 
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
@@ -63,8 +63,7 @@ class SlicedAttention(nn.Module):
         if mixed:
             order = self.order(tokens, x.device)
             x = x[:, order]
-        qkv = self.qkv(x).view(batch * groups, tokens // groups, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = split_heads(self.qkv(x), self.num_heads, batch * groups)
         x = self.core(q, k, v).transpose(1, 2).reshape(batch, tokens, -1)
         if mixed:
             x = x[:, order.argsort()]

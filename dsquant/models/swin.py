@@ -19,7 +19,7 @@ from timm.models import swin_transformer_v2 as v2
 from torch import Tensor, nn
 
 from dsquant.errors import ConfigError
-from dsquant.models.attention import AttentionSites, insert_attention, insert_mlp
+from dsquant.models.attention import AttentionSites, insert_attention, insert_mlp, split_heads
 from dsquant.models.sites import Sites
 
 MAX_LOGIT_SCALE = math.log(1.0 / 0.01)  # SwinV2, section 3.2: the temperature is at least 0.01
@@ -34,7 +34,7 @@ class QuantWindowAttention(AttentionSites, v1.WindowAttention):
         """Return the attention's output (windows * B, N, C); `mask` (windows, N, N) is added to the scores."""
         if self.is_float():
             return super().forward(x, mask)
-        q, k, v = _heads(self.qkv(x), self.num_heads)
+        q, k, v = split_heads(self.qkv(x), self.num_heads, len(x))
         x = self.attend(q, k, v, self.scale, bias=self._get_rel_pos_bias(), mask=_for_all_heads(mask))
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
@@ -50,7 +50,7 @@ class QuantWindowAttentionV2(AttentionSites, v2.WindowAttention):
         """Return the attention's output (windows * B, N, C); `mask` (windows, N, N) is added to the scores."""
         if self.is_float(self.qkv.input_quantizer):  # timm's forward passes the module qkv by
             return super().forward(x, mask)
-        q, k, v = _heads(self.qkv(x, self._qkv_bias()), self.num_heads)
+        q, k, v = split_heads(self.qkv(x, self._qkv_bias()), self.num_heads, len(x))
         q, k = _unit(q), _unit(k)
         scale = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
         x = self.attend(q, k, v, scale, bias=self._position_bias(), mask=_for_all_heads(mask))
@@ -76,11 +76,6 @@ def _unit(x: Tensor) -> Tensor:
     return x / norm.masked_fill(norm <= NO_LENGTH, math.inf)
 
 
-def _heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """Split a fused projection (rows, N, 3 * C) into q, k, v (rows, heads, N, C / heads)."""
-    return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
-
 def _for_all_heads(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.unsqueeze(1)
 
@@ -92,6 +87,10 @@ MERGINGS = (v1.PatchMerging, v2.PatchMerging)
 def insert_sites(model: v1.SwinTransformer | v2.SwinTransformerV2, sites: Sites) -> None:
     """Quantize every site of a Swin in place. Raises ConfigError for a variant whose sites are not known."""
     _check_variant(model)
+    if sites.policy.qk_reparam and isinstance(model, v2.SwinTransformerV2):
+        raise ConfigError(
+            "SwinV2 attends by cosine: no product of q and k weights gives its scores; set quant.qk_reparam: false"
+        )
     embed = model.patch_embed
     height, width = embed.img_size
     sites.conv("patch_embed.proj", embed.proj, features=embed.proj.in_channels * height * width)

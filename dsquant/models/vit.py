@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dsquant.errors import ConfigError
-from dsquant.models.attention import AttentionSites, insert_attention, insert_mlp
+from dsquant.models.attention import AttentionSites, insert_attention, insert_mlp, split_heads
 from dsquant.models.sites import Sites
 
 
@@ -20,8 +20,7 @@ class QuantAttention(AttentionSites, Attention):
         if attn_mask is not None or is_causal:
             raise ConfigError("quantized attention of a VisionTransformer takes no mask")
         batch, tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
+        q, k, v = split_heads(self.qkv(x), self.num_heads, batch)
         x = self.attend(self.q_norm(q), self.k_norm(k), v, self.scale)
         x = x.transpose(1, 2).reshape(batch, tokens, -1)
         return self.proj_drop(self.proj(self.norm(x)))
@@ -29,7 +28,7 @@ class QuantAttention(AttentionSites, Attention):
 
 def insert_sites(model: VisionTransformer, sites: Sites) -> None:
     """Quantize every site of a VisionTransformer in place. Raises ConfigError for a variant whose sites are not known."""
-    _check_variant(model)
+    _check_variant(model, sites.policy.qk_reparam)
     embed = model.patch_embed
     tokens = embed.num_patches + model.num_prefix_tokens
     height, width = embed.img_size
@@ -43,7 +42,7 @@ def insert_sites(model: VisionTransformer, sites: Sites) -> None:
             sites.linear(name, head, features=head.in_features)
 
 
-def _check_variant(model: VisionTransformer) -> None:
+def _check_variant(model: VisionTransformer, qk_reparam: bool) -> None:
     for index, block in enumerate(model.blocks):
         attention = getattr(block, "attn", None)
         mlp = getattr(block, "mlp", None)
@@ -51,6 +50,10 @@ def _check_variant(model: VisionTransformer) -> None:
         if not plain or type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity):
             raise ConfigError(
                 f"blocks.{index} is not a plain ViT block (timm Attention and Mlp); its sites are not known"
+            )
+        if qk_reparam and not isinstance(attention.q_norm, nn.Identity):
+            raise ConfigError(
+                f"blocks.{index} normalizes q and k: no product of their weights gives its scores; set quant.qk_reparam: false"
             )
         if attention.attn_drop.p > 0:
             raise ConfigError("attn_drop_rate must be 0: quantized attention never holds the probabilities to drop")

@@ -100,6 +100,16 @@ def pass_inside(grad: Tensor, v: Tensor, levels: Levels) -> Tensor:
     return torch.ops.aten.hardtanh_backward(grad, v, *_just_beyond(levels.low, levels.high))
 
 
+def near_boundary(v: Tensor, levels: Levels, reach: float) -> Tensor:
+    """Return which weights lie within `reach` of a boundary between two codes, bool; v = w / scale.
+
+    With z = v - shift, boundaries are the half integers from qmin + 1/2 to qmax - 1/2. Source: OFQ (Liu et al. 2023), CGA.
+    """
+    z = v - levels.shift
+    nearest = z.floor().clamp_(levels.qmin, levels.qmax - 1).add_(0.5)
+    return z.sub_(nearest).abs_() <= reach
+
+
 @cache
 def _just_beyond(low: float, high: float) -> tuple[float, float]:
     low, high = np.nextafter(np.float32([low, high]), np.float32([-np.inf, np.inf]))

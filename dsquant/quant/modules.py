@@ -60,6 +60,11 @@ class ActivationQuantizer(nn.Module):
         before = self._values.get("before")
         return x if before is None else x + before.to(x.dtype)
 
+    def moved(self, x_hat: Tensor) -> Tensor:
+        """Return x_hat plus the bias after the quantizer, where it has one."""
+        after = self._values.get("after")
+        return x_hat if after is None else x_hat + after.to(x_hat.dtype)
+
     def shifted_bias(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """Return a linear layer's bias with the one after the quantizer folded in: `bias + weight @ after`."""
         after = self._values.get("after")

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from dsquant.errors import CheckpointError
-from dsquant.spec import ActivationSite, WeightSite
+from dsquant.spec import SCALE_FLOOR, ActivationSite, WeightSite
 
-SCALE_FLOOR = 1e-6
 BIASES = frozenset({"before", "after"})  # one value a feature, where scale and offset have one a group
 
 

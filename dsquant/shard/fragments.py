@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsquant.errors import ShardError
+from dsquant.spec import WeightSite
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,21 @@ class Fragment:
     @property
     def values(self) -> Tensor:
         return self.of(self.flat.data)
+
+
+def part_of(fragment: Fragment | None, site: WeightSite) -> Fragment | None:
+    """Return what a fragment of a parameter holds of a site, which may be some rows of it, or None where that is nothing.
+
+    Offset and shape of the result are those within the site.
+    """
+    if fragment is None or site.rows is None:
+        return fragment
+    low = max(fragment.offset, site.first)
+    high = min(fragment.offset + fragment.numel, site.first + site.numel)
+    if low >= high:
+        return None
+    start = fragment.start + low - fragment.offset
+    return Fragment(fragment.name, fragment.flat, start, high - low, low - site.first, site.shape)
 
 
 @dataclass

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from dsquant.config import QuantConfig
 from dsquant.errors import ShardError
+from dsquant.ops.fake_quantize import near_boundary
 from dsquant.quant.modules import lsq_grad_scale, mdq_grad_scale
 from dsquant.quant.state import SCALE_FLOOR, QuantState
-from dsquant.shard.fragments import ShardMap
-from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, near_boundary, track
+from dsquant.shard.fragments import Fragment, ShardMap, part_of
+from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, track
 from dsquant.shard.regularizers import Regularizer, bin_index, bin_sums
 from dsquant.shard.weight_quantizers import ShardedWeight, moment_scales, mse_scales
 from dsquant.spec import WeightSite
@@ -98,7 +99,9 @@ class ShardQuantization:
         for flat, fragments, members in zip(shards.flats, shards.fragments, shards.members, strict=True):
             mine = {f.name: f for f in fragments}
             found = [
-                ShardedWeight(by_name[name], state.get(name), mine.get(name), state.get(name, "centre"))
+                ShardedWeight(
+                    by_name[name], state.get(name), part_of(mine.get(name), by_name[name]), state.get(name, "centre")
+                )
                 for name in members
                 if name in by_name
             ]
@@ -188,6 +191,15 @@ class ShardQuantization:
         """Return the latent of this rank's fragment, 1-D float32, wherever it is kept at the moment."""
         kept = self._latents.get(weight.site.name)
         return weight.fragment.values if kept is None else kept
+
+    def latents_of(self, fragment: Fragment) -> Tensor:
+        """Return the latents of this rank's fragment of any parameter, quantized whole, in part or not at all; 1-D."""
+        weight = self.weights.get(fragment.name)
+        if weight is None or weight.fragment is None or weight.site.name not in self._latents:
+            return fragment.values
+        found, start = fragment.values.clone(), weight.fragment.start - fragment.start
+        found[start : start + weight.fragment.numel] = self._latents[weight.site.name]
+        return found
 
     @torch.no_grad()
     def before_inner_step(self, flats: list[Tensor]) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dsquant.config import FreezeConfig
-from dsquant.spec import Levels
 
 
 @dataclass
@@ -75,16 +74,6 @@ def freeze(state: TrackerState, threshold: float, qmin: int, qmax: int) -> None:
     settled = state.code_mean.round().clamp_(qmin, qmax).to(torch.int8)
     torch.where(newly, settled, state.codes, out=state.codes)
     state.frozen.logical_or_(newly)
-
-
-def near_boundary(v: Tensor, levels: Levels, reach: float) -> Tensor:
-    """Return which weights lie within `reach` of a boundary between two codes, bool; v = w / scale.
-
-    With z = v - shift, boundaries are the half integers from qmin + 1/2 to qmax - 1/2. Source: OFQ (Liu et al. 2023), CGA.
-    """
-    z = v - levels.shift
-    nearest = z.floor().clamp_(levels.qmin, levels.qmax - 1).add_(0.5)
-    return z.sub_(nearest).abs_() <= reach
 
 
 def freeze_threshold(config: FreezeConfig, progress: float) -> float | None:

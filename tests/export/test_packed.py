@@ -38,10 +38,10 @@ def raw_tensor(path, name):
     return np.frombuffer(path.read_bytes()[start + begin : start + end], dtype).reshape(header[name]["shape"])
 
 
-def weights_by_the_document(path):
-    """Decode every weight as docs/packed_format.md says, with numpy and json alone."""
+def weights_by_the_document(path, table="weights"):
+    """Decode every weight of a table of sites as docs/packed_format.md says, with numpy and json alone."""
     header, _ = header_of(path)
-    for name, entry in json.loads(header["__metadata__"]["sites"])["weights"].items():
+    for name, entry in json.loads(header["__metadata__"]["sites"])[table].items():
         n_bits, shape = entry["n_bits"], raw_tensor(path, f"{name}_shape")
         rows, cols = shape[0], int(np.prod(shape[1:]))
         row_bytes = raw_tensor(path, f"{name}_packed").view(np.uint8)
@@ -311,7 +311,7 @@ def test_a_header_that_cannot_be_meant_is_refused(case, tmp_path, rewrite):
     case(2).write(path)
     whole = path.read_bytes()
     edits = {
-        "has version '2' of the packed format; this dsquant reads '1'": lambda: {"version": "2"},
+        "has version '3' of the packed format; this dsquant reads '1' and '2'": lambda: {"version": "3"},
         "damaged header (JSONDecodeError": lambda: {"sites": "{"},
         "damaged header (ConfigError: n_bits is 9": lambda: edited(
             path, "sites", lambda s: s["weights"][QKV].update(n_bits=9)

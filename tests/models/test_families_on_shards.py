@@ -12,6 +12,10 @@ FAMILIES = {
     "swin_tiny_patch4_window7_224": (SWIN, "*.downsample.reduction.*"),
     "swinv2_tiny_window8_256": (SWIN, "*.downsample.reduction.*"),
     "sret_tiny": (SRET, "pools.*"),
+    "sret_tiny, q and k as one": (
+        SRET,
+        "pools.*",
+    ),  # QKR: a module that is applied several times and returns three tensors
 }
 STEPS = 3
 
@@ -21,12 +25,17 @@ def configuration(name):
 
     kwargs, eight = FAMILIES[name]
     rules = [{"match": match, "n_bits": 8} for match in ("patch_embed.*", "head*", eight)]
-    quant = QuantConfig(weight={"n_bits": 2}, activation={"n_bits": 2}, rules=rules, obr={"weight": 0.1, "start": 0.0})
+    model, _, as_one = name.partition(", ")
+    rules += [{"match": "*.attn.qk.weight", "method": "statsq", "granularity": "per_channel"}] if as_one else []
+    quant = QuantConfig(
+        weight={"n_bits": 2}, activation={"n_bits": 2}, rules=rules, obr={"weight": 0.1, "start": 0.0},
+        qk_reparam=bool(as_one),
+    )  # fmt: skip
     stage = StageConfig(steps=STEPS, batch_size=8, lr=1e-3, weight_decay=0.01, quant=quant)
     return RunConfig(
         recipe="test",
         precision="fp32",
-        model={"name": name, "num_classes": 5, "kwargs": kwargs},
+        model={"name": model, "num_classes": 5, "kwargs": kwargs},
         data={"source": "digits", "image_size": kwargs["img_size"]},
         stages={"w2a2": stage},
     )

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from dsquant.config import FreezeConfig
+from dsquant.ops.fake_quantize import near_boundary
 from dsquant.shard.fragments import Fragment
-from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, near_boundary, track
+from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, track
 from dsquant.shard.weight_quantizers import ShardedWeight
 from dsquant.spec import Grouping, QuantSpec, WeightSite
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsquant.quant.modules import lsq_grad_scale
-from dsquant.shard.fragments import Fragment
+from dsquant.shard.fragments import Fragment, part_of
 from dsquant.shard.oscillation import TrackerState
 from dsquant.shard.weight_quantizers import ShardedWeight, make_tiles
 from dsquant.spec import Grouping, QuantSpec, WeightSite
@@ -180,3 +180,36 @@ def test_a_rank_that_owns_nothing_of_a_weight_adds_nothing_to_its_sums():
     assert part.absolute_max().tolist() == [0.0] * 6
     assert torch.equal(part.mse_sums(torch.ones(6)), torch.zeros(6, 2, dtype=torch.float64))
     assert torch.equal(part.statistics(None, 0.005), torch.zeros(3 + 4, dtype=torch.float64))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 5),
+    st.integers(0, 6),
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.lists(st.integers(0, 100), max_size=5),
+)
+def test_parts_of_fragments_hold_every_element_of_a_sites_rows_once(cols, first, rows, after, cuts):
+    """However a parameter is cut, each value lies where the part's offset within the site says it does."""
+    numel = (first + rows + after) * cols
+    edges = sorted([0, numel, *(min(cut, numel) for cut in cuts)])
+    site = WeightSite("w", (rows, cols), QuantSpec(2), Grouping(1, rows * cols), rows=(first, first + rows))
+    found = torch.full((rows * cols,), -1.0)
+    for start, stop in spans(edges):
+        flat = torch.cat([torch.full((7,), -2.0), torch.arange(start, stop).float()])  # something else lies before it
+        part = part_of(Fragment("w", flat, 7, stop - start, start, (first + rows + after, cols)), site)
+        if part is None:
+            assert stop <= site.first or start >= site.first + site.numel or start == stop
+            continue
+        assert (part.shape, part.numel > 0) == (site.shape, True)
+        assert torch.equal(found[part.offset : part.offset + part.numel], torch.full((part.numel,), -1.0))
+        found[part.offset : part.offset + part.numel] = part.values
+    assert torch.equal(found, torch.arange(numel).float().view(-1, cols)[first : first + rows].reshape(-1))
+
+
+def test_a_site_that_is_the_whole_parameter_keeps_the_fragment_as_it_is():
+    site = WeightSite("w", (2, 3), QuantSpec(2), Grouping(1, 6))
+    fragment = Fragment("w", torch.zeros(4), 0, 4, 2, (2, 3))
+    assert part_of(fragment, site) is fragment
+    assert part_of(None, site) is None
