@@ -21,6 +21,7 @@ def logits_of(model: nn.Module, inputs: Inputs) -> Tensor:
 def model_outputs(model: nn.Module, inputs: Inputs, *, hidden: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return a model's logits and, with `hidden`, a text model's embedding output and each layer's output, (B, N, C)."""
     if isinstance(inputs, Tensor):
-        return model(inputs), ()
+        found = model(inputs)
+        return (found if isinstance(found, Tensor) else found.logits), ()  # transformers' models give an object
     found = model(**inputs, output_hidden_states=hidden)
     return found.logits, found.hidden_states if hidden else ()
