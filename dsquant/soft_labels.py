@@ -29,6 +29,7 @@ from dsquant.data.stream import Record, decode, read_shard
 from dsquant.data.transforms import ToMode
 from dsquant.engine import World
 from dsquant.errors import ConfigError, DataError
+from dsquant.models import logits_of
 from dsquant.models.registry import build_model, pretrained_view
 
 IMAGENET_IMAGES = 1_281_167
@@ -56,55 +57,77 @@ class Teacher:
         like = next(self.model.parameters())
         pixels = images.to(like.device, non_blocking=True).float().div(255)
         pixels = functional.normalize(pixels, list(self.view["mean"]), list(self.view["std"]))
-        logits = self.model(pixels.to(like.dtype)).float()
+        logits = logits_of(self.model, pixels.to(like.dtype)).float()
         return (logits / temperature).softmax(dim=-1).topk(k)
 
 
 def open_teacher(
-    world: World,
-    *,
-    model: str | None = None,
-    pretrained: bool = False,
-    checkpoint: str | None = None,
-    num_classes: int | None = None,
-    model_kwargs: dict[str, Any] | None = None,
-    run: str | None = None,
-    stage: str | None = None,
-    image_size: int | None = None,
-    precision: str = "fp32",
-) -> Teacher:
-    """Open a timm model with the weights that are named, or a stage of a run (by default its newest), on this rank's device.
+    world: World, *, model: str | None = None, library: str = "timm", pretrained: bool = False,
+    checkpoint: str | None = None, num_classes: int | None = None, model_kwargs: dict[str, Any] | None = None,
+    run: str | None = None, stage: str | None = None, image_size: int | None = None, precision: str = "fp32",
+) -> Teacher:  # fmt: skip
+    """Open a timm model with the weights that are named, an image classifier of transformers, or a stage of a run (by default
+    its newest), on this rank's device.
 
-    A timm model sees images as timm says of its weights, a run's as its recipe says; `image_size` overrides either.
-    Raises ConfigError for options that do not fit together, CheckpointError for weights that do not fit.
+    A timm model sees images as timm says of its weights, one of transformers as its image processor says, a run's as its
+    recipe says; `image_size` overrides each. Raises ConfigError for options that do not fit together, CheckpointError for
+    weights that do not fit.
     """
-    if precision not in ("fp32", "bf16"):
-        raise ConfigError(f"precision is {precision!r}; choose fp32 or bf16")
-    world.use_precision(precision)
+    world.use_precision(_checked_precision(precision))
+    given = {"checkpoint": checkpoint, "model_kwargs": model_kwargs}
     if (model is None) == (run is None):
-        raise ConfigError("give a teacher: either --model NAME (of timm) or --run RUN")
+        raise ConfigError("give a teacher: either --model NAME (of timm, or of --library transformers) or --run RUN")
     if run is not None:
-        given = {
-            "pretrained": pretrained,
-            "checkpoint": checkpoint,
-            "num_classes": num_classes,
-            "model_kwargs": model_kwargs,
-        }
-        if odd := next((key for key, value in given.items() if value), None):
-            raise ConfigError(f"--{odd} is for a teacher by --model; a run knows its own")
-        found = load_run_checkpoint(Path(run), stage)
-        teacher, classes = load_model(found), found.config.model.num_classes
-        view = {key: getattr(found.config.data, key) for key in VIEW}
-        identity = {"model": found.config.model.name, "stage": found.stage, "step": found.step}
+        given |= {"library": library != "timm", "pretrained": pretrained, "num_classes": num_classes}
+        _refuse(given, "by --model", "a run knows its own")
+        teacher, classes, view, identity = _run_teacher(Path(run), stage)
     else:
-        if stage is not None:
-            raise ConfigError("--stage is for a teacher by --run")
-        teacher, classes, view = _timm_teacher(model, pretrained, checkpoint, num_classes, model_kwargs or {})
-        identity = {"model": model}
+        _refuse({"stage": stage}, "by --run", "a model by name has none")
+        if library == "transformers":
+            _refuse(given, "of timm", "one of transformers brings its own")
+            teacher, classes, view = _transformers_teacher(model, num_classes, image_size)
+            identity = {"model": Path(model).name if Path(model).is_dir() else model, "library": library}
+        elif library == "timm":
+            teacher, classes, view = _timm_teacher(model, pretrained, checkpoint, num_classes, model_kwargs or {})
+            identity = {"model": model}
+        else:
+            raise ConfigError(f"library is {library!r}; choose timm or transformers")
     view |= {"image_size": image_size or view["image_size"], "precision": precision}
     identity["weights"] = _digest(teacher)
     teacher = teacher.eval().requires_grad_(False).to(world.device, torch.bfloat16 if world.bf16 else torch.float32)
     return Teacher(teacher, classes, view, identity)
+
+
+def _checked_precision(precision: str) -> str:
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError(f"precision is {precision!r}; choose fp32 or bf16")
+    return precision
+
+
+def _refuse(given: dict[str, Any], whose: str, why: str) -> None:
+    if odd := next((key for key, value in given.items() if value), None):
+        raise ConfigError(f"--{odd} is for a teacher {whose}; {why}")
+
+
+def _run_teacher(run: Path, stage: str | None) -> tuple[nn.Module, int, dict[str, Any], dict[str, Any]]:
+    found = load_run_checkpoint(run, stage)
+    model, data = found.config.model, found.config.data
+    if data.task != "image":
+        raise ConfigError(f"{run} trains on {data.task}; soft labels are of crops of images")
+    view = {key: getattr(data, key) for key in VIEW}
+    return load_model(found), model.num_classes, view, {"model": model.name, "stage": found.stage, "step": found.step}
+
+
+def _transformers_teacher(
+    name: str, num_classes: int | None, image_size: int | None
+) -> tuple[nn.Module, int, dict[str, Any]]:
+    from dsquant.models.image_classifiers import open_image_classifier  # importing transformers takes seconds
+
+    teacher, view = open_image_classifier(name, image_size)
+    own = view.pop("num_classes")
+    if num_classes not in (None, own):
+        raise ConfigError(f"num_classes is {num_classes}, but {name} tells {own}; leave it out")
+    return teacher, own, view
 
 
 def _timm_teacher(
@@ -164,6 +187,7 @@ class SoftLabelWriter:
             raise DataError("two of the shards have the same name; label each folder into one of its own")
         if any(Path(url).parent == self.out for url in shards.urls):
             raise ConfigError(f"--out {out} is where the shards lie; name another folder")
+        self._check_classes()
         if batch_size < 1 or num_threads < 1:
             raise ConfigError(f"batch_size {batch_size} and num_threads {num_threads} must be at least 1")
 
@@ -210,6 +234,17 @@ class SoftLabelWriter:
         dist.broadcast_object_list(pending)
         return pending[0]
 
+    def _check_classes(self) -> None:
+        """Raise ConfigError where the set has a classes.txt of another number of classes than the teacher tells."""
+        path = self._classes_file()
+        if path.is_file() and (held := len(path.read_text().splitlines())) != self.teacher.num_classes:
+            raise ConfigError(
+                f"{path} names {held} classes and the teacher tells {self.teacher.num_classes}; take a teacher of these classes"
+            )
+
+    def _classes_file(self) -> Path:
+        return Path(self.shards.urls[0]).with_name("classes.txt")
+
     def _is_done(self, name: str) -> bool:
         if not (self.out / name).exists():
             return False
@@ -219,7 +254,7 @@ class SoftLabelWriter:
         return True
 
     def _copy_classes(self) -> None:
-        classes = Path(self.shards.urls[0]).with_name("classes.txt")
+        classes = self._classes_file()
         if classes.is_file():
             shutil.copyfile(classes, self.out / classes.name)
 
@@ -247,7 +282,12 @@ class SoftLabelWriter:
         """Draw and cut the crops of a few images and start the teacher on them; give the drawn and what it will say."""
         drawn, jobs, said = [], [], []
         for record in group:
-            image, _ = decode(record, self.to_mode)
+            image, label = decode(record, self.to_mode)
+            if label >= self.teacher.num_classes:
+                raise DataError(
+                    f"shard {record['__url__']}, sample {record['__key__']}: it is of class {label}, and the teacher tells "
+                    f"{self.teacher.num_classes} classes (0, 1, ...); take a teacher of these classes"
+                )
             crops, flips = draw_crops(self.settings, record["__key__"], *image.size)
             drawn.append((crops, flips))
             jobs += [(image, crop, flip) for crop, flip in zip(crops.tolist(), flips.tolist(), strict=True)]

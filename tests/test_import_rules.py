@@ -33,7 +33,7 @@ LAYERS = {
     "run_folder": VOCABULARY,
     "data": VOCABULARY,
     "telemetry": VOCABULARY,
-    "analysis": ENGINE | {"checkpoint", "data", "run_folder", "telemetry", "convert"},
+    "analysis": ENGINE | {"checkpoint", "data", "evaluation", "run_folder", "telemetry", "convert"},
     "export": MODELS | {"config"},
     "evaluation": VOCABULARY | {"models", "data"},
     "convert": MODELS | {"config", "checkpoint", "evaluation", "export", "data", "run_folder"},

@@ -54,7 +54,7 @@ def made(tmp_path_factory):
     samples = [(f"picture{number:02d}", {"jpg": jpeg(number), "cls": str(number % CLASSES).encode()})
                for number in range(11)]  # fmt: skip
     write_shards(samples, folder / "plain", "train", 4)
-    (folder / "plain" / "classes.txt").write_text("a\nb\n")
+    (folder / "plain" / "classes.txt").write_text("".join(f"{c}\n" for c in "abcdefghij"))
     torch.manual_seed(0)
     model = build_model(TEACHER)
     torch.nn.init.normal_(model.head.weight)  # timm's is nearly zero: all classes would be as likely
@@ -172,8 +172,11 @@ def test_what_cannot_be_done_is_one_clear_message_and_changes_nothing(made, out,
 @pytest.mark.parametrize(
     ("chosen", "words"),
     [
-        ({}, "either --model NAME (of timm) or --run RUN"),
-        ({"model": NAME, "run": "somewhere"}, "either --model NAME (of timm) or --run RUN"),
+        ({}, "either --model NAME (of timm, or of --library transformers) or --run RUN"),
+        (
+            {"model": NAME, "run": "somewhere"},
+            "either --model NAME (of timm, or of --library transformers) or --run RUN",
+        ),
         ({"model": NAME}, "has no weights: give --pretrained or --checkpoint"),
         ({"model": NAME, "checkpoint": "c", "stage": "fp"}, "--stage is for a teacher by --run"),
         ({"model": NAME, "checkpoint": "c", "precision": "fp8"}, "precision is 'fp8'; choose fp32 or bf16"),

@@ -18,6 +18,7 @@ def make(
     shards: str,
     out: str,
     model: str | None = None,
+    library: str = "timm",
     run: str | None = None,
     stage: str | None = None,
     pretrained: bool = False,
@@ -38,7 +39,9 @@ def make(
     Args:
         shards: folder, glob or brace pattern of WebDataset shards.
         out: folder of the new shards.
-        model: timm name of the teacher, with --pretrained or --checkpoint FILE; or give --run.
+        model: timm name of the teacher, with --pretrained or --checkpoint FILE; or with --library transformers an image
+            classifier of the hub or a local folder; or give --run.
+        library: of --model: timm or transformers.
         run: folder of a run that is to teach.
         stage: stage of the run (default: the newest).
         pretrained: take timm's own weights.
@@ -61,9 +64,9 @@ def make(
     world = init_world()
     world.use_threads(None)
     teacher = open_teacher(
-        world, model=model, pretrained=pretrained, checkpoint=checkpoint, num_classes=num_classes,
-        model_kwargs=model_kwargs, run=run, stage=stage, image_size=image_size,
-        precision=precision,
+        world, model=None if model is None else str(model), library=library, pretrained=pretrained,
+        checkpoint=checkpoint, num_classes=num_classes, model_kwargs=model_kwargs, run=run, stage=stage,
+        image_size=image_size, precision=precision,
     )  # fmt: skip
     chosen = make_settings(teacher, settings)
     writer = SoftLabelWriter(

@@ -15,8 +15,9 @@ import numpy as np
 import yaml
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from dsquant.config import RunConfig, StageConfig
+from dsquant.config import QuantConfig, RunConfig, StageConfig
 from dsquant.errors import ConfigError, DsquantError
+from dsquant.spec import check_bits
 from dsquant.telemetry.metrics import write_atomically
 
 CANDIDATES = (2, 3, 4, 8)
@@ -107,6 +108,38 @@ def quantized_stage(config: RunConfig, stage: str | None) -> StageConfig:
     if stage not in having:
         raise ConfigError(f"stage {stage!r} of recipe {config.recipe} quantizes nothing; those that do: {having}")
     return config.stages[stage]
+
+
+def default_stage(config: RunConfig, candidates: Sequence[int]) -> str | None:
+    """Return the last stage whose weights can have all of the candidate bits, or the last that quantizes where none can."""
+    having = [name for name, stage in config.stages.items() if stage.quant is not None]
+    able = [name for name in having if can_have(config.stages[name].quant, candidates)]
+    return next(reversed(able or having), None)
+
+
+def allocatable(config: RunConfig, stage: str | None, candidates: Sequence[int]) -> QuantConfig:
+    """Return the quantization of a stage whose bits can be chosen among the candidates. Raises ConfigError naming such stages.
+
+    BWN and elastic binarization have 1 bit and ternary has 2: there is nothing to choose.
+    """
+    quant = quantized_stage(config, stage).quant
+    if not can_have(quant, candidates):
+        others = [name for name, s in config.stages.items() if s.quant is not None and can_have(s.quant, candidates)]
+        raise ConfigError(
+            f"stage {stage!r} of recipe {config.recipe} has weights of method {quant.weight.method}, which cannot have "
+            f"{'/'.join(map(str, candidates))} bits; stages that can, for --stage: {others or 'none'}"
+        )
+    return quant
+
+
+def can_have(quant: QuantConfig, candidates: Sequence[int]) -> bool:
+    """Say whether the weights of a stage, by their method, can have each of the candidate bits."""
+    try:
+        for n_bits in candidates:
+            check_bits(quant.weight.method, n_bits)
+    except ConfigError:
+        return False
+    return True
 
 
 def _write(path: str | Path, tree: dict[str, Any], note: str) -> Path:

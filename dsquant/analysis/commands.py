@@ -2,30 +2,29 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from dsquant.analysis import allocation, plots
+from dsquant.analysis import allocation, plots, tables
 from dsquant.analysis.allocation import CANDIDATES
 from dsquant.analysis.bit_search import bits_of, search_bits
 from dsquant.analysis.modules import find_modules, pool, select
 from dsquant.analysis.oscillation import final_by_part, oscillation
 from dsquant.analysis.outliers import outliers
-from dsquant.analysis.sensitivity import DIFFERENCES, leave_one_out
+from dsquant.analysis.sensitivity import leave_one_out
 from dsquant.analysis.subject import Samples, Subject, open_model, open_run
 from dsquant.analysis.variants import post_training, trained, uniform_policy
 from dsquant.config import ModelConfig, RunConfig, load_config
 from dsquant.errors import ConfigError
+from dsquant.models import text_model
 from dsquant.run_folder import RECIPE_FILE
 from dsquant.telemetry.metrics import write_atomically
 
 DEFAULT_BITS = 4
+IMAGENET_CLASSES = 1000
 SHOWN = {"recovery_loss": "loss recovered", "harm_loss": "loss added", "harm_kl": "KL of predictions from float's"}
 WIDTH = 120  # of tables that go to a file
 
@@ -39,32 +38,39 @@ class Analyze:
     Args:
         run: the folder of a run; its newest checkpoint is taken, or that of --stage.
         stage: a stage of the run (for allocate: of the recipe that is written).
-        model: a timm model instead of a run, for example deit_tiny_patch16_224.
-        checkpoint: its float weights, a file; without one, the weights that timm downloads.
-        num_classes: its classes.
-        model_kwargs: further arguments of timm.create_model, for example '{"img_size": 32}'.
+        model: a model instead of a run: of timm, for example deit_tiny_patch16_224, or with --library transformers a text
+            model: of the hub, a folder, or package:NAME.
+        library: of --model: timm or transformers.
+        checkpoint: its float weights, a file; without one, the weights that timm or transformers downloads.
+        num_classes: its classes; by default 1000, or what the configuration of a text model says.
+        model_kwargs: further arguments of timm.create_model, for example '{"img_size": 32}', or of a text model's configuration.
         image_size: of its input, where that is not what its pretrained configuration says.
+        max_length: tokens that sentences are cut to, of a text model by --model.
+        tokenizer: folder of its tokenizer, where it does not lie with the model.
         data: WebDataset shards to measure on (folder or pattern); by default the run's validation shards.
         eval_batches: at most so many batches, a random subset that is the same for every variant; 0 takes every sample.
         calibration_batches: batches to fit activation scales to (of the run's training shards, or of --data).
         batch_size: samples at a time.
         seed: of the random subsets.
-        num_workers: processes that decode images.
+        num_workers: processes that decode images or tokenize sentences.
         device: cuda or cpu; a GPU where there is one by default.
         out: the folder that results go to.
         plots: write pictures as well (needs matplotlib).
     """
 
     def __init__(
-        self, run: str | None = None, stage: str | None = None, model: str | None = None, checkpoint: str | None = None,
-        num_classes: int = 1000, model_kwargs: dict[str, Any] | None = None, image_size: int | None = None,
-        data: str | None = None, eval_batches: int = 8, calibration_batches: int = 4, batch_size: int = 64,
-        seed: int = 0, num_workers: int = 0, device: str | None = None, out: str = "analysis", plots: bool = True,
+        self, run: str | None = None, stage: str | None = None, model: str | None = None, library: str = "timm",
+        checkpoint: str | None = None, num_classes: int | None = None, model_kwargs: dict[str, Any] | None = None,
+        image_size: int | None = None, max_length: int = 128, tokenizer: str | None = None, data: str | None = None,
+        eval_batches: int = 8, calibration_batches: int = 4, batch_size: int = 64, seed: int = 0, num_workers: int = 0,
+        device: str | None = None, out: str = "analysis", plots: bool = True,
     ):  # fmt: skip
         self._run = None if run is None else Path(str(run))
         self._stage = None if stage is None else str(stage)
-        self._model, self._checkpoint, self._classes = model, checkpoint, num_classes
+        self._model, self._library, self._classes = model, library, num_classes
+        self._checkpoint = None if checkpoint is None else str(checkpoint)
         self._kwargs, self._image_size = model_kwargs or {}, image_size
+        self._max_length, self._tokenizer = max_length, None if tokenizer is None else str(tokenizer)
         self._samples = Samples(
             None if data is None else str(data), eval_batches, calibration_batches, batch_size, seed, num_workers
         )
@@ -96,10 +102,12 @@ class Analyze:
         else:
             variants = post_training(subject, uniform_policy(n_bits or DEFAULT_BITS, granularity))
         chosen = pool(select(find_modules(variants.sites, what), modules), by)
-        with _bar() as progress:
-            result = leave_one_out(variants, subject, chosen, _tracker(progress, "sensitivity"))
+        with tables.bar() as progress:
+            result = leave_one_out(variants, subject, chosen, tables.tracker(progress, "sensitivity"))
         self._write("sensitivity", result)
-        self._sensitivity_table(result)
+        for name in ("float", "quantized"):
+            self._console.print(f"{name}: loss {result[name]['loss']:.4f}, top-1 {result[name]['top1']:.2f} %")
+        self._console.print(tables.sensitivity_table(result))
         if not self._plots:
             return
         self._shown(plots.sensitivity_bars(result, self._out / "sensitivity.png"))
@@ -110,30 +118,12 @@ class Analyze:
                 path = self._out / f"sensitivity_{key}.png"
                 self._shown(plots.block_table(values, path, title=title, label=f"{says} (nats)"))
 
-    def _sensitivity_table(self, result: dict[str, Any]) -> None:
-        table = _table(
-            "kind", "blocks", "recovers loss", "recovers top-1", "recovers KL", "adds loss", "costs top-1", "adds KL"
-        )
-        ordered = sorted(result["kinds"].items(), key=lambda item: -item[1]["recovery_loss"])
-        for kind, row in ordered:
-            cells = (f"{row[key]:.2f}" if key.endswith("top1") else f"{row[key]:.4f}" for key in DIFFERENCES)
-            table.add_row(kind, str(row["blocks"]), *cells)
-        for name in ("float", "quantized"):
-            self._console.print(f"{name}: loss {result[name]['loss']:.4f}, top-1 {result[name]['top1']:.2f} %")
-        self._console.print(table)
-
     def outliers(self) -> None:
         """Describe the outliers of every weight and activation: whole, per channel, per head."""
         self._check_output()
         result = outliers(self._subject(self._stage))
         self._write("outliers", result)
-        table = _table("site", "max/std", "kurtosis", "SDAM", "SDAM / mean", "beyond 6 sigma", "heads")
-        for name, site in [*result["weights"].items(), *result["activations"].items()]:
-            numbers = (site["max_over_std"], site["kurtosis"], site["sdam"], site["sdam_relative"])
-            cells = ["-" if value is None else f"{value:.3f}" for value in numbers]
-            heads = len(site["heads"]["mean_abs"]) if site["heads"] else 0
-            table.add_row(name, *cells, f"{100 * site['beyond_6_sigma']:.4f} %", str(heads or "-"))
-        self._console.print(table)
+        self._console.print(tables.outlier_table(result))
         if self._plots:
             for statistic in ("max_over_std", "kurtosis"):
                 self._shown(plots.outlier_boxes(result, self._out / f"outliers_channels_{statistic}.png", statistic))
@@ -151,13 +141,7 @@ class Analyze:
         result = oscillation(self._run, stage)
         result["final_parts"] = final_by_part(self._run, result["stage"])
         self._write("oscillation", result)
-        table = _table("module", "bits", "weights", "peak oscillating %", "final oscillating %", "final frozen %")
-        for name, site in result["sites"].items():
-            shares = (max(site["oscillating_pct"]), site["oscillating_pct"][-1], site["frozen_pct"][-1])
-            table.add_row(name, str(site["n_bits"]), f"{site['numel']:,}", *(f"{share:.2f}" for share in shares))
-        for name, share in (result["final_parts"] or {}).items():
-            table.add_row(name, "", "", "", f"{share:.2f}", "")
-        self._console.print(table)
+        self._console.print(tables.oscillation_table(result))
         if result["final_parts"] is None:
             self._console.print(f"q, k and v are not told apart: stage {result['stage']} has no checkpoint")
         if self._plots:
@@ -192,25 +176,21 @@ class Analyze:
     def _allocate(self, stage: str | None, recipe: str | None, from_stage: str | None, **search: Any) -> None:
         self._check_output(one_file=True)
         config = load_config(str(recipe or self._recipe_of_run()))
-        stage = stage or next((n for n, s in reversed(config.stages.items()) if s.quant is not None), None)
-        quant = allocation.quantized_stage(config, stage).quant
+        stage = stage or allocation.default_stage(config, search["candidates"])
+        quant = allocation.allocatable(config, stage, search["candidates"])
         subject = self._subject((from_stage or self._float_stage()) if self._run else None)
         wanted, given = ((m.name, m.num_classes, m.kwargs) for m in (config.model, subject.config))
         if wanted != given:
             raise ConfigError(f"recipe {config.recipe} is for the model {wanted}; what is measured is {given}")
-        with _bar() as progress:
-            result = search_bits(subject, quant, progress=lambda label: _tracker(progress, label), **search)
-        self._allocation_table(result)
+        with tables.bar() as progress:
+            result = search_bits(subject, quant, progress=lambda label: tables.tracker(progress, label), **search)
+        self._show_allocation(result)
         self._write_allocation(result, config, stage, with_recipe=recipe is not None)
 
-    def _allocation_table(self, result: dict[str, Any]) -> None:
+    def _show_allocation(self, result: dict[str, Any]) -> None:
         for part in ("weights", "activations"):
             if found := result[part]:
-                table = _table(part, "elements", "bits", *(f"{result['cost']} at {b}" for b in result["candidates"]))
-                for name, n_bits in found["bits"].items():
-                    costs = (f"{found['costs'][name][str(b)][0]:+.4f}" for b in result["candidates"])
-                    table.add_row(name, f"{found['numel'][name]:,}", str(n_bits), *costs)
-                self._console.print(table)
+                self._console.print(tables.allocation_table(result, part))
                 self._console.print(
                     f"{part}: {found['average_bits']:.3f} bits on average (budget {found['budget_bits']:.3f}), "
                     f"{found['bytes']:,} bytes; predicted {result['cost']} {found['predicted_cost']:+.4f}"
@@ -252,13 +232,17 @@ class Analyze:
         """
         self.sensitivity(n_bits)
         self.outliers()
-        stages = load_config(str(self._recipe_of_run())).stages if self._run else {}
-        quantized = [name for name, stage in stages.items() if stage.quant is not None]
+        config = load_config(str(self._recipe_of_run())) if self._run else None
+        quantized = [name for name, stage in config.stages.items() if stage.quant is not None] if config else []
         if not quantized:
             self._console.print("oscillation and allocation left out: they need --run of a recipe that quantizes")
             return
-        stage = self._stage if self._stage in quantized else None
-        self._oscillation(stage)
+        self._oscillation(self._stage if self._stage in quantized else None)
+        able = [name for name in quantized if allocation.can_have(config.stages[name].quant, CANDIDATES)]
+        if not able:
+            self._console.print("allocation left out: the weights of no stage have a choice of bits")
+            return
+        stage = self._stage if self._stage in able else able[-1]
         self._allocate(stage, None, None, candidates=CANDIDATES, budget_bits=budget_bits)
 
     def _subject(self, stage: str | None) -> Subject:
@@ -274,11 +258,19 @@ class Analyze:
             return open_run(self._run, stage, self._samples, self._device)
         if stage is not None:
             raise ConfigError("--stage is a stage of a run; a model by name has none")
-        config = ModelConfig(
-            name=self._model, num_classes=self._classes, pretrained=self._checkpoint is None,
-            checkpoint=self._checkpoint and str(self._checkpoint), kwargs=self._kwargs,
-        )  # fmt: skip
-        return open_model(config, self._samples, self._device, self._image_size)
+        if self._library not in ("timm", "transformers"):
+            raise ConfigError(f"--library is {self._library!r}; it is timm or transformers")
+        if self._library == "transformers":
+            config = text_model(
+                self._model, num_classes=self._classes, checkpoint=self._checkpoint, max_length=self._max_length,
+                kwargs=self._kwargs,
+            )  # fmt: skip
+        else:
+            config = ModelConfig(
+                name=self._model, num_classes=self._classes or IMAGENET_CLASSES, pretrained=self._checkpoint is None,
+                checkpoint=self._checkpoint, kwargs=self._kwargs,
+            )  # fmt: skip
+        return open_model(config, self._samples, self._device, image_size=self._image_size, tokenizer=self._tokenizer)
 
     def _recipe_of_run(self) -> Path:
         if self._run is None:
@@ -317,21 +309,3 @@ def _flag(name: str, value: bool | str) -> bool:
     if str(value).lower() not in ("true", "false"):
         raise ConfigError(f"--{name} is {value!r}; it takes true or false")
     return str(value).lower() == "true"
-
-
-def _table(first: str, *others: str) -> Table:
-    """Return a table whose first column, the names, is never cut."""
-    table = Table()
-    table.add_column(first, no_wrap=True, overflow="fold")
-    for name in others:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(file=sys.stderr))
-
-
-def _tracker(progress: Progress, label: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    return lambda items: progress.track(list(items), description=label)

@@ -4,7 +4,7 @@ A part is what can be quantized by itself: an activation site, or some rows of a
 rows of each are a part, so that value projections can be told from queries and keys.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
@@ -14,6 +14,11 @@ from dsquant.models import Sites
 from dsquant.spec import WeightSite
 
 FUSED = {2: "kv", 3: "qkv"}
+LAYERS_OF = {
+    "q": "query",
+    "k": "key",
+    "v": "value",
+}  # where they are apart: layers of BERT, and the sites of what they give
 What = Literal["both", "weights", "activations"]
 
 
@@ -63,20 +68,40 @@ def find_modules(sites: Sites, what: What = "both") -> list[Module]:
     """Return every module of a model in its order: layers (input and weight) and the sites of attention.
 
     A fused weight belongs to its own layer as a whole (`attn.qkv`) and by rows to `attn.q`, `attn.k` and `attn.v`, next
-    to the activation of that name. `what` keeps the parts that are weights or activations only.
+    to the activation of that name. Where q, k and v have a layer each (`self.query`), it takes that activation in. `what`
+    keeps the parts that are weights or activations only.
     """
     if what not in ("both", "weights", "activations"):
         raise ConfigError(f"what is {what!r}; choose both, weights or activations")
-    found: dict[str, set[Part]] = {}
+    layers = {layer_of(name) for name in (*sites.quantizers, *(site.name for site in sites.weights))}
+    found: dict[str, set[Part]] = {name: set() for name in _in_order(sites, layers)}
     for name in sites.quantizers:
-        found.setdefault(layer_of(name), set()).add(Part(name))
+        found[_module_of(name, layers)].add(Part(name))
     for site in sites.weights:
-        found.setdefault(layer_of(site.name), set()).add(Part(site.name, (0, site.shape[0])))
+        found[layer_of(site.name)].add(Part(site.name, (0, site.shape[0])))
         for name, rows in fused_rows(site).items():
             found.setdefault(name, set()).add(Part(site.name, rows))
     wanted = {"both": (True, False), "weights": (False,), "activations": (True,)}[what]
     kept = {name: frozenset(p for p in parts if (p.rows is None) in wanted) for name, parts in found.items()}
     return [Module(name, split_name(name)[1], split_name(name)[0], parts) for name, parts in kept.items() if parts]
+
+
+def _in_order(sites: Sites, layers: Collection[str]) -> list[str]:
+    """Return module names as the model has them: by activations, and a layer without one (embeddings) by its weight."""
+    names = list(dict.fromkeys(_module_of(name, layers) for name in sites.quantizers))
+    after = 0
+    for name in (layer_of(site.name) for site in sites.weights):
+        if name not in names:
+            names.insert(after, name)
+        after = names.index(name) + 1
+    return names
+
+
+def _module_of(site: str, layers: Collection[str]) -> str:
+    """Return the layer of an activation site; of q, k or v the layer that gives it, where it has one to itself."""
+    parent, _, last = site.rpartition(".")
+    giver = f"{parent}.{LAYERS_OF.get(last)}"
+    return giver if giver in layers else layer_of(site)
 
 
 def select(modules: Iterable[Module], patterns: str | Iterable[str] | None) -> list[Module]:

@@ -117,6 +117,7 @@ def _bars_frame(ax: "Axes", names: Sequence[str], title: str, label: str) -> Non
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.axvline(0, color=INK, lw=0.8)
+    ax.locator_params(axis="x", nbins=5)  # numbers of small losses are long
     ax.grid(axis="x", color="#dddddd", lw=0.6)
     ax.set_axisbelow(True)
     ax.set_title(title, fontsize=9, color=INK)
@@ -124,12 +125,13 @@ def _bars_frame(ax: "Axes", names: Sequence[str], title: str, label: str) -> Non
 
 
 def block_table(
-    values: Mapping[str, float], path: Path, *, title: str, label: str, form: str = "{:.3f}",
+    values: Mapping[str, float], path: Path, *, title: str, label: str, form: str | None = None,
     colors: str = "YlOrRd", limits: tuple[float, float] | None = None,
 ) -> Path:  # fmt: skip
     """Draw a heat map of a value by block (rows) and kind of module (columns) from values by module name.
 
-    Colours span the values inside blocks, unless `limits` are given; first and last layer may lie beyond.
+    Colours span the values inside blocks, unless `limits` are given; first and last layer may lie beyond. Numbers have
+    three decimals, or one and an exponent where three would show zeros.
     """
     blocks = list(dict.fromkeys(split_name(name)[0] or "outside blocks" for name in values))
     kinds = list(dict.fromkeys(split_name(name)[1] for name in values))
@@ -137,7 +139,8 @@ def block_table(
     rows = [[cells.get((block, kind), float("nan")) for kind in kinds] for block in blocks]
     inside = [v for n, v in values.items() if split_name(n)[0]]
     limits = limits or ((min(inside), max(inside)) if inside else None)
-    figure, (ax,) = _figure(1, 2.6 + 0.85 * len(kinds), 2.2 + ROW * len(blocks), title)
+    form = form or ("{:.3f}" if max(map(abs, inside or values.values())) >= 0.01 else "{:.1e}")
+    figure, (ax,) = _figure(1, 2.6 + 0.85 * len(kinds), 2.2 + ROW * max(6, len(blocks)), title)
     _heat(figure, ax, rows, blocks, kinds, label, form, colors, limits=limits)
     return _save(figure, path)
 
@@ -161,7 +164,7 @@ def _heat(
             if value is not np.ma.masked and np.isfinite(value):
                 dark = (value - low) > 0.65 * (high - low)
                 text = form.format(value)
-                text = text.removeprefix("-") if float(text) == 0 else text
+                text = text.removeprefix("-") if float(text) == 0 else text.replace("e-0", "e-")
                 ax.text(column, row, text, ha="center", va="center", fontsize=7,
                         color="white" if dark else INK)  # fmt: skip
     figure.colorbar(image, ax=ax, shrink=0.8).set_label(label, fontsize=9)
@@ -184,8 +187,9 @@ def outlier_boxes(result: Mapping[str, Any], path: Path, statistic: str = "max_o
         )  # fmt: skip
         ax.set_yticks(range(1, len(group) + 1), [f"{kind} ({len(v)})" for kind, v in group.items()])
         ax.set_ylim(len(group) + 0.6, 0.4)
-        if max(max(v) for v in values) > 20 * max(1e-9, min(min(v) for v in values)):
-            _log_axis(ax)
+        low, high = max(1e-9, min(min(v) for v in values)), max(max(v) for v in values)
+        if high > 20 * low:
+            _log_axis(ax, dense=high < 500 * low)
         ax.grid(axis="x", color="#dddddd", lw=0.6)
         ax.set_title(f"{name} (number of channels)", fontsize=9, color=INK)
         ax.set_xlabel(labels[statistic], fontsize=9, color=INK)
@@ -194,12 +198,12 @@ def outlier_boxes(result: Mapping[str, Any], path: Path, statistic: str = "max_o
     return _save(figure, path)
 
 
-def _log_axis(ax: "Axes") -> None:
-    """Make x logarithmic, with plain numbers at 1, 2 and 5 of each decade and none between: they would overlap."""
+def _log_axis(ax: "Axes", dense: bool) -> None:
+    """Make x logarithmic, with plain numbers at each decade, or `dense` at 1, 2 and 5 of it, and none between."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    ax.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0) if dense else (1.0,)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
 
@@ -220,11 +224,11 @@ def outlier_heads(result: Mapping[str, Any], path: Path, statistic: str = "max_o
         return None
     blocks = list(dict.fromkeys(split_name(name)[0] or "" for name in sites))
     heads = max(len(values) for values in sites.values())
-    columns = min(3, len(kinds))
+    columns = min(3 if heads <= 6 else 2, len(kinds))
     count = -(-len(kinds) // columns)
     labels = {"max_over_std": "max |x| / std of a head", "kurtosis": "kurtosis of a head (normal: 3)"}
     title = f"{result['subject']}: outliers of activations by head; {result['samples']} samples"
-    width, height = 1.6 + columns * (1.6 + 0.42 * heads), 0.8 + count * (0.9 + ROW * len(blocks))
+    width, height = 1.6 + columns * (1.6 + 0.42 * heads), 0.8 + count * (0.9 + ROW * max(4, len(blocks)))
     figure, axes = _figure(columns, max(8.0, width), height, title, rows=count)
     for index, (ax, kind) in enumerate(zip(axes, kinds, strict=False)):
         rows = [_padded(sites.get(f"{block}.{kind}".lstrip("."), ()), heads) for block in blocks]

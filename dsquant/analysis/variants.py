@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dsquant.analysis.modules import Part
-from dsquant.analysis.subject import Subject, logits_of
+from dsquant.analysis.subject import Subject, float_logits
 from dsquant.config import QuantConfig
 from dsquant.errors import ConfigError
 from dsquant.models import Sites, insert_sites
@@ -116,7 +116,7 @@ def post_training(subject: Subject, policy: SitePolicy, *, activations: bool = T
     if sites.quantizers:
         with torch.no_grad():
             calibrate(
-                sites.quantizers, state, lambda inputs: logits_of(model, inputs), subject.calibration, rounds=1,
+                sites.quantizers, state, lambda inputs: float_logits(model, inputs), subject.calibration, rounds=1,
                 bind=lambda: sites.bind(state, trainable=False),
             )  # fmt: skip
     return Variants(model, sites, weight_images(model, sites.weights))

@@ -35,7 +35,8 @@ def model_outputs(model: nn.Module, inputs: Inputs, *, hidden: bool = False) -> 
     """
     if isinstance(inputs, Tensor):
         if not hidden:
-            return model(inputs), ()
+            found = model(inputs)
+            return (found if isinstance(found, Tensor) else found.logits), ()  # transformers' models give an object
         with _block_outputs(model) as outputs:
             logits = model(inputs)
         return logits, tuple(outputs)

@@ -75,16 +75,7 @@ def read_config(config: ModelConfig) -> PretrainedConfig:
 
     The bare name of a family makes it from `kwargs` alone and reads nothing. Raises ConfigError.
     """
-    try:
-        bare = config.name in CLASSES
-        found = AutoConfig.for_model(config.name) if bare else AutoConfig.from_pretrained(location_of(config.name))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.name {config.name!r} is no folder with a config.json here, and the hub does not give it: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
-    if found.model_type not in CLASSES:
-        raise ConfigError(f"{config.name} is a {found.model_type}; text models here are {', '.join(CLASSES)}")
+    found = _upstream_config(config.name)
     for key, value in config.kwargs.items():
         if key not in ARCHITECTURE:
             near = get_close_matches(key, ARCHITECTURE, n=1)
@@ -94,6 +85,25 @@ def read_config(config: ModelConfig) -> PretrainedConfig:
     found.num_labels = config.num_classes
     found.use_cache = False  # of decoders; it would only warn
     _check(config, found)
+    return found
+
+
+def own_classes(name: str) -> int:
+    """Return the number of classes that a model's configuration says; 2, by transformers' default, of a mere encoder."""
+    return _upstream_config(name).num_labels
+
+
+def _upstream_config(name: str) -> PretrainedConfig:
+    try:
+        bare = name in CLASSES
+        found = AutoConfig.for_model(name) if bare else AutoConfig.from_pretrained(location_of(name))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.name {name!r} is no folder with a config.json here, and the hub does not give it: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    if found.model_type not in CLASSES:
+        raise ConfigError(f"{name} is a {found.model_type}; text models here are {', '.join(CLASSES)}")
     return found
 
 

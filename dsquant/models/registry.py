@@ -79,6 +79,20 @@ def tokenizer_location(config: ModelConfig, tokenizer: str | None = None) -> str
     return location_of(tokenizer or config.name)
 
 
+def text_model(name: str, *, num_classes: int | None = None, checkpoint: str | None = None, max_length: int,
+               kwargs: dict[str, Any]) -> ModelConfig:  # fmt: skip
+    """Return the ModelConfig of a text model that is looked at and not trained: no dropout of probabilities to be in the way.
+
+    Without `checkpoint` its weights are its own; without `num_classes` it has those of its configuration. Raises ConfigError.
+    """
+    from dsquant.models.language import own_classes
+
+    return ModelConfig(
+        library="transformers", name=name, num_classes=num_classes or own_classes(name), max_length=max_length,
+        pretrained=checkpoint is None, checkpoint=checkpoint, kwargs={"attention_probs_dropout_prob": 0.0} | kwargs,
+    )  # fmt: skip
+
+
 def pretrained_view(name: str) -> dict[str, Any]:
     """Return what timm says of a model's own weights: num_classes, and how it sees images.
 
