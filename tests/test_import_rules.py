@@ -19,10 +19,11 @@ REPO = Path(__file__).resolve().parents[1]
 VOCABULARY = {"spec", "errors", "config"}
 KERNELS = VOCABULARY | {"ops"}
 MODELS = KERNELS | {"quant", "models"}
-ENGINE = MODELS | {"shard"}
+ENGINE = MODELS | {"shard", "launcher"}
 LAYERS = {
     "dsquant": {"models"},  # dsquant/__init__.py, in functions alone
     "errors": set(),
+    "launcher": {"errors"},
     "spec": {"errors"},
     "config": {"spec", "errors"},
     "ops": {"spec", "errors"},
@@ -71,7 +72,7 @@ DEPENDENCIES = {
 }
 
 # layer -> the only dependencies it may import: these are read where torch is absent or must not be loaded.
-STDLIB_ONLY = {"dsquant": set(), "errors": set(), "spec": set(), "config": {"pydantic", "yaml"}}
+STDLIB_ONLY = {"dsquant": set(), "errors": set(), "launcher": set(), "spec": set(), "config": {"pydantic", "yaml"}}
 
 FORBIDDEN_NAMES = {"utils", "common", "base"}
 THIN = 120  # lines of a file in tools/
