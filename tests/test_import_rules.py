@@ -32,6 +32,8 @@ LAYERS = {
     "models": KERNELS | {"quant"},
     "losses": VOCABULARY,
     "run_folder": VOCABULARY,
+    "preemption": set(),
+    "run_data": VOCABULARY | {"data", "engine", "evaluation", "models", "run_folder"},
     "data": VOCABULARY,
     "telemetry": VOCABULARY,
     "analysis": ENGINE | {"checkpoint", "data", "run_folder", "telemetry", "convert"},
@@ -41,7 +43,7 @@ LAYERS = {
     "engine": ENGINE,
     "benchmark": ENGINE | {"engine"},
     "checkpoint": ENGINE | {"engine"},
-    "soft_labels": MODELS | {"config", "engine", "checkpoint", "data"},
+    "soft_labels": MODELS | {"config", "engine", "checkpoint", "data", "preemption"},
     "loop": ENGINE
     | {
         "engine",
@@ -54,9 +56,12 @@ LAYERS = {
         "export",
         "convert",
         "run_folder",
+        "run_data",
+        "preemption",
     },
     "train": ENGINE
-    | {"engine", "checkpoint", "losses", "data", "telemetry", "analysis", "export", "convert", "loop", "run_folder"},
+    | {"engine", "checkpoint", "losses", "data", "telemetry", "analysis", "export", "convert", "loop", "run_folder"}
+    | {"preemption"},
 }
 LAYERS["tools"] = set(LAYERS)  # tools/*.py: thin command lines over any layer
 

@@ -123,7 +123,7 @@ def pretrain(config, folder: Path, steps: int = 100) -> Path:
     from safetensors.torch import save_file
 
     from dsquant.data import TrainStream, make_digits
-    from dsquant.loop import transform_of
+    from dsquant.evaluation import transform_of
 
     torch.manual_seed(0)
     model = timm.create_model(config.model.name, num_classes=config.model.num_classes, **config.model.kwargs)
