@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,13 @@ def checkpoint_dir(run_dir: Path, stage: str, step: int) -> Path:
 
 
 def save_checkpoint(
-    run_dir: Path, config: RunConfig, stage: str, engine: Engine, *, done: bool, results: dict[str, Any] | None = None
-) -> Path:
+    run_dir: Path, config: RunConfig, stage: str, engine: Engine, *, done: bool, results: dict[str, Any] | None = None,
+    owed: Sequence[str] = (),
+) -> Path:  # fmt: skip
     """Save an engine between optimizer steps; every rank calls this.
 
-    `done` marks the end of the stage; `results` (top-1 and the like so far) travel in the manifest.
+    `done` marks the end of the stage; `results` (top-1 and the like so far) travel in the manifest, as does `owed`: the kinds
+    of record that this step was to get and that a resumed run has yet to make.
     Raises TrainingError, and writes nothing, where a latent is not finite.
     """
     _check_finite(engine)
@@ -62,7 +65,7 @@ def save_checkpoint(
         files |= _write(partial / "replicated.safetensors", _replicated_tensors(engine))
     gathered: list[Any] = [None] * engine.world.size
     dist.all_gather_object(gathered, files)
-    manifest = _manifest(config, stage, engine, done) | {"results": results or {}}
+    manifest = _manifest(config, stage, engine, done) | {"results": results or {}, "owed": list(owed)}
     if engine.world.rank == 0:
         manifest["files"] = {name: facts for part in gathered for name, facts in part.items()}
         _write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
@@ -238,6 +241,10 @@ class Checkpoint:
     @property
     def done(self) -> bool:
         return self.manifest["done"]
+
+    @property
+    def owed(self) -> list[str]:
+        return self.manifest.get("owed", [])
 
     @property
     def parts(self) -> list[str]:

@@ -476,7 +476,7 @@ def load_config(recipe: str = DEFAULT_RECIPE, overrides: dict[str, Any] | None =
     """Read a recipe by name or path, apply dotted overrides, and check it. Raises ConfigError.
 
     A recipe may start with `extends: NAME_OR_FILE`: what it says is then laid over that recipe, mapping by mapping; a stage
-    set to null is left out, and lists replace lists.
+    set to null is left out, its target too, and lists replace lists.
     """
     tree, path = _read_recipe(recipe, ())
     for key, value in (overrides or {}).items():
@@ -502,7 +502,9 @@ def _read_recipe(recipe: str, above: tuple[Path, ...]) -> tuple[dict[str, Any], 
     if beneath is not None:
         base = str(path.parent / beneath) if str(beneath).endswith((".yaml", ".yml")) else str(beneath)
         tree = _laid_over(_read_recipe(base, (*above, path.resolve()))[0] | {"recipe": path.stem}, tree)
-        tree["stages"] = {name: stage for name, stage in (tree.get("stages") or {}).items() if stage is not None}
+        stages, targets = tree.get("stages") or {}, tree.get("targets") or {}
+        tree["stages"] = {name: stage for name, stage in stages.items() if stage is not None}
+        tree["targets"] = {name: aim for name, aim in targets.items() if stages.get(name, aim) is not None}
     tree.setdefault("recipe", path.stem)
     return tree, path
 

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsquant.config import QuantConfig, RunConfig, StageConfig, merge_ds_config
 from dsquant.errors import ConfigError, TrainingError
+from dsquant.launcher import adopt_launcher, device_index
 from dsquant.models.inputs import Inputs, logits_of, model_outputs, move
 from dsquant.models.registry import insert_sites
 from dsquant.models.sites import Sites
@@ -59,33 +60,20 @@ class World:
 
 
 def init_world() -> World:
-    """Join the process group that the launcher describes, or a group of one without a launcher.
-
-    Under Slurm, or any launcher that shows one device to each task, that device is taken whatever LOCAL_RANK says.
-    """
+    """Join the process group that the launcher describes (`launcher.py`), or a group of one without a launcher."""
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
     logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())  # ours is tested, by us
-    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(key, value)
-    if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+    adopt_launcher(os.environ)
     accelerator = get_accelerator()
     gpu = accelerator.device_name() != "cpu"
     if gpu:
-        local = int(os.environ["LOCAL_RANK"])
-        accelerator.set_device(local if accelerator.device_count() > local else 0)
+        index = device_index(int(os.environ["LOCAL_RANK"]), accelerator.device_count())
+        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed reads the number of the device from it
+        accelerator.set_device(index)
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name() if gpu else "gloo")
     return World(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name()))
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def micro_batch_size(stage: StageConfig, world_size: int) -> int:

@@ -1,5 +1,6 @@
 """Validation: loss, top-1 and the metrics of GLUE over a set of shards, on one rank or all."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -97,9 +98,14 @@ def glue_metric(metric: str, predicted, labels) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, stream: EvalStream, scores: Scores, device: torch.device | str, dtype: torch.dtype
-) -> Scores:
-    """Run a model in evaluation mode over a rank's batches of validation samples, add them to `scores`, and return these."""
+    model: nn.Module, stream: EvalStream, scores: Scores, device: torch.device | str, dtype: torch.dtype,
+    after_batch: Callable[[], None] = lambda: None,
+) -> Scores:  # fmt: skip
+    """Run a model in evaluation mode over a rank's batches of validation samples, add them to `scores`, and return these.
+
+    Whatever `after_batch` raises ends the evaluation.
+    """
     for inputs, labels in stream.batches():
         scores.add(logits_of(model, move(inputs, device, dtype)), labels.to(device))
+        after_batch()
     return scores

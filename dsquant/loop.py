@@ -8,8 +8,10 @@ run continues bit for bit without saving the state of any generator.
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,17 @@ from dsquant.checkpoint import (
     restore,
     save_checkpoint,
 )
-from dsquant.config import SOFT_LABELS, DataConfig, RunConfig, StageConfig
+from dsquant.config import SOFT_LABELS, RunConfig, StageConfig
 from dsquant.convert import convert_run
-from dsquant.data import EvalStream, ShardSet, StoredCrops, TrainStream, copy_tokenizer, make_digits
-from dsquant.engine import Engine, World, micro_batch_size
-from dsquant.errors import CheckpointError, ConfigError, TrainingError
-from dsquant.evaluation import METRICS, Scores, evaluate, score_name, transform_of
+from dsquant.data import StoredCrops, TrainStream
+from dsquant.engine import Engine, World
+from dsquant.errors import CheckpointError, TrainingError
+from dsquant.evaluation import METRICS, Scores, evaluate, score_name
 from dsquant.losses import block_loss, hidden_loss, stage_loss
-from dsquant.models import build_model, insert_sites, model_outputs, tokenizer_location
+from dsquant.models import build_model, insert_sites, model_outputs
+from dsquant.preemption import Stopped, StopRequest
 from dsquant.quant.calibrate import calibrate
-from dsquant.run_folder import TOKENIZER
+from dsquant.run_data import eval_stream, images_per_batch, open_data, open_tokenizer, train_stream
 from dsquant.telemetry.console import Console, closing_table
 from dsquant.telemetry.metrics import METRICS_FILE, MetricsLog, write_summary
 from dsquant.telemetry.report import write_report
@@ -61,44 +64,6 @@ def seed_step(seed: int, *parts: object) -> None:
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def open_data(config: DataConfig, run_dir: Path, rank: int) -> tuple[ShardSet, ShardSet]:
-    """Open the training and validation shards; rank 0 makes or counts them first, the others then find them."""
-    for turn in (rank == 0, rank != 0):
-        if turn:
-            if config.source == "digits":
-                shards = make_digits(run_dir / "data")
-            else:
-                cache = run_dir / "data"
-                shards = tuple(ShardSet.open(location, cache) for location in (config.train, config.val))
-        dist.barrier()
-    return shards
-
-
-def open_tokenizer(config: RunConfig, run_dir: Path, rank: int) -> Path | None:
-    """Give the run a copy of its tokenizer, made by rank 0, and return its folder; None for images."""
-    if config.data.task == "image":
-        return None
-    if rank == 0:
-        copy_tokenizer(tokenizer_location(config.model, config.data.tokenizer), run_dir / TOKENIZER)
-    dist.barrier()
-    return run_dir / TOKENIZER
-
-
-def images_per_batch(config: RunConfig, stage: StageConfig, world_size: int) -> int:
-    """Return images per rank and accumulation step; `batch_size` counts crops where an image serves several.
-
-    Raises ConfigError where the batch does not divide.
-    """
-    crops, soft = micro_batch_size(stage, world_size), config.data.soft_labels
-    per_image = soft.crops_per_image if soft else 1
-    if crops % per_image:
-        raise ConfigError(
-            f"batch_size {stage.batch_size} gives {crops} crops to each of {world_size} ranks x {stage.gradient_accumulation} "
-            f"accumulation steps, not a multiple of data.soft_labels.crops_per_image {per_image}"
-        )
-    return crops // per_image
-
-
 @dataclass
 class StepBuffer:
     """Keep per-step sums on the device until they are recorded: loss, right answers, images."""
@@ -121,13 +86,18 @@ class Run:
         run_dir: where everything of the run lies, the same on every rank.
         world: this process among its peers.
         resume: continue from the newest whole checkpoint.
+        stop: what has this run stop at the end of a step, of a batch of an evaluation or of a calibration; it then raises
+            Stopped on every rank, and a run that resumes ends as one that was never stopped.
     """
 
     def __init__(
-        self, config: RunConfig, ds_config: dict[str, Any], run_dir: Path, world: World, *, resume: bool = False
-    ):
+        self, config: RunConfig, ds_config: dict[str, Any], run_dir: Path, world: World, *, resume: bool = False,
+        stop: StopRequest | None = None,
+    ):  # fmt: skip
         self.config, self.ds_config, self.run_dir, self.world = config, ds_config, run_dir, world
         self.main = world.rank == 0
+        self.stop = stop or StopRequest()
+        self.stop.join(world.size)
         self._check_stages()
         self.train_shards, self.val_shards = open_data(config.data, run_dir, world.rank)
         self.stored_crops = StoredCrops.of_recipe(config, self.train_shards)
@@ -172,6 +142,9 @@ class Run:
                 self._stage(name, resumed)
             self._finish(names[-1])
             failed = False
+        except Stopped:
+            failed = False
+            raise
         finally:
             self.console.close()
             if self.metrics:
@@ -186,7 +159,8 @@ class Run:
         )
         path, after = self.run_dir / METRICS_FILE, (self.start.stage, self.start.step) if self.start else None
         if path.exists():
-            return MetricsLog.resume(path, [name for name, _ in stages], after, [sink])
+            owed = self.start.owed if self.start else ()
+            return MetricsLog.resume(path, [name for name, _ in stages], after, [sink], owed)
         return MetricsLog(path, [sink])
 
     def _recall(self, names: list[str]) -> None:
@@ -202,7 +176,7 @@ class Run:
             self._note(self._evaluate(model.to(self.world.device).eval(), torch.float32), "float_")
         teacher = self._teacher(stage)
         engine = Engine(model, self.config, stage, self.ds_config, self.world, total)
-        stream = self._train_stream(stage)
+        stream = train_stream(self.config, stage, self.train_shards, self.stored_crops, self.tokenizer, self.world)
         if resumed is not None:
             self.summary |= resumed.manifest.get("results", {})
             restore(engine, resumed)
@@ -217,7 +191,7 @@ class Run:
             self.metrics.write("stage", name, 0, event="begin", total=total, zero_stage=engine.zero_stage)
         if stage.quant is not None and resumed is None:
             self._record_evaluation(name, engine)
-        self._train(name, stage, engine, stream, teacher)
+        self._train(name, stage, engine, stream, teacher, owed=resumed is not None and bool(resumed.owed))
         engine.destroy()
 
     def _initial_model(self, name: str, stage: StageConfig) -> nn.Module:
@@ -234,37 +208,28 @@ class Run:
             teacher = teacher.bfloat16()
         return teacher.requires_grad_(False)
 
-    def _train_stream(self, stage: StageConfig) -> TrainStream:
-        data = self.config.data
-        return TrainStream(
-            self.train_shards,
-            transform=None if self.stored_crops else transform_of(data, train=True, tokenizer=self.tokenizer),
-            decode_rows=self.stored_crops,
-            batch_size=images_per_batch(self.config, stage, self.world.size),
-            rank=self.world.rank,
-            world_size=self.world.size,
-            seed=self.config.seed,
-            num_workers=data.num_workers,
-            shuffle_buffer=data.shuffle_buffer,
-            bucket_batches=data.bucket_batches,
-            pin_memory=self.world.device.type == "cuda",
-        )
-
     def _calibrate(self, engine: Engine, stage: StageConfig, stream: TrainStream) -> None:
         """Fit the activation quantizers on training samples, the first of the run's own stream."""
         self.console.message("calibrating activation quantizers on training samples ...")
-        batches = stream.batches()
-        samples = [next(batches)[0] for _ in range(stage.quant.calibration.batches)]
+        samples = []
+        for inputs, *_ in islice(stream.batches(), stage.quant.calibration.batches):
+            samples.append(inputs)
+            self.stop.poll("calibration")
         engine.eval()
+
+        def forward(inputs: Any) -> None:
+            self.stop.poll("calibration")
+            engine.evaluate_logits(inputs)
+
         calibrate(
-            engine.sites.quantizers, engine.state, engine.evaluate_logits, samples, stage.quant.calibration.rounds,
+            engine.sites.quantizers, engine.state, forward, samples, stage.quant.calibration.rounds,
             bind=lambda: engine.sites.bind(engine.state), init=stage.quant.calibration.init,
         )  # fmt: skip
         engine.train()
         engine.finish_calibration()
 
     def _train(
-        self, name: str, stage: StageConfig, engine: Engine, stream: TrainStream, teacher: nn.Module | None
+        self, name: str, stage: StageConfig, engine: Engine, stream: TrainStream, teacher: nn.Module | None, owed: bool
     ) -> None:
         total, every = self.totals[name], self.config.telemetry.log_every
         steps_per_epoch = max(1, self.train_shards.total // stage.batch_size)
@@ -275,25 +240,45 @@ class Run:
         if total == 0:  # taken as it is
             self._record_evaluation(name, engine)
             self._save(name, engine, done=True)
+        elif owed:  # the checkpoint is of the middle of this step's end
+            self._end_step(name, stage, engine, buffer, evaluates=True)
         while engine.step_index < total:
             lr = learning_rate(stage, engine.step_index, total)
             step = engine.step_index + 1
             last = step == total
-            saves = last or (self.config.checkpoint.every_steps and step % self.config.checkpoint.every_steps == 0)
             evaluates = last or step % eval_every == 0
             observes = bool(engine.quantization) and (last or step % self.config.telemetry.oscillation_every == 0)
             sums = self._step(name, stage, engine, batches, teacher, lr, observes)
             buffer.add(step, lr, sums)
-            if step % every == 0 or saves or evaluates or observes:
+            if step % every == 0 or self._saves(step, total) or evaluates or observes:
                 self._flush(name, stage, buffer)
             if observes:
                 self._record_oscillation(name, engine)
+            self._end_step(name, stage, engine, buffer, evaluates=evaluates)
+
+    def _saves(self, step: int, total: int) -> bool:
+        every = self.config.checkpoint.every_steps
+        return step == total or bool(every and step % every == 0)
+
+    def _end_step(self, name: str, stage: StageConfig, engine: Engine, buffer: StepBuffer, *, evaluates: bool) -> None:
+        """Evaluate and save where a step ends with that, or stop here: then the checkpoint says what this step still owes.
+
+        An evaluation that is stopped is done anew by the resumed run: it changes no weight, and nothing of it is recorded.
+        """
+        step, total = engine.step_index, self.totals[name]
+        saves = self._saves(step, total)
+        try:
+            self.stop.poll("training")
             if evaluates:
                 self._record_evaluation(name, engine)
-            if saves:
-                self._save(name, engine, done=last)
-            if evaluates or saves:
-                buffer.began = time.monotonic()
+        except Stopped as stopped:
+            self._flush(name, stage, buffer)
+            self._save(name, engine, done=False, owed=("eval", "checkpoint") if evaluates else ())
+            raise Stopped(f"{stopped}: stage {name} is saved at step {step} of {total}") from None
+        if saves:
+            self._save(name, engine, done=step == total)
+        if evaluates or saves:
+            buffer.began = time.monotonic()
 
     def _step(
         self, name: str, stage: StageConfig, engine: Engine, batches: Iterator[tuple[Any, ...]],
@@ -375,23 +360,16 @@ class Run:
 
     def _evaluate(self, model: nn.Module, dtype: torch.dtype) -> dict[str, float | int]:
         """Return loss, number of samples and scores over the whole validation set."""
-        data = self.config.data
-        stream = EvalStream(
-            self.val_shards,
-            transform=transform_of(data, train=False, tokenizer=self.tokenizer),
-            batch_size=data.eval_batch_size,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            num_workers=min(data.num_workers, 2),
-        )
-        scores = Scores(data.metric, self.world.device)
-        return evaluate(model, stream, scores, self.world.device, dtype).result()
+        stream = eval_stream(self.config.data, self.val_shards, self.tokenizer, self.world)
+        scores = Scores(self.config.data.metric, self.world.device)
+        poll = partial(self.stop.poll, "evaluation")
+        return evaluate(model, stream, scores, self.world.device, dtype, poll).result()
 
-    def _save(self, name: str, engine: Engine, *, done: bool) -> None:
+    def _save(self, name: str, engine: Engine, *, done: bool, owed: Sequence[str] = ()) -> None:
         if self.metrics:
             self.metrics.flush()
         results = {k: v for k, v in self.summary.items() if k in CARRIED}
-        path = save_checkpoint(self.run_dir, self.config, name, engine, done=done, results=results)
+        path = save_checkpoint(self.run_dir, self.config, name, engine, done=done, results=results, owed=owed)
         self.summary["checkpoint"] = str(path)
         self.summary["zero_stage"] = engine.zero_stage
         if self.metrics:

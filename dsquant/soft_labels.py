@@ -31,10 +31,12 @@ from dsquant.engine import World
 from dsquant.errors import ConfigError, DataError
 from dsquant.models import logits_of
 from dsquant.models.registry import build_model, pretrained_view
+from dsquant.preemption import Stopped, StopRequest
 
 IMAGENET_IMAGES = 1_281_167
 TAR_BLOCK = 512
 POLL_SECONDS = 0.5
+STOPPING = ".stopping"  # file in the folder of the new shards
 VIEW = ("image_size", "channels", "mean", "std", "interpolation")
 Progress = Callable[[int, int], None]
 
@@ -172,14 +174,16 @@ class SoftLabelWriter:
         teacher, settings: who labels, and how.
         batch_size: crops that the teacher sees at a time.
         num_threads: threads of this rank that cut crops.
+        stop: where any rank is asked to stop, all leave their shards as they are and raise Stopped.
     """
 
     def __init__(
         self, shards: ShardSet, out: str | Path, teacher: Teacher, settings: SoftLabelSettings, world: World, *,
-        batch_size: int = 256, num_threads: int = 8,
+        batch_size: int = 256, num_threads: int = 8, stop: StopRequest | None = None,
     ):  # fmt: skip
         self.shards, self.out, self.world = shards, Path(out).absolute(), world
-        self.teacher, self.settings = teacher, settings
+        self.teacher, self.settings, self.stop = teacher, settings, stop or StopRequest()
+        self.stop.join(world.size)
         self.batch_size, self.num_threads = batch_size, num_threads
         self.to_mode = ToMode("L" if teacher.view["channels"] == 1 else "RGB")
         self.counts = {shard_name(url): count for url, count in zip(shards.urls, shards.counts, strict=True)}
@@ -200,25 +204,38 @@ class SoftLabelWriter:
         pending = self._begin()
         mine = pending[self.world.rank :: self.world.size]
         urls = dict(zip(self.counts, self.shards.urls, strict=True))
-        with ThreadPoolExecutor(self.num_threads) as pool:
-            for name in mine:
-                write_shard(self.out / name, self._labelled(urls[name], self.counts[name], pool, progress))
-        # No collective: one of its peers may need longer for its last shard than a process group waits.
-        while (done := self._samples_done()) < self.shards.total:
+        stopping = False
+        try:
+            with ThreadPoolExecutor(self.num_threads) as pool:
+                for name in mine:
+                    write_shard(self.out / name, self._labelled(urls[name], self.counts[name], pool, progress))
+            # No collective: one of its peers may need longer for its last shard than a process group waits.
+            while (done := self._samples_done()) < self.shards.total:
+                progress(done, self.shards.total)
+                self._stop_if_asked()
+                time.sleep(POLL_SECONDS)
             progress(done, self.shards.total)
-            time.sleep(POLL_SECONDS)
-        progress(done, self.shards.total)
-        dist.barrier()
+        except Stopped:
+            stopping = True
+        self.stop.agree(stopping, f"soft labels, after {self._samples_done()} of {self.shards.total} images")
         if self.world.rank == 0:
             finish_set(self.out, self.counts)
         dist.barrier()
         return ShardSet(tuple(str(self.out / name) for name in self.counts), tuple(self.counts.values()))
+
+    def _stop_if_asked(self) -> None:
+        """Raise Stopped where this rank or, by a file that it leaves, another was asked to: ranks here do not go in step."""
+        if self.stop.asked:
+            (self.out / STOPPING).touch()
+        if (self.out / STOPPING).exists():
+            raise Stopped
 
     def _begin(self) -> list[str]:
         """Agree on the settings and give the names of the shards that are still to be made."""
         path = self.out / SETTINGS
         if self.world.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / STOPPING).unlink(missing_ok=True)  # of a start that was stopped
             if not path.exists():
                 write_whole(path, self.settings.to_json())
         dist.barrier()
@@ -271,6 +288,7 @@ class SoftLabelWriter:
             waiting.append((group, *self._launch(group, pool)))
             if len(waiting) > 1:
                 yield from self._encoded(*waiting.popleft())
+            self._stop_if_asked()
             done += len(group)
             progress(begun + done, self.shards.total)
         for entry in waiting:

@@ -12,8 +12,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import fire  # noqa: E402
 
 from dsquant.errors import DsquantError  # noqa: E402
+from dsquant.preemption import EXIT_STOPPED, Stopped, StopRequest, leave_together  # noqa: E402
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
+STOP = StopRequest()
 NO_DS_CONFIG = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
 
 
@@ -30,6 +32,7 @@ def train(
     """Train the stages of a recipe, then pack the result.
 
     Any recipe field can be set by its dotted name: --stages.w2a2.epochs=30 --data.num_workers=8 --seed=1
+    SIGUSR1 or SIGTERM to any rank: all stop after the same step, with a checkpoint and exit code 75; --resume goes on.
 
     Args:
         words: none; every option has a name.
@@ -55,13 +58,19 @@ def train(
     config, run_dir = prepare_run(recipe, overrides, out_dir, resume)
     world.use_precision(config.precision)
     world.use_threads(config.cpu_threads)
-    Run(config, ds, run_dir, world, resume=resume).execute()
+    Run(config, ds, run_dir, world, resume=resume, stop=STOP).execute()
 
 
 def main() -> None:
+    STOP.listen()  # before torch is loaded: a signal that comes earlier would end the process
     wants_help = {"-h", "--help"} & set(sys.argv[1:])  # fire would take it for one more override
     try:
         fire.Fire(train, ["--", "--help"] if wants_help else None, name="train.py")
+    except Stopped as stopped:
+        leave_together()
+        if os.environ.get("RANK", "0") == "0":
+            print(f"dsquant: {stopped}; --resume goes on from there", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
     except DsquantError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # what every rank meets, rank 0 reports; it then ends the others

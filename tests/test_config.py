@@ -425,3 +425,9 @@ def test_soft_labels_that_cannot_be_used_as_written_are_refused_with_the_keys_to
 def test_no_stage_starts_from_soft_labels():
     message = refusal(with_soft_labels(stages__w2a2__init_from="soft_labels"))
     assert "stages.w2a2.init_from is 'soft_labels'" in message
+
+
+def test_a_stage_that_is_left_out_takes_its_target_along():
+    found = load_config("imagenet_swin_tiny_w2")
+    assert list(found.stages) == list(found.targets) == ["fp", "w2a2"]
+    assert found.stages["w2a2"] == load_config("imagenet_swin_tiny").stages["w2a2"]

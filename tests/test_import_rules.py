@@ -19,10 +19,11 @@ REPO = Path(__file__).resolve().parents[1]
 VOCABULARY = {"spec", "errors", "config"}
 KERNELS = VOCABULARY | {"ops"}
 MODELS = KERNELS | {"quant", "models"}
-ENGINE = MODELS | {"shard"}
+ENGINE = MODELS | {"shard", "launcher"}
 LAYERS = {
     "dsquant": {"models"},  # dsquant/__init__.py, in functions alone
     "errors": set(),
+    "launcher": {"errors"},
     "spec": {"errors"},
     "config": {"spec", "errors"},
     "ops": {"spec", "errors"},
@@ -31,6 +32,8 @@ LAYERS = {
     "models": KERNELS | {"quant"},
     "losses": VOCABULARY,
     "run_folder": VOCABULARY,
+    "preemption": set(),
+    "run_data": VOCABULARY | {"data", "engine", "evaluation", "models", "run_folder"},
     "data": VOCABULARY,
     "telemetry": VOCABULARY,
     "analysis": ENGINE | {"checkpoint", "data", "evaluation", "run_folder", "telemetry", "convert"},
@@ -40,7 +43,7 @@ LAYERS = {
     "engine": ENGINE,
     "benchmark": ENGINE | {"engine"},
     "checkpoint": ENGINE | {"engine"},
-    "soft_labels": MODELS | {"config", "engine", "checkpoint", "data"},
+    "soft_labels": MODELS | {"config", "engine", "checkpoint", "data", "preemption"},
     "loop": ENGINE
     | {
         "engine",
@@ -53,9 +56,12 @@ LAYERS = {
         "export",
         "convert",
         "run_folder",
+        "run_data",
+        "preemption",
     },
     "train": ENGINE
-    | {"engine", "checkpoint", "losses", "data", "telemetry", "analysis", "export", "convert", "loop", "run_folder"},
+    | {"engine", "checkpoint", "losses", "data", "telemetry", "analysis", "export", "convert", "loop", "run_folder"}
+    | {"preemption"},
 }
 LAYERS["tools"] = set(LAYERS)  # tools/*.py: thin command lines over any layer
 
@@ -71,7 +77,7 @@ DEPENDENCIES = {
 }
 
 # layer -> the only dependencies it may import: these are read where torch is absent or must not be loaded.
-STDLIB_ONLY = {"dsquant": set(), "errors": set(), "spec": set(), "config": {"pydantic", "yaml"}}
+STDLIB_ONLY = {"dsquant": set(), "errors": set(), "launcher": set(), "spec": set(), "config": {"pydantic", "yaml"}}
 
 FORBIDDEN_NAMES = {"utils", "common", "base"}
 THIN = 120  # lines of a file in tools/

@@ -7,6 +7,7 @@ import torch
 
 from dsquant.config import StageConfig
 from dsquant.loop import Run
+from dsquant.preemption import StopRequest
 from dsquant.quant.modules import ActivationQuantizer
 from dsquant.quant.state import QuantState
 from dsquant.spec import ActivationSite, QuantSpec
@@ -28,6 +29,7 @@ def test_the_rule_of_the_recipe_finds_the_first_activation_scales(init, factor):
     stage = StageConfig(steps=1, batch_size=3, lr=1e-3, quant=quant)
     run = Run.__new__(Run)
     run.console = SimpleNamespace(message=lambda text: None)
+    run.stop = StopRequest()
     run._calibrate(engine, stage, SimpleNamespace(batches=lambda: iter(batches)))
     mean = torch.cat([images for images, _ in batches[:2]]).double().mean()
     torch.testing.assert_close(state.get("site").double(), (factor * mean).view(1), rtol=1e-6, atol=0)

@@ -18,8 +18,8 @@ from dsquant.data.shards import PENDING_INDEX
 from dsquant.data.stream import read_shard
 from dsquant.engine import World
 from dsquant.errors import ConfigError, DataError
-from dsquant.loop import images_per_batch
 from dsquant.models import build_model
+from dsquant.run_data import images_per_batch
 from dsquant.soft_labels import SoftLabelWriter, make_settings, open_teacher
 from tests.integration.runs import REPO, TINY, free_port, losses, records, run, train_command
 

@@ -7,6 +7,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dsquant.errors import DsquantError
+from dsquant.preemption import EXIT_STOPPED, Stopped, StopRequest, leave_together
+
+STOP = StopRequest()
 
 
 def bar(disable: bool) -> Progress:
@@ -34,7 +37,7 @@ def make(
 ) -> None:
     """Have a teacher look at crops of every image, and write the shards anew with its top-k probabilities of each crop.
 
-    Started again, it goes on after the last whole shard.
+    Started again, it goes on after the last whole shard. SIGUSR1 or SIGTERM to any rank stops all, with exit code 75.
 
     Args:
         shards: folder, glob or brace pattern of WebDataset shards.
@@ -70,7 +73,7 @@ def make(
     )  # fmt: skip
     chosen = make_settings(teacher, settings)
     writer = SoftLabelWriter(
-        ShardSet.open(shards), out, teacher, chosen, world, batch_size=batch_size, num_threads=num_threads
+        ShardSet.open(shards), out, teacher, chosen, world, batch_size=batch_size, num_threads=num_threads, stop=STOP
     )
     with bar(disable=world.rank != 0) as progress:
         task = progress.add_task("images", total=None)
@@ -85,7 +88,12 @@ def make(
 
 
 if __name__ == "__main__":
+    STOP.listen()
     try:
         fire.Fire(make, name="make_soft_labels.py")
+    except Stopped as stopped:
+        leave_together()
+        print(f"dsquant: {stopped}; started again it goes on from there", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
     except DsquantError as error:
         sys.exit(f"dsquant: {error}")

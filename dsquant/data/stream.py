@@ -11,7 +11,6 @@ import hashlib
 import io
 import math
 import random
-import signal
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,18 +21,17 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from dsquant.data.shards import FIX, LABEL_MEMBER, TEXT_MEMBER, ShardSet, content_member, image_member, read_failure
 from dsquant.data.text import decode_text
+from dsquant.data.workers import Batch, load_batches
 from dsquant.errors import DataError
 
 Record = dict[str, Any]
 Row = tuple[Any, ...]
-Batch = tuple[Any, ...]  # inputs (a tensor of images, or a dict of tensors), labels, and what else a row has
 Transform = Callable[[Any], Any]  # one that has a method `stack` makes batches of its results itself
 READ_BYTES = 1 << 20  # of a pipe or a remote shard at a time
 
@@ -89,7 +87,7 @@ class TrainStream:
         """
         if start < 0:
             raise ValueError(f"start must be at least 0, not {start}")
-        return _load(partial(self._worker_batches, start), **self.loader)
+        return load_batches(partial(self._worker_batches, start), **self.loader)
 
     def _worker_batches(self, start: int, worker: int, workers: int) -> Iterator[Batch]:
         index = start + worker
@@ -173,7 +171,7 @@ class EvalStream:
 
     def batches(self) -> Iterator[Batch]:
         """Yield (images float32 (B, C, H, W), labels int64 (B,)), or tokens, batches_per_epoch times; padding has label -1."""
-        return _load(self._worker_batches, **self.loader)
+        return load_batches(self._worker_batches, **self.loader)
 
     def _worker_batches(self, worker: int, workers: int) -> Iterator[Batch]:
         mine = range(worker, self.batches_per_epoch, workers)
@@ -325,48 +323,3 @@ def _preserved_rng() -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.default_generator.set_state(states[2])
-
-
-class _WorkerBatches(IterableDataset):
-    """Give worker w of W the batches w, w + W, ...: DataLoader takes workers in turn, which restores the order.
-
-    A DataError travels as an item, since torch would wrap a raised one in the worker's traceback.
-    """
-
-    def __init__(self, worker_batches: Callable[[int, int], Iterator[Batch]]):
-        self.worker_batches = worker_batches
-
-    def __iter__(self) -> Iterator[Batch | DataError]:
-        info = get_worker_info()
-        try:
-            yield from self.worker_batches(info.id, info.num_workers) if info else self.worker_batches(0, 1)
-        except DataError as error:
-            yield error
-
-
-def _load(worker_batches: Callable[[int, int], Iterator[Batch]], num_workers: int, pin_memory: bool) -> Iterator[Batch]:
-    loader = DataLoader(
-        _WorkerBatches(worker_batches),
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        collate_fn=_as_is,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # otherwise DataLoader draws from the global one
-    )
-    for item in loader:
-        if isinstance(item, DataError):
-            raise item
-        yield item
-
-
-def _as_is(item: Any) -> Any:
-    return item
-
-
-def _start_worker(worker: int) -> None:
-    """Leave signals to the parent, which saves and stops on them; it ends its workers itself."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)

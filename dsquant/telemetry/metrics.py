@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,14 +56,16 @@ class MetricsLog:
 
     @classmethod
     def resume(
-        cls, path: Path, stages: Sequence[str], after: tuple[str, int] | None, sinks: Iterable[Sink] = ()
-    ) -> "MetricsLog":
+        cls, path: Path, stages: Sequence[str], after: tuple[str, int] | None, sinks: Iterable[Sink] = (),
+        owed: Collection[str] = (),
+    ) -> "MetricsLog":  # fmt: skip
         """Continue the log of a run from a checkpoint, so that it holds every training step exactly once, in order.
 
         `stages` names the stages in order; `after` is the checkpoint's (stage, step), None where the run starts over.
         Records of later steps of that stage, of later stages, and summaries move to `metrics.discarded.jsonl` beside
         `path` (appended), as does an unfinished last line; records at exactly that position stay: write all records
-        of a step, and call `flush`, before saving its checkpoint.
+        of a step, and call `flush`, before saving its checkpoint. `owed` names the kinds of record that this step has yet
+        to get, where its checkpoint was saved before them: what there is of them goes too, and they are written once.
         Raises DsquantError where a record belongs to no stage of `stages`, or a line is no record.
         """
         path = Path(path)
@@ -71,7 +73,8 @@ class MetricsLog:
         records, unfinished = _parse(path) if path.exists() else ([], b"")
         kept, discarded = [], []
         for record in records:
-            (kept if _happened_by(record, stages, after, path) else discarded).append(record)
+            due = record["kind"] in owed and (record["stage"], record["step"]) == after
+            (kept if _happened_by(record, stages, after, path) and not due else discarded).append(record)
         if unfinished:
             discarded.append({"kind": "unfinished", "text": unfinished.decode("utf-8", errors="replace")})
         if discarded:

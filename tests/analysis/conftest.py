@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from dsquant.analysis.subject import Subject
 from dsquant.config import load_config
 from dsquant.data import EvalStream, ShardSet
-from dsquant.loop import transform_of
+from dsquant.evaluation import transform_of
 from dsquant.spec import PolicyRule, QuantSpec, SitePolicy
 from tests.integration.runs import TINY, pretrain
 

@@ -36,13 +36,16 @@ def ds_config(name: str) -> Path:
     return REPO / "ds_configs" / f"{name}.json"
 
 
-def train_command(*options: object, ranks: int | None = None) -> list[str]:
-    """Return the training command: through the deepspeed launcher, or as one process with `ranks=None`."""
+def train_command(*options: object, ranks: int | None = None, script: Path = TRAIN) -> list[str]:
+    """Return the training command: through the deepspeed launcher, or as one process with `ranks=None`.
+
+    script: train.py, or one that stands in for it.
+    """
     start = [sys.executable]
     if ranks is not None:
         launcher = Path(sys.executable).with_name("deepspeed")
         start = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    return [*start, str(TRAIN), *map(str, options), *QUIET]
+    return [*start, str(script), *map(str, options), *QUIET]
 
 
 def start(command: list[str], output: Path, cwd: Path = REPO) -> subprocess.Popen:
@@ -123,7 +126,7 @@ def pretrain(config, folder: Path, steps: int = 100) -> Path:
     from safetensors.torch import save_file
 
     from dsquant.data import TrainStream, make_digits
-    from dsquant.loop import transform_of
+    from dsquant.evaluation import transform_of
 
     torch.manual_seed(0)
     model = timm.create_model(config.model.name, num_classes=config.model.num_classes, **config.model.kwargs)

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from dsquant.checkpoint import load_run_checkpoint
 from dsquant.config import load_config
 from dsquant.data import ShardSet, TrainStream
-from dsquant.loop import learning_rate, transform_of
+from dsquant.evaluation import transform_of
+from dsquant.loop import learning_rate
 from tests import ranks
 from tests.integration import oracle
 from tests.integration.runs import TINY, ds_config, losses, pretrain

@@ -1,0 +1,76 @@
+"""Load batches in worker processes: in order, with their errors, and deaf to the signals that a training process listens to."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from dsquant.errors import DataError
+
+Batch = tuple[Any, ...]  # inputs (a tensor of images, or a dict of tensors), labels, and what else a row has
+
+
+class _WorkerBatches(IterableDataset):
+    """Give worker w of W the batches w, w + W, ...: DataLoader takes workers in turn, which restores the order.
+
+    A DataError travels as an item, since torch would wrap a raised one in the worker's traceback.
+    """
+
+    def __init__(self, worker_batches: Callable[[int, int], Iterator[Batch]]):
+        self.worker_batches = worker_batches
+
+    def __iter__(self) -> Iterator[Batch | DataError]:
+        info = get_worker_info()
+        try:
+            yield from self.worker_batches(info.id, info.num_workers) if info else self.worker_batches(0, 1)
+        except DataError as error:
+            yield error
+
+
+def load_batches(
+    worker_batches: Callable[[int, int], Iterator[Batch]], num_workers: int, pin_memory: bool
+) -> Iterator[Batch]:
+    """Yield the batches that `worker_batches(worker, workers)` makes in each of `num_workers` processes, 0: in this one.
+
+    A DataError of a worker is raised here as it is.
+    """
+    loader = DataLoader(
+        _WorkerBatches(worker_batches),
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=_as_is,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # otherwise DataLoader draws from the global one
+    )
+    for item in loader:
+        if isinstance(item, DataError):
+            raise item
+        yield item
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def _start_worker(worker: int) -> None:
+    """Leave signals to the parent, which stops at the end of a step and needs its workers until then.
+
+    Slurm signals every process of a step: USR1 and INT are ignored, and TERM ends a worker if it comes from the parent alone.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_parent_says, args=(os.getppid(),), daemon=True).start()
+    torch.set_num_threads(1)
+
+
+def _end_when_parent_says(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(128 + signal.SIGTERM)

@@ -1,0 +1,88 @@
+"""The data of a run, opened by all ranks together: shards, the tokenizer, and how many samples make a batch."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dsquant.config import DataConfig, RunConfig, StageConfig
+from dsquant.data import EvalStream, ShardSet, StoredCrops, TrainStream, copy_tokenizer, make_digits
+from dsquant.engine import World, micro_batch_size
+from dsquant.errors import ConfigError
+from dsquant.evaluation import transform_of
+from dsquant.models import tokenizer_location
+from dsquant.run_folder import TOKENIZER
+
+
+def open_data(config: DataConfig, run_dir: Path, rank: int) -> tuple[ShardSet, ShardSet]:
+    """Open the training and validation shards; rank 0 makes or counts them first, the others then find them."""
+    for turn in (rank == 0, rank != 0):
+        if turn:
+            if config.source == "digits":
+                shards = make_digits(run_dir / "data")
+            else:
+                cache = run_dir / "data"
+                shards = tuple(ShardSet.open(location, cache) for location in (config.train, config.val))
+        dist.barrier()
+    return shards
+
+
+def open_tokenizer(config: RunConfig, run_dir: Path, rank: int) -> Path | None:
+    """Give the run a copy of its tokenizer, made by rank 0, and return its folder; None for images."""
+    if config.data.task == "image":
+        return None
+    if rank == 0:
+        copy_tokenizer(tokenizer_location(config.model, config.data.tokenizer), run_dir / TOKENIZER)
+    dist.barrier()
+    return run_dir / TOKENIZER
+
+
+def images_per_batch(config: RunConfig, stage: StageConfig, world_size: int) -> int:
+    """Return images per rank and accumulation step; `batch_size` counts crops where an image serves several.
+
+    Raises ConfigError where the batch does not divide.
+    """
+    crops, soft = micro_batch_size(stage, world_size), config.data.soft_labels
+    per_image = soft.crops_per_image if soft else 1
+    if crops % per_image:
+        raise ConfigError(
+            f"batch_size {stage.batch_size} gives {crops} crops to each of {world_size} ranks x {stage.gradient_accumulation} "
+            f"accumulation steps, not a multiple of data.soft_labels.crops_per_image {per_image}"
+        )
+    return crops // per_image
+
+
+def train_stream(
+    config: RunConfig,
+    stage: StageConfig,
+    shards: ShardSet,
+    crops: StoredCrops | None,
+    tokenizer: Path | None,
+    world: World,
+) -> TrainStream:
+    """Give this rank its training batches: whole stored crops where there are some, else samples by the recipe's transform."""
+    data = config.data
+    return TrainStream(
+        shards,
+        transform=None if crops else transform_of(data, train=True, tokenizer=tokenizer),
+        decode_rows=crops,
+        batch_size=images_per_batch(config, stage, world.size),
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+        num_workers=data.num_workers,
+        shuffle_buffer=data.shuffle_buffer,
+        bucket_batches=data.bucket_batches,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def eval_stream(data: DataConfig, shards: ShardSet, tokenizer: Path | None, world: World) -> EvalStream:
+    """Give this rank its share of the validation samples."""
+    return EvalStream(
+        shards,
+        transform=transform_of(data, train=False, tokenizer=tokenizer),
+        batch_size=data.eval_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=min(data.num_workers, 2),
+    )
