@@ -27,3 +27,7 @@ class TrainingError(DsquantError):
 
 class ExportError(DsquantError):
     """Signal a packed file that cannot be written, read or run."""
+
+
+class BuildError(DsquantError):
+    """Signal native code that cannot be compiled or loaded on this machine."""

@@ -1,4 +1,8 @@
-"""Benchmarks: `python tools/bench.py step --model deit_tiny_patch16_224 --batch 16 --n_bits 2` prints one JSON line."""
+"""Benchmarks; each prints JSON lines.
+
+python tools/bench.py step --model deit_tiny_patch16_224 --batch 16 --n_bits 2     training, float against quantized
+python tools/bench.py packed --threads 1,2                                         linear layers on packed weights
+"""
 
 import sys
 
@@ -6,9 +10,10 @@ import fire
 
 from dsquant.benchmark import step
 from dsquant.errors import DsquantError
+from dsquant.packed_benchmark import packed
 
 if __name__ == "__main__":
     try:
-        fire.Fire({"step": step})
+        fire.Fire({"step": step, "packed": packed})
     except DsquantError as error:
         sys.exit(f"dsquant: {error}")

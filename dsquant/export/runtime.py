@@ -1,6 +1,8 @@
-"""Run a packed model: codes stay packed in memory, and each layer unpacks its own to the image that training used.
+"""Run a packed model: codes stay packed in memory.
 
-A packed layer is the quantized layer with `weight` computed instead of stored: its forward pass is the same code.
+Exact, each layer unpacks its codes to the image that training used, and its forward pass is training's own code. Fast,
+layers multiply packed codes (`ops.packed_linear`): in integers where the input has one scale. A sum of integers rounds
+less than training's float product, so the two agree to float rounding, not to the bit.
 """
 
 from collections.abc import Callable
@@ -12,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from dsquant.errors import CheckpointError, ConfigError, ExportError
-from dsquant.export.layout import decode, site_table
+from dsquant.export.layout import decode, group_scales, site_table
 from dsquant.export.packed import PackedModel, read_packed
 from dsquant.models.registry import build_model, insert_sites
 from dsquant.models.sites import Sites
+from dsquant.ops.packed_linear import PackedMatrix, packed_linear, packed_matrix
 from dsquant.ops.qk_product import keys_and_values
 from dsquant.quant.modules import ActivationQuantizer, QuantConv2d, QuantLinear, become
 from dsquant.quant.reparam import QuantQkv
@@ -32,8 +35,12 @@ class PackedWeight(nn.Module):
     weight_packed: Tensor
     weight_scale: Tensor
 
-    def store(self, site: WeightSite, packed: Tensor, scale: Tensor, *, cache: bool) -> None:
-        """Replace the float weight by packed words; `cache` decodes once and keeps the image beside them."""
+    def store(self, site: WeightSite, packed: Tensor, scale: Tensor, *, cache: bool, fast: bool) -> None:
+        """Replace the float weight by packed words.
+
+        `cache` decodes once and keeps the image beside them; `fast` keeps what products with codes need: a scale and a
+        sum of codes for each row. Weights whose scales change along a row have no such product and stay exact.
+        """
         self._parameters.pop("weight", None)
         self.site = site
         self.register_buffer("weight_packed", packed)
@@ -41,6 +48,7 @@ class PackedWeight(nn.Module):
         image = decode(packed, scale, site) if cache else None
         self.register_buffer("_image", image, persistent=False)
         self.register_buffer("_like", torch.empty(0), persistent=False)  # has the dtype the module was moved to
+        self.matrix = _matrix(site, packed, scale) if fast else None
 
     @property
     def weight(self) -> Tensor:
@@ -48,19 +56,54 @@ class PackedWeight(nn.Module):
             return self._image
         return decode(self.weight_packed, self.weight_scale, self.site).to(self._like.dtype)
 
+    def multiplies_codes(self, x: Tensor) -> bool:
+        """Say whether the product with x is taken from codes; a gradient with respect to x takes the exact path."""
+        return self.matrix is not None and not (x.requires_grad and torch.is_grad_enabled())
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         exact = self.weight_scale
         super()._apply(fn, recurse)
-        self.weight_scale = exact.to(self.weight_scale.device)
+        device = self.weight_scale.device
+        self.weight_scale = exact.to(device)
+        if self.matrix is not None:
+            words, sums = self.weight_packed, self.matrix.code_sums.to(device)
+            self.matrix = self.matrix._replace(words=words, scale=self.matrix.scale.to(device), code_sums=sums)
         return self
+
+
+def _matrix(site: WeightSite, packed: Tensor, scale: Tensor) -> PackedMatrix | None:
+    """Return a weight as (shape[0], rest) with a scale a row, or None where scales change along a row."""
+    cols = site.numel // site.shape[0]
+    if site.grouping.inner % cols:
+        return None
+    row_scale = group_scales(scale, site.shape, site.grouping).flatten(1)[:, 0].contiguous()
+    return packed_matrix(packed, row_scale, site.spec.n_bits, cols, site.spec.levels.shift)
 
 
 class PackedLinear(PackedWeight, QuantLinear):
     """Apply QuantLinear with a packed weight."""
 
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not self.multiplies_codes(x):
+            return super().forward(x, bias)
+        bias = self.bias if bias is None else bias
+        if self.input_quantizer is None:
+            return packed_linear(x, self.matrix, bias)
+        x = self.input_quantizer.shifted(x)
+        return packed_linear(
+            x, self.matrix, self.input_quantizer.packed_bias(self.matrix, bias), self.input_quantizer.args(x)
+        )
+
 
 class PackedConv2d(PackedWeight, QuantConv2d):
-    """Apply QuantConv2d with a packed weight."""
+    """Apply QuantConv2d with a packed weight; patches that do not overlap are a linear layer's input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        args = None if self.input_quantizer is None else self.input_quantizer.args(x)
+        patches = self.patches(x) if args is not None and self.multiplies_codes(x) else None
+        if patches is None:
+            return super().forward(x)
+        return packed_linear(patches, self.matrix, self.bias, args).permute(0, 3, 1, 2)
 
 
 class PackedEmbedding(PackedWeight, nn.Embedding):
@@ -90,6 +133,11 @@ class PackedQkv(PackedWeight, QuantQkv):
 class PackedActivation(ActivationQuantizer):
     """Quantize an activation with scales that follow the model to its device and stay float32."""
 
+    def packed_bias(self, weight: PackedMatrix, bias: Tensor | None) -> Tensor | None:
+        """Return a linear layer's bias with the one after the quantizer folded in, as `shifted_bias` does of an image."""
+        after = self._values.get("after")
+        return bias if after is None else packed_linear(after, weight, bias)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         device = fn(self._values["scale"]).device
@@ -102,13 +150,22 @@ PACKED_CLASSES = {
 }  # fmt: skip
 
 
-def load_packed(path: str | Path, device: torch.device | str = "cpu", *, cache: bool = False) -> nn.Module:
+def load_packed(
+    path: str | Path, device: torch.device | str = "cpu", *, cache: bool = False, fast: bool = False
+) -> nn.Module:  # fmt: skip
     """Build the model of a packed file, in evaluation mode and without gradients.
 
-    Its outputs are those of the trained model, bit for bit on the same device and at the same dtype (`.bfloat16()` for
-    a model trained in bf16). By default weights are unpacked at each use; `cache` keeps float images as well.
-    Raises ExportError for a file that `read_packed` refuses or that does not fit the model it names.
+    By default its outputs are those of the trained model, bit for bit on the same device and at the same dtype
+    (`.bfloat16()` for a model trained in bf16), and weights are unpacked at each use; `cache` keeps float images as well.
+    `fast` multiplies packed codes instead, in exact integers where a layer's input has one scale (`ops.packed_linear`):
+    outputs agree with the trained model's to float rounding. A value that rounding moves over a boundary of the next
+    quantizer takes the neighbouring code, so a logit may differ by more than one rounding.
+
+    Raises ExportError for a file that `read_packed` refuses or that does not fit the model it names, ConfigError for both
+    `cache` and `fast`.
     """
+    if cache and fast:
+        raise ConfigError("cache keeps float images for the exact path and fast reads packed codes; choose one")
     packed = read_packed(path)
     model, sites = _build(packed)
     _load_rest(model, packed)
@@ -118,11 +175,11 @@ def load_packed(path: str | Path, device: torch.device | str = "cpu", *, cache: 
     for site in sites.weights:
         module = model.get_submodule(site.name.removesuffix(".weight"))
         become(module, PACKED_CLASSES[type(module)])
-        module.store(site, *_stored(packed, site), cache=cache)
+        module.store(site, *_stored(packed, site), cache=cache, fast=fast)
     for fused, site in sites.products.items():
         module = model.get_submodule(fused.removesuffix(".weight"))
         module.packed_product = PackedWeight()
-        module.packed_product.store(site, *_stored(packed, site), cache=cache)
+        module.packed_product.store(site, *_stored(packed, site), cache=cache, fast=False)
     return model.eval().requires_grad_(False).to(device)
 
 

@@ -138,12 +138,18 @@ class QuantConv2d(nn.Conv2d):
         args = None if self.input_quantizer is None else self.input_quantizer.args(x)
         if args is None:
             return super().forward(x)
+        patches = self.patches(x)
+        if patches is None:
+            return super().forward(fake_quantize(x, *args))
+        return quant_linear(patches, self.weight.flatten(1), self.bias, *args).permute(0, 3, 1, 2)
+
+    def patches(self, x: Tensor) -> Tensor | None:
+        """Return x (B, C, H, W) as patches (B, rows, columns, C * height * width), or None where they overlap or do not fit."""
         height, width = self.kernel_size
         patchwise = self.stride == self.kernel_size and self.groups == 1 and self.padding in (0, (0, 0), "valid")
         if not patchwise or self.dilation != (1, 1) or x.shape[-2] % height or x.shape[-1] % width:
-            return super().forward(fake_quantize(x, *args))
-        patches = x.unflatten(-2, (-1, height)).unflatten(-1, (-1, width)).permute(0, 2, 4, 1, 3, 5).flatten(3)
-        return quant_linear(patches, self.weight.flatten(1), self.bias, *args).permute(0, 3, 1, 2)
+            return None
+        return x.unflatten(-2, (-1, height)).unflatten(-1, (-1, width)).permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
 def become(module: nn.Module, quant_class: type[nn.Module], **quantizers: ActivationQuantizer | None) -> None:

@@ -1,0 +1,92 @@
+"""Which implementation of an op runs: the plain PyTorch definition, or native code where this machine has it.
+
+`DSQ_BACKEND` forces one for every op that has native code:
+
+    auto      the fastest kind that this machine can run (the default)
+    torch     the definitions
+    cpu       native code on CPU: avx2 where the processor has it, else portable
+    portable  native code in plain C++
+    avx2      native code with AVX2, FMA and BMI2
+
+What is forced and cannot run is an error that says why. Under auto an op without native code for a device runs its
+definition; native code that should be there and cannot be built is warned of once.
+"""
+
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from dsquant.errors import BuildError, ConfigError
+from dsquant.ops import build
+
+TORCH, PORTABLE, AVX2 = "torch", "portable", "avx2"
+NATIVE = (PORTABLE, AVX2)  # by level: what `dsquant_cpu_level` counts, and the `isa` of native ops
+CHOICES = ("auto", TORCH, "cpu", *NATIVE)
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Say whether a backend can run here and, if not, why."""
+
+    available: bool
+    why: str = ""
+
+
+def requested() -> str:
+    """Return what DSQ_BACKEND asks for. Raises ConfigError for an unknown name."""
+    name = os.environ.get("DSQ_BACKEND") or "auto"
+    if name not in CHOICES:
+        raise ConfigError(f"DSQ_BACKEND is {name!r}; it takes {', '.join(CHOICES)}")
+    return name
+
+
+@cache
+def availability(backend: str) -> Availability:
+    """Say whether `backend` can run on this machine, building native code to find out."""
+    if backend == TORCH:
+        return Availability(True)
+    try:
+        level = build.load().dsquant_cpu_level()
+    except BuildError as error:
+        return Availability(False, str(error))
+    if NATIVE.index(backend) > level:
+        return Availability(False, "this processor lacks AVX2, FMA or BMI2")
+    return Availability(True)
+
+
+@torch.compiler.assume_constant_result
+def choose(op: str, device: str, native: tuple[str, ...] = NATIVE) -> str:
+    """Return the backend that runs `op` on a device type; `native` are those with code for it, on CPU.
+
+    Raises ConfigError where DSQ_BACKEND forces one that is missing or cannot run.
+    """
+    return _choose(op, device, native, requested())
+
+
+@cache
+def _choose(op: str, device: str, native: tuple[str, ...], wanted: str) -> str:
+    if wanted == TORCH:
+        return TORCH
+    here = native if device == "cpu" else ()
+    if wanted in NATIVE or wanted == "cpu":
+        return _forced(op, device, here, wanted)
+    if AVX2 in here and availability(AVX2).available:
+        return AVX2
+    if here and not (built := availability(PORTABLE)).available:
+        warnings.warn(f"{op} runs its plain PyTorch definition: {built.why}", stacklevel=3)
+    return TORCH  # portable code is for checking and for small batches; torch's products are faster at large ones
+
+
+def _forced(op: str, device: str, here: tuple[str, ...], wanted: str) -> str:
+    if device != "cpu":
+        raise ConfigError(f"DSQ_BACKEND={wanted} forces CPU code, and {op} got tensors on {device}; use auto or torch")
+    names = [name for name in reversed(NATIVE) if name in here and wanted in (name, "cpu")]
+    if not names:
+        raise ConfigError(f"DSQ_BACKEND={wanted}: {op} has no such code; use auto or torch")
+    for name in names:
+        if availability(name).available:
+            return name
+    raise ConfigError(f"DSQ_BACKEND={wanted} cannot run {op}: {availability(names[-1]).why}")

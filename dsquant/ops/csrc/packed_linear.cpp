@@ -1,0 +1,305 @@
+// The operators dsquant::packed_linear and dsquant::packed_linear_int on CPU: blocking, threads, epilogue, registration.
+// Written against torch's stable ABI, so that a build takes seconds and outlives a version of torch. Threads are torch's
+// own (torch_parallel_for): torch.set_num_threads governs them.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "packed_linear.h"
+
+namespace dsq {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kBlockBytes = 256 * 1024;  // of x: half of the L2 of a small core
+constexpr int64_t kMaxRows = 240;            // of a block, a multiple of the tile's 3
+constexpr int64_t kTaskWork = 400 * 1000;    // products that are worth a thread
+
+int cpu_level() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") ? 1 : 0;
+#else
+  return 0;
+#endif
+}
+
+const Kernels& kernels_of(int64_t isa) {
+  STD_TORCH_CHECK(isa >= 0 && isa <= cpu_level(), "isa ", isa, " is not one of this processor");
+#if defined(__x86_64__)
+  if (isa == 1) return kAvx2;
+#endif
+  return kPortable;
+}
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// The matrix W (rows, cols) of packed words and what comes with it; every pointer has been checked.
+struct Weight {
+  const uint8_t* words;
+  const float *scale, *bias;
+  int64_t rows, cols, row_bytes;
+  int n_bits;
+  float shift;
+
+  Weight(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& biases, int64_t bits,
+         double level_shift)
+      : rows(packed.size(0)), cols(x.size(-1)), row_bytes(4 * packed.size(1)), n_bits(static_cast<int>(bits)),
+        shift(static_cast<float>(level_shift)) {
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.dim() >= 1, "x must be float32 (..., in)");
+    STD_TORCH_CHECK(bits >= 1 && bits <= 8, "n_bits must be 1 to 8");
+    STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Int && packed.is_contiguous(), "words must be packed int32");
+    STD_TORCH_CHECK(packed.size(1) == (cols * bits + 31) / 32, "words do not hold rows of ", cols, " codes");
+    STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Float && scales.is_contiguous() && scales.numel() == rows,
+                    "scale must be float32 (out,)");
+    words = static_cast<const uint8_t*>(packed.const_data_ptr());
+    scale = static_cast<const float*>(scales.const_data_ptr());
+    bias = nullptr;
+    if (biases) {
+      STD_TORCH_CHECK(biases->scalar_type() == ScalarType::Float && biases->is_contiguous() && biases->numel() == rows,
+                      "bias must be float32 (out,)");
+      bias = static_cast<const float*>(biases->const_data_ptr());
+    }
+  }
+
+  const uint8_t* row(int64_t n) const { return words + n * row_bytes; }
+
+  // Ask for elements [k, k + depth) of a row that will be decoded soon: with few rows of x the weights are all the
+  // traffic, and slices of rows are too short for the processor to guess what comes next.
+  void prefetch(int64_t n, int64_t k, int64_t depth) const {
+    if (n >= rows) return;
+    const uint8_t* begin = row(n) + k * n_bits / 8;
+    for (int64_t offset = 0; offset < depth * n_bits / 8; offset += 64) __builtin_prefetch(begin + offset);
+  }
+};
+
+Tensor output_like(const Tensor& x, int64_t features) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = features;
+  return torch::stable::new_empty(x, shape);
+}
+
+float scalar_of(const Tensor& value, const char* name) {
+  STD_TORCH_CHECK(value.scalar_type() == ScalarType::Float && value.numel() == 1, name, " must be one float32 value");
+  return *static_cast<const float*>(value.const_data_ptr());
+}
+
+// Run f(block of rows, panel) for every pair, a thread's tasks sharing a block as long as they can.
+template <class F>
+void for_tasks(int64_t blocks, int64_t panels, int64_t work, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, work));
+  torch::stable::parallel_for(0, blocks * panels, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) f(task / panels, task % panels);
+  });
+}
+
+int64_t block_rows(int64_t row_bytes) {
+  return std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(1, row_bytes), 12, kMaxRows) / 3 * 3;
+}
+
+// ---- float x -----------------------------------------------------------------------------------------------------
+
+void float_panel(const Kernels& kernels, const Weight& w, const float* x, int64_t rows, int64_t first, float* y) {
+  alignas(64) float panel[kFloatRows * kFloatDepth];
+  alignas(64) float sums[kMaxRows * kFloatRows];
+  const int64_t held = std::min<int64_t>(kFloatRows, w.rows - first);
+  const float zero = static_cast<float>(1 << (w.n_bits - 1)) - w.shift;
+  std::memset(sums, 0, sizeof(float) * rows * kFloatRows);
+  if (held < kFloatRows) std::memset(panel, 0, sizeof(panel));
+  for (int64_t k = 0; k < w.cols; k += kFloatDepth) {
+    const int64_t depth = std::min<int64_t>(kFloatDepth, w.cols - k);
+    for (int64_t n = 0; n < held; ++n) {
+      w.prefetch(first + n + kFloatRows, k, depth);
+      kernels.decode_float(w.row(first + n), w.row_bytes, k, depth, w.n_bits, zero, panel + n * kFloatDepth);
+    }
+    kernels.multiply_float(x + k, w.cols, rows, panel, kFloatDepth, depth, sums);
+  }
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t n = 0; n < held; ++n) {
+      const float scaled = sums[m * kFloatRows + n] * w.scale[first + n];
+      y[m * w.rows + first + n] = w.bias ? scaled + w.bias[first + n] : scaled;
+    }
+}
+
+Tensor packed_linear(const Tensor& input, const Tensor& words, const Tensor& scale, std::optional<Tensor> bias,
+                     int64_t n_bits, double shift, int64_t isa) {
+  const Kernels& kernels = kernels_of(isa);
+  const Tensor x = torch::stable::contiguous(input);
+  const Weight w(x, words, scale, bias, n_bits, shift);
+  Tensor y = output_like(x, w.rows);
+  if (y.numel() == 0) return y;
+  const int64_t rows = y.numel() / w.rows, size = std::min(rows, block_rows(4 * w.cols));
+  const auto* source = static_cast<const float*>(x.const_data_ptr());
+  auto* target = static_cast<float*>(y.mutable_data_ptr());
+  const int64_t panels = (w.rows + kFloatRows - 1) / kFloatRows;
+  for_tasks((rows + size - 1) / size, panels, size * kFloatRows * w.cols, [&](int64_t block, int64_t panel) {
+    const int64_t m = block * size;
+    float_panel(kernels, w, source + m * w.cols, std::min(size, rows - m), panel * kFloatRows, target + m * w.rows);
+  });
+  return y;
+}
+
+// ---- quantized x -------------------------------------------------------------------------------------------------
+
+// With a = code - zero of x and u = code + 2^(b-1) of w, and p and q the factors, 1 or 2, that make every level whole:
+//   sum p (code_x + shift_x) * q (code_w + shift_w)
+//     = p q sum a u  +  p (zero + shift_x) * q sum u  +  q (shift_w - 2^(b-1)) * p sum (a + zero + shift_x)
+// exactly, in 32 bits modulo 2^32: the caller has made sure that the left side fits.
+struct Product {
+  const Kernels& kernels;
+  const Weight& w;
+  const InputGrid& grid;
+  const int32_t* code_sums;  // sum of code_w over a row
+  IntLayout layout;
+  int32_t p, q;
+
+  int64_t bytes() const { return layout.padded * (layout.wide ? 2 : 1); }
+  // sum of p (code_x + shift_x) over a row of x
+  int32_t row_sum(const RowStats& stats) const {
+    const int64_t shift = static_cast<int64_t>(p * (grid.zero + grid.shift));
+    return static_cast<int32_t>(p * stats.sum + shift * w.cols);
+  }
+};
+
+Product make_product(const Kernels& kernels, const Weight& w, const InputGrid& grid, const int32_t* code_sums) {
+  const float reach = std::max(grid.zero - grid.qmin, grid.qmax - grid.zero);
+  const int64_t pair = 2 * ((1 << w.n_bits) - 1) * static_cast<int64_t>(reach);
+  const int flush = static_cast<int>(std::min<int64_t>(32767 / std::max<int64_t>(1, pair), 1 << 20));
+  // Under four steps a flush costs more than 16-bit operands do.
+  const bool wide = !kernels.can_be_narrow || flush < 4;
+  const int64_t padded = round_up(w.cols, kernels.step(w.n_bits, wide));
+  return {kernels, w, grid, code_sums, {w.n_bits, wide, flush, padded}, grid.shift != 0 ? 2 : 1, w.shift != 0 ? 2 : 1};
+}
+
+void finish(const Product& product, const int32_t* sums, const RowStats* stats, int64_t rows, int64_t first,
+            int64_t held, float* y) {
+  const Weight& w = product.w;
+  const InputGrid& grid = product.grid;
+  const int32_t zero = 1 << (w.n_bits - 1);
+  const auto x_part = static_cast<int32_t>(product.p * (grid.zero + grid.shift));
+  const auto w_part = static_cast<int32_t>(product.q * (w.shift - zero));
+  uint32_t column[kPanelRows] = {};
+  float factor[kPanelRows] = {}, constant[kPanelRows] = {};
+  const float whole = 1.0f / static_cast<float>(product.p * product.q);  // a power of two: exact
+  for (int64_t n = 0; n < held; ++n) {
+    const int64_t row = first + n, u_sum = product.code_sums[row] + zero * w.cols;
+    column[n] = static_cast<uint32_t>(x_part * product.q * u_sum);
+    factor[n] = grid.scale * w.scale[row] * whole;
+    const double levels = product.code_sums[row] + static_cast<double>(w.shift) * w.cols;
+    const double moved = static_cast<double>(grid.offset) * w.scale[row] * levels;
+    constant[n] = static_cast<float>(w.bias ? moved + w.bias[row] : moved);
+  }
+  const auto both = static_cast<uint32_t>(product.p * product.q);
+  for (int64_t m = 0; m < rows; ++m) {
+    const uint32_t row = static_cast<uint32_t>(w_part) * static_cast<uint32_t>(product.row_sum(stats[m]));
+    float out[kPanelRows];
+    for (int n = 0; n < kPanelRows; ++n) {
+      const uint32_t total = both * static_cast<uint32_t>(sums[m * kPanelRows + n]) + column[n] + row;
+      out[n] = static_cast<float>(static_cast<int32_t>(total)) * factor[n] + constant[n];
+    }
+    if (stats[m].nan) std::fill(out, out + kPanelRows, std::numeric_limits<float>::quiet_NaN());
+    std::memcpy(y + m * w.rows + first, out, sizeof(float) * held);
+  }
+}
+
+// Multiply a row or two of x by the rows of a panel without forming it. False where the kernels cannot.
+bool stream_panel(const Product& product, const uint8_t* codes, int64_t rows, int64_t first, int64_t held,
+                  int32_t* sums) {
+  if (rows > kFewRows || !product.kernels.stream) return false;
+  const Weight& w = product.w;
+  for (int64_t n = 0; n < held; n += 4) {
+    const uint8_t* four[4];  // behind the last row the last again: its sums are not used
+    for (int64_t i = 0; i < 4; ++i) four[i] = w.row(first + std::min(n + i, held - 1));
+    for (int64_t m = 0; m < rows; ++m)
+      if (!product.kernels.stream(codes + m * product.bytes(), four, w.row_bytes, product.layout, sums + m * kPanelRows + n))
+        return false;
+  }
+  return true;
+}
+
+void int_panel(const Product& product, const uint8_t* codes, const RowStats* stats, int64_t rows, int64_t first,
+               float* y) {
+  alignas(64) uint8_t panel[kPanelRows * kIntDepth];
+  alignas(64) int32_t sums[kMaxRows * kPanelRows];
+  const Weight& w = product.w;
+  const IntLayout& layout = product.layout;
+  const int64_t size = layout.wide ? 2 : 1, slice = kIntDepth / size, held = std::min<int64_t>(kPanelRows, w.rows - first);
+  std::memset(sums, 0, sizeof(int32_t) * rows * kPanelRows);
+  if (stream_panel(product, codes, rows, first, held, sums)) return finish(product, sums, stats, rows, first, held, y);
+  if (held < kPanelRows) std::memset(panel, 0, sizeof(panel));
+  for (int64_t k = 0; k < layout.padded; k += slice) {
+    const int64_t depth = std::min(slice, layout.padded - k);
+    for (int64_t n = 0; n < held; ++n) {
+      w.prefetch(first + n + kPanelRows, k, depth);
+      product.kernels.decode(w.row(first + n), w.row_bytes, k, depth, layout, panel + n * kIntDepth);
+    }
+    product.kernels.multiply(codes + k * size, layout.padded, rows, panel, slice, depth, layout, sums);
+  }
+  finish(product, sums, stats, rows, first, held, y);
+}
+
+// Quantize some blocks of rows, then multiply them by every panel.
+void int_rows(const Product& product, const float* x, int64_t rows, int64_t size, uint8_t* codes, RowStats* stats,
+              float* y) {
+  const Weight& w = product.w;
+  const int64_t bytes = product.bytes(), panels = (w.rows + kPanelRows - 1) / kPanelRows;
+  const int64_t grain = std::max<int64_t>(1, kTaskWork / (20 * std::max<int64_t>(1, w.cols)));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m)
+      product.kernels.quantize(x + m * w.cols, w.cols, product.grid, product.layout, codes + m * bytes, stats + m);
+  });
+  for_tasks((rows + size - 1) / size, panels, size * kPanelRows * w.cols, [&](int64_t block, int64_t panel) {
+    const int64_t m = block * size;
+    int_panel(product, codes + m * bytes, stats + m, std::min(size, rows - m), panel * kPanelRows, y + m * w.rows);
+  });
+}
+
+Tensor packed_linear_int(const Tensor& input, const Tensor& words, const Tensor& scale, const Tensor& code_sums,
+                         std::optional<Tensor> bias, const Tensor& in_scale, std::optional<Tensor> in_offset,
+                         int64_t n_bits, double shift, int64_t qmin, int64_t qmax, double in_shift, int64_t isa) {
+  const Kernels& kernels = kernels_of(isa);
+  const Tensor x = torch::stable::contiguous(input);
+  const Weight w(x, words, scale, bias, n_bits, shift);
+  STD_TORCH_CHECK(code_sums.scalar_type() == ScalarType::Int && code_sums.is_contiguous() && code_sums.numel() == w.rows,
+                  "code_sums must be int32 (out,)");
+  STD_TORCH_CHECK(-128 <= qmin && qmin <= qmax && qmax <= 255 && qmax - qmin <= 255, "codes of x must have 8 bits");
+  const float offset = in_offset ? scalar_of(*in_offset, "in_offset") : 0.0f;
+  const InputGrid grid{scalar_of(in_scale, "in_scale"), offset, static_cast<float>(in_shift), static_cast<float>(qmin),
+                       static_cast<float>(qmax), qmax > 127 ? 128 : 0};
+  Tensor y = output_like(x, w.rows);
+  if (y.numel() == 0) return y;
+  const auto* sums = static_cast<const int32_t*>(code_sums.const_data_ptr());
+  const Product product = make_product(kernels, w, grid, sums);
+  const int64_t rows = y.numel() / w.rows, size = std::min(rows, block_rows(product.bytes()));
+  const int64_t batch = std::min(rows, 8 * size);  // what is quantized at a time: workspace stays small at any batch
+  const std::unique_ptr<uint8_t[]> codes(new uint8_t[batch * product.bytes() + 32]);  // behind it a vector may be read
+  const std::unique_ptr<RowStats[]> stats(new RowStats[batch]);
+  const auto* source = static_cast<const float*>(x.const_data_ptr());
+  auto* target = static_cast<float*>(y.mutable_data_ptr());
+  for (int64_t m = 0; m < rows; m += batch)
+    int_rows(product, source + m * w.cols, std::min(batch, rows - m), size, codes.get(), stats.get(), target + m * w.rows);
+  return y;
+}
+
+}  // namespace
+}  // namespace dsq
+
+// Read by Python through ctypes: 0 portable C++ alone, 1 AVX2 too.
+extern "C" int dsquant_cpu_level() { return dsq::cpu_level(); }
+
+// The schemas are in dsquant/ops/packed_linear.py.
+STABLE_TORCH_LIBRARY_IMPL(dsquant, CPU, m) {
+  m.impl("packed_linear", TORCH_BOX(&dsq::packed_linear));
+  m.impl("packed_linear_int", TORCH_BOX(&dsq::packed_linear_int));
+}

@@ -1,0 +1,62 @@
+// What the drivers of packed_linear (packed_linear.cpp) ask of each instruction set.
+//
+// Weights stay in the packed format: row n is `row_bytes` bytes, element k its bits [k * b, (k + 1) * b), and holds
+// u = code + 2^(b-1), unsigned. Work goes through a panel of a few rows decoded for one slice of the columns, small
+// enough to stay in L1 while every row of x in a block passes over it.
+#pragma once
+#include <cstdint>
+
+namespace dsq {
+
+constexpr int kPanelRows = 16;      // rows of a panel of integers
+constexpr int kIntDepth = 1024;     // bytes of a panel row: 1024 8-bit elements or 512 16-bit ones
+constexpr int kFloatRows = 8;       // rows of a panel of floats
+constexpr int kFloatDepth = 512;    // elements of such a row
+constexpr int kFewRows = 2;         // rows of x for which a panel does not pay
+constexpr int kChunk = 256;         // elements: row slices start at multiples of it, for every n_bits
+
+// A quantizer of the input, one scale: code = round(clip((x - offset) / scale - shift, qmin, qmax)), kept as code - zero.
+struct InputGrid {
+  float scale, offset, shift, qmin, qmax;
+  int32_t zero;
+};
+
+struct RowStats {
+  int64_t sum;   // of code - zero over the row
+  int32_t nan;   // whether x holds a NaN: there is no code for it
+};
+
+// How integers are laid out. `wide`: 16 bits an element. `flush`: steps of 32 that 16-bit sums can take (not wide).
+struct IntLayout {
+  int n_bits;
+  bool wide;
+  int flush;
+  int64_t padded;  // elements of a row of x, a multiple of the kernel's step; those behind the last are 0
+};
+
+struct Kernels {
+  // Elements that one step of a row takes, so that `padded` can be a multiple of it.
+  int (*step)(int n_bits, bool wide);
+  bool can_be_narrow;  // whether `multiply` has 8-bit operands
+  void (*quantize)(const float* x, int64_t cols, const InputGrid&, const IntLayout&, void* codes, RowStats*);
+  // Decode elements [first, first + count) of a packed row; count is a multiple of step, what lies behind the row is 0.
+  void (*decode)(const uint8_t* row, int64_t row_bytes, int64_t first, int64_t count, const IntLayout&, void* out);
+  // sums[m][16] += x[m][:depth] . panel[n][:depth]; strides in elements.
+  void (*multiply)(const void* x, int64_t x_stride, int64_t rows, const void* panel, int64_t panel_stride,
+                   int64_t depth, const IntLayout&, int32_t* sums);
+  // sums[0][0..3] += x . four packed rows, decoded in registers: for a row or two of x. May be null, and returns false for
+  // what it has no code for.
+  bool (*stream)(const void* x, const uint8_t* const rows[4], int64_t row_bytes, const IntLayout&, int32_t* sums);
+  // The same for floats: levels u - zero; sums[m][8] += ...; depth need not be a multiple of anything.
+  void (*decode_float)(const uint8_t* row, int64_t row_bytes, int64_t first, int64_t count, int n_bits, float zero,
+                       float* out);
+  void (*multiply_float)(const float* x, int64_t x_stride, int64_t rows, const float* panel, int64_t panel_stride,
+                         int64_t depth, float* sums);
+};
+
+extern const Kernels kPortable;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+#endif
+
+}  // namespace dsq
