@@ -172,7 +172,8 @@ def test_a_signal_to_one_rank_stops_all_and_the_set_goes_on_to_the_same_bytes(ma
     target, checkpoint = "tests.test_soft_labels_tool:stop_while_labelling", str(folder / "teacher.safetensors")
     left, _ = run_ranks(2, target, shards=str(folder / "plain"), out=out, checkpoint=checkpoint)
     assert "train-0001.tar" not in left  # rank 1's
-    assert not [name for name in left if name.endswith(".partial")]
+    assert PENDING_INDEX in left
+    assert not [name for name in left if name.endswith(".tar.partial")]
     run(command(*options(folder, "stopped")), folder / "stopped.log").ok()
     assert contents(out) == contents(folder / "alone")
 
