@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -16,9 +18,10 @@ from dsquant.config import ModelConfig, parse_config
 from dsquant.data import ShardSet, write_shards
 from dsquant.data.shards import PENDING_INDEX
 from dsquant.data.stream import read_shard
-from dsquant.engine import World
+from dsquant.engine import World, init_world
 from dsquant.errors import ConfigError, DataError
 from dsquant.models import build_model
+from dsquant.preemption import Stopped, StopRequest
 from dsquant.run_data import images_per_batch
 from dsquant.soft_labels import SoftLabelWriter, make_settings, open_teacher
 from tests.integration.runs import REPO, TINY, free_port, losses, records, run, train_command
@@ -149,6 +152,30 @@ def test_an_interrupted_set_is_refused_and_goes_on_to_the_same_bytes(made):
     run(command(*options(folder, "interrupted")), folder / "interrupted.log").ok()
     assert contents(out) == contents(folder / "alone")
     assert (out / "train-0000.tar").stat().st_mtime_ns == kept
+
+
+def stop_while_labelling(shards, out, checkpoint):
+    """Label on all ranks, of which rank 1 is signalled after its first images; return the files that this leaves."""
+    world, stop = init_world(), StopRequest()
+    stop.listen()
+    teacher = open_teacher(world, model=NAME, checkpoint=checkpoint, num_classes=CLASSES, model_kwargs=KWARGS)
+    settings = make_settings(teacher, {"crops": CROPS})
+    writer = SoftLabelWriter(ShardSet.open(shards), out, teacher, settings, world, batch_size=13, stop=stop)
+    with pytest.raises(Stopped, match="stopped in soft labels, after"):
+        writer.write(lambda done, total: os.kill(os.getpid(), signal.SIGUSR1) if world.rank == 1 else None)
+    return {path.name for path in out.iterdir()}
+
+
+def test_a_signal_to_one_rank_stops_all_and_the_set_goes_on_to_the_same_bytes(made, run_ranks):
+    folder, _ = made
+    out = folder / "stopped"
+    target, checkpoint = "tests.test_soft_labels_tool:stop_while_labelling", str(folder / "teacher.safetensors")
+    left, _ = run_ranks(2, target, shards=str(folder / "plain"), out=out, checkpoint=checkpoint)
+    assert "train-0001.tar" not in left  # rank 1's
+    assert PENDING_INDEX in left
+    assert not [name for name in left if name.endswith(".tar.partial")]
+    run(command(*options(folder, "stopped")), folder / "stopped.log").ok()
+    assert contents(out) == contents(folder / "alone")
 
 
 @pytest.mark.parametrize(

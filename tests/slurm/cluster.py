@@ -25,6 +25,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
 ProctrackType=proctrack/pgid
 TaskPlugin=task/none
+SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 MpiDefault=none
@@ -109,7 +110,7 @@ class Cluster:
         """Return one field of a job's record, such as JobState."""
         return re.search(rf"\b{name}=(\S*)", self.run("scontrol", "show", "job", "-o", job)).group(1)
 
-    def wait(self, job, done, timeout=150, about=""):
+    def wait(self, job, done, timeout=300, about=""):
         """Wait until `done()`; a job that Slurm would restart in two minutes it restarts now."""
         self._until(lambda: done() or self._hurry(job), f"job {job} {about}", timeout)
 
