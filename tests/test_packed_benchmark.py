@@ -31,5 +31,5 @@ def test_every_engine_has_a_line_for_every_case(tmp_path, capsys):
 
 @pytest.mark.parametrize("shapes", ["768", "768x", "axb"])
 def test_a_shape_that_is_none_is_refused(shapes):
-    with pytest.raises(ConfigError, match="no list of whole numbers|is no shape"):
+    with pytest.raises(ConfigError, match=r"no list of whole numbers|is no shape"):
         packed(shapes=shapes, m="1", threads="1")
