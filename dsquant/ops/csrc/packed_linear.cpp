@@ -196,16 +196,19 @@ void finish(const Product& product, const int32_t* sums, const RowStats* stats, 
     const int64_t row = first + n, u_sum = product.code_sums[row] + zero * w.cols;
     column[n] = static_cast<uint32_t>(x_part * product.q * u_sum);
     factor[n] = grid.scale * w.scale[row] * whole;
-    const double levels = product.code_sums[row] + static_cast<double>(w.shift) * w.cols;
-    const double moved = static_cast<double>(grid.offset) * w.scale[row] * levels;
-    constant[n] = static_cast<float>(w.bias ? moved + w.bias[row] : moved);
+    constant[n] = w.bias ? w.bias[row] : 0.0f;
+    if (grid.offset != 0.0f) {
+      const double levels = product.code_sums[row] + static_cast<double>(w.shift) * w.cols;
+      const double moved = static_cast<double>(grid.offset) * w.scale[row] * levels;
+      constant[n] = static_cast<float>(w.bias ? moved + w.bias[row] : moved);
+    }
   }
-  const auto both = static_cast<uint32_t>(product.p * product.q);
+  const int doublings = product.p * product.q / 2;  // 1, 2 or 4 times is 0, 1 or 2 to the left
   for (int64_t m = 0; m < rows; ++m) {
     const uint32_t row = static_cast<uint32_t>(w_part) * static_cast<uint32_t>(product.row_sum(stats[m]));
     float out[kPanelRows];
     for (int n = 0; n < kPanelRows; ++n) {
-      const uint32_t total = both * static_cast<uint32_t>(sums[m * kPanelRows + n]) + column[n] + row;
+      const uint32_t total = (static_cast<uint32_t>(sums[m * kPanelRows + n]) << doublings) + column[n] + row;
       out[n] = static_cast<float>(static_cast<int32_t>(total)) * factor[n] + constant[n];
     }
     if (stats[m].nan) std::fill(out, out + kPanelRows, std::numeric_limits<float>::quiet_NaN());
@@ -220,7 +223,10 @@ bool stream_panel(const Product& product, const uint8_t* codes, int64_t rows, in
   const Weight& w = product.w;
   for (int64_t n = 0; n < held; n += 4) {
     const uint8_t* four[4];  // behind the last row the last again: its sums are not used
-    for (int64_t i = 0; i < 4; ++i) four[i] = w.row(first + std::min(n + i, held - 1));
+    for (int64_t i = 0; i < 4; ++i) {
+      four[i] = w.row(first + std::min(n + i, held - 1));
+      w.prefetch(first + n + i + kPanelRows, 0, w.cols);
+    }
     for (int64_t m = 0; m < rows; ++m)
       if (!product.kernels.stream(codes + m * product.bytes(), four, w.row_bytes, product.layout, sums + m * kPanelRows + n))
         return false;
