@@ -20,7 +20,7 @@ def runs(request, tmp_path_factory):
     """Return what every case found on each of two ranks."""
     folder = tmp_path_factory.mktemp("reparam") / "ranks"
     kwargs = {"zero": request.param, "cases": list(CASES)}
-    return ranks.launch(2, "tests.shard.reparam_runs:run_cases", kwargs, folder, 200, ENV)
+    return ranks.launch(2, "tests.shard.reparam_runs:run_cases", kwargs, folder, 400, ENV)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_bits_of_the_product_follow_the_rule_for_its_name(runs):
 def test_a_restored_run_goes_on_bit_for_bit_and_its_checkpoint_packs_to_the_same_logits(run_ranks, tmp_path, zero):
     cases = ["statsq", "bwn", "cga", "activations too"]
     found = run_ranks(
-        2, "tests.shard.reparam_runs:run_and_resume", timeout=200, folder=tmp_path, cases=cases, middle=STEPS // 2,
+        2, "tests.shard.reparam_runs:run_and_resume", timeout=400, folder=tmp_path, cases=cases, middle=STEPS // 2,
         zero=zero, env=ENV,
     )  # fmt: skip
     for case in cases:
