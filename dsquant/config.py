@@ -233,7 +233,10 @@ class OscillationConfig(Section):
 
 
 class CalibrationConfig(Section):
-    """Say how many training batches set the first activation scales, in how many rounds, and by which rule.
+    """Say how many training batches set the first activation scales, in how many rounds, in which order and by which rule.
+
+    The first round fits all sites to float activations; or, `sequential`, each in its turn to what the sites before it,
+    quantizing already, pass on. Each further round refits all sites to what they see while all quantize.
 
     mse fits scale and offset to the least squared error, biases around signed sites being set to the means of their features.
     lsq: 2 mean|x| / sqrt(qmax), twice that where unsigned (OFQ, BiT). qv: 2 mean|x| / sqrt(qmax) with the qmax of signed
@@ -245,6 +248,7 @@ class CalibrationConfig(Section):
     batches: Positive = 4
     rounds: Positive = 2
     init: Literal["mse", "lsq", "qv"] = "mse"
+    sequential: Flag = False
     inherit: Flag = False
 
 

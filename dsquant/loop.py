@@ -221,9 +221,10 @@ class Run:
             self.stop.poll("calibration")
             engine.evaluate_logits(inputs)
 
+        how = stage.quant.calibration
         calibrate(
-            engine.sites.quantizers, engine.state, forward, samples, stage.quant.calibration.rounds,
-            bind=lambda: engine.sites.bind(engine.state), init=stage.quant.calibration.init,
+            engine.sites.quantizers, engine.state, forward, samples, how.rounds,
+            bind=lambda: engine.sites.bind(engine.state), init=how.init, sequential=how.sequential,
         )  # fmt: skip
         engine.train()
         engine.finish_calibration()

@@ -8,21 +8,24 @@ would otherwise stretch the scale of all, and keep one code for every token.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from math import inf
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsquant.errors import TrainingError
 from dsquant.quant.modules import ActivationQuantizer, Mode
 from dsquant.quant.padding import real_elements, real_tokens
+from dsquant.quant.scale_fit import fit, mean_scale
 from dsquant.quant.state import SCALE_FLOOR, QuantState
-from dsquant.spec import Bias, Granularity, QuantSpec
+from dsquant.spec import Bias, Granularity
 
 Inputs = Tensor | dict[str, Tensor]
 BINS = 1024
-SCALE_GRID, OFFSET_GRID, REFINEMENTS = 128, 24, 20
 
 
 def group_rows(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
@@ -82,16 +85,17 @@ class HistogramObserver:
 
 
 class MeanObserver:
-    """Add up |x| of each group in float64, and count its elements."""
+    """Add up |x| of each group in float64, and count its elements, both without padding: (n_groups,)."""
 
     def __init__(self, quantizer: ActivationQuantizer):
-        self.quantizer, self.total, self.count = quantizer, None, 0
+        self.quantizer, self.total, self.count = quantizer, None, None
 
     def __call__(self, x: Tensor) -> None:
-        rows = group_rows(self.quantizer, x)
-        total = rows.abs().sum(dim=1, dtype=torch.float64)
+        rows, real = group_rows(self.quantizer, x).abs(), real_rows(self.quantizer, x)
+        real = torch.ones_like(rows, dtype=torch.bool) if real is None else real
+        total, count = rows.masked_fill(~real, 0.0).sum(dim=1, dtype=torch.float64), real.sum(dim=1).double()
         self.total = total if self.total is None else self.total + total
-        self.count += rows.shape[1]
+        self.count = count if self.count is None else self.count + count
 
 
 class FeatureMeanObserver:
@@ -110,7 +114,7 @@ class FeatureMeanObserver:
 
 def calibrate(
     quantizers: dict[str, ActivationQuantizer], state: QuantState, forward: Callable[[Inputs], object],
-    batches: Iterable[Inputs], rounds: int, bind: Callable[[], None], init: str = "mse",
+    batches: Iterable[Inputs], rounds: int, bind: Callable[[], None], init: str = "mse", sequential: bool = False,
 ) -> None:  # fmt: skip
     """Fit every activation quantizer to the training samples in `batches`, the same values on every rank.
 
@@ -119,35 +123,90 @@ def calibrate(
     Args:
         quantizers: by site name, in the order of the model, the same on every rank.
         forward: runs the model on a batch in evaluation mode without gradients.
-        rounds: 1 fits to float activations; each further round refits with all sites quantizing.
-        bind: makes the quantizers read their values from `state`; called after the first round.
+        rounds: the first fits to float activations; each further one refits with all sites quantizing.
+        bind: makes the quantizers read their values from `state`; called when the first of them are known.
         init: "mse" for the least squared error, with biases around signed sites at their means; or a rule of `mean_scale`,
             with biases at 0.
+        sequential: the first round fits each site in its turn to what the sites before it, quantizing already, pass on: one
+            pass over all batches at once. A site that is applied several times is fitted to the first.
 
     Raises TrainingError naming a site that no image reached or that saw a non-finite value.
     """
     batches = list(batches)
-    if init == "mse":
-        _centre(quantizers, state, forward, batches, bind)
-    for turn in range(rounds):
-        if init == "mse":
-            found = _least_error(quantizers, forward, batches)
-        else:
-            found = _from_means(quantizers, forward, batches, init)
-        for name, (scale, offset) in found.items():
-            state.get(name).copy_(scale)
-            if offset is not None:
-                state.get(name, "offset").copy_(offset)
-        if turn == 0:
+    if sequential:
+        _one_by_one(quantizers, state, forward, batches, bind, init)
+    else:
+        if init == "mse" and (chosen := {name: q for name, q in quantizers.items() if _centred(q)}):
+            _centre(chosen, state, partial(_observe, chosen, forward, batches))
             bind()
+            _set_mode(quantizers, Mode.FLOAT)  # the biases act from now on, the scales are yet to be fitted
+        _fit(quantizers, state, partial(_observe, quantizers, forward, batches), init)
+        bind()
+    for _ in range(1, rounds):
+        _fit(quantizers, state, partial(_observe, quantizers, forward, batches), init)
 
 
-def _centre(quantizers, state, forward, batches, bind) -> None:
+def _one_by_one(quantizers, state, forward, batches, bind, init) -> None:
+    """Fit each site where the pass meets it, and let it quantize from there on."""
+    bind()
+    _set_mode(quantizers, Mode.FLOAT)
+    left = dict(quantizers)
+
+    def meet(name: str, x: Tensor) -> None:
+        if name in left:
+            quantizer = left.pop(name)
+            _fit({name: quantizer}, state, partial(_shown, x), init)
+            quantizer.mode = Mode.QUANTIZE
+
+    def centre(name: str, x: Tensor) -> None:
+        if name in left:
+            _centre({name: left[name]}, state, partial(_shown, x))
+
+    for name, quantizer in quantizers.items():
+        quantizer.observer = partial(meet, name)
+        if init == "mse" and _centred(quantizer):
+            quantizer.input_observer = partial(centre, name)
+    try:
+        together = _together(batches)
+        with real_tokens(together):
+            forward(together)
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.observer = quantizer.input_observer = None
+    for name in left:
+        _check_reached(name, None)
+
+
+def _together(batches: list[Inputs]) -> Inputs:
+    """Make one batch of several; of sentences the shorter are padded with zeros, which their masks leave out."""
+    if isinstance(batches[0], Tensor):
+        return torch.cat(batches)
+    longest = max(tensor.shape[1] for batch in batches for tensor in batch.values())
+    return {
+        name: torch.cat([F.pad(batch[name], (0, longest - batch[name].shape[1])) for batch in batches])
+        for name in batches[0]
+    }
+
+
+def _shown(x: Tensor, observers: dict[str, Any]) -> dict[str, Any]:
+    for observer in observers.values():
+        observer(x)
+    return observers
+
+
+def _set_mode(quantizers: dict[str, ActivationQuantizer], mode: Mode) -> None:
+    for quantizer in quantizers.values():
+        quantizer.mode = mode
+
+
+def _centred(quantizer: ActivationQuantizer) -> bool:
+    spec = quantizer.site.spec
+    return spec.bias is Bias.AROUND and spec.signed
+
+
+def _centre(quantizers, state, observe) -> None:
     """Set the biases around signed sites to -mean and mean of each feature, which leaves the float function as it is."""
-    chosen = {name: q for name, q in quantizers.items() if q.site.spec.bias is Bias.AROUND and q.site.spec.signed}
-    if not chosen:
-        return
-    seen = _observe(chosen, {name: FeatureMeanObserver(q) for name, q in chosen.items()}, forward, batches)
+    seen = observe({name: FeatureMeanObserver(q) for name, q in quantizers.items()})
     for name, observer in seen.items():
         _check_reached(name, observer.total)
     together = torch.cat([observer.total for observer in seen.values()])
@@ -158,16 +217,21 @@ def _centre(quantizers, state, forward, batches, bind) -> None:
         mean = sums[:-1] / sums[-1]
         state.get(name, "before").copy_(-mean)
         state.get(name, "after").copy_(mean)
-    bind()
-    for quantizer in quantizers.values():
-        quantizer.mode = Mode.FLOAT  # the biases act from now on, the scales are yet to be fitted
 
 
-def _least_error(quantizers, forward, batches) -> dict[str, tuple[Tensor, Tensor | None]]:
-    ranges = _observe(quantizers, {name: RangeObserver(q) for name, q in quantizers.items()}, forward, batches)
+def _fit(quantizers, state, observe, init: str) -> None:
+    """Set scales and offsets to what `observe` shows the observers that it is given."""
+    found = _least_error(quantizers, observe) if init == "mse" else _from_means(quantizers, observe, init)
+    for name, (scale, offset) in found.items():
+        state.get(name).copy_(scale)
+        if offset is not None:
+            state.get(name, "offset").copy_(offset)
+
+
+def _least_error(quantizers, observe) -> dict[str, tuple[Tensor, Tensor | None]]:
+    ranges = observe({name: RangeObserver(q) for name, q in quantizers.items()})
     limits = _reduce_ranges(ranges)
-    histograms = {name: HistogramObserver(q, *limits[name]) for name, q in quantizers.items()}
-    _observe(quantizers, histograms, forward, batches)
+    histograms = observe({name: HistogramObserver(q, *limits[name]) for name, q in quantizers.items()})
     _reduce_counts(histograms)
     return {
         name: fit(histogram.counts.cpu(), histogram.centers().cpu(), quantizers[name].site.spec)
@@ -175,18 +239,19 @@ def _least_error(quantizers, forward, batches) -> dict[str, tuple[Tensor, Tensor
     }
 
 
-def _from_means(quantizers, forward, batches, rule: str) -> dict[str, tuple[Tensor, Tensor | None]]:
-    seen = _observe(quantizers, {name: MeanObserver(q) for name, q in quantizers.items()}, forward, batches)
+def _from_means(quantizers, observe, rule: str) -> dict[str, tuple[Tensor, Tensor | None]]:
+    seen = observe({name: MeanObserver(q) for name, q in quantizers.items()})
     for name, observer in seen.items():
         _check_reached(name, observer.total)
     if not seen:
         return {}
-    sums = [torch.stack([o.total, torch.full_like(o.total, o.count)]) for o in seen.values()]
+    sums = [torch.stack([o.total, o.count]) for o in seen.values()]
     together = torch.cat(sums, dim=1)
     if dist.is_initialized():
         dist.all_reduce(together)
     found = {}
     for name, part in zip(seen, together.split([s.shape[1] for s in sums], dim=1), strict=True):
+        _check_seen(name, part[1] > 0)
         _check_finite(name, part)
         spec = quantizers[name].site.spec
         scale = mean_scale(part[0] / part[1], spec, rule).float().clamp(min=SCALE_FLOOR)
@@ -194,21 +259,7 @@ def _from_means(quantizers, forward, batches, rule: str) -> dict[str, tuple[Tens
     return found
 
 
-def mean_scale(mean_abs: Tensor, spec: QuantSpec, rule: str) -> Tensor:
-    """Return the scales that a rule finds from mean|x| of each group.
-
-    lsq: 2 mean|x| / sqrt(qmax) where signed (Esser et al. 2020), 4 mean|x| / sqrt(qmax) where unsigned (OFQ, BiT). qv: 2
-    mean|x| / sqrt(2^(b-1) - 1), unsigned or not (Quantization Variation, code). qmax is at least 1; the two levels of a
-    signed site of 1 bit are what its rule gives, and lie one scale apart.
-    """
-    if rule == "qv":
-        scale = 2 * mean_abs / max(1, 2 ** (spec.n_bits - 1) - 1) ** 0.5
-    else:
-        scale = (2 if spec.signed else 4) * mean_abs / spec.grad_qmax**0.5
-    return 2 * scale if spec.levels.elastic else scale
-
-
-def _observe(quantizers, observers, forward, batches):
+def _observe(quantizers, forward, batches, observers):
     for name, quantizer in quantizers.items():
         quantizer.observer = observers[name]
     try:
@@ -231,11 +282,7 @@ def _reduce_ranges(ranges: dict[str, RangeObserver]) -> dict[str, tuple[Tensor, 
     low, high = -ends[: sum(sizes)], ends[sum(sizes) :]
     found = {}
     for name, lo, hi in zip(ranges, low.split(sizes), high.split(sizes), strict=True):
-        if bool((lo > hi).any()):  # as both were before the first value
-            raise TrainingError(
-                f"calibration: no real token stood at position {int((lo > hi).nonzero()[0])} of {name}, whose scales are "
-                "per_token; calibrate on more batches, shorten data.max_length, or give it per_tensor by a quant rule"
-            )
+        _check_seen(name, ~(lo > hi))  # as they are before the first value; NaN is for the next check
         _check_finite(name, lo, hi)
         found[name] = (lo, hi)
     return found
@@ -244,6 +291,14 @@ def _reduce_ranges(ranges: dict[str, RangeObserver]) -> dict[str, tuple[Tensor, 
 def _check_reached(name: str, seen: Tensor | None) -> None:
     if seen is None:
         raise TrainingError(f"calibration: no image reached {name}; leave it out with a quant rule (quantize: false)")
+
+
+def _check_seen(name: str, seen: Tensor) -> None:
+    if not bool(seen.all()):
+        raise TrainingError(
+            f"calibration: no real token stood at position {int((~seen).nonzero()[0])} of {name}, whose scales are "
+            "per_token; calibrate on more batches, shorten data.max_length, or give it per_tensor by a quant rule"
+        )
 
 
 def _check_finite(name: str, *seen: Tensor) -> None:
@@ -259,63 +314,3 @@ def _reduce_counts(histograms: dict[str, HistogramObserver]) -> None:
     sizes = [h.counts.shape[0] for h in histograms.values()]
     for histogram, counts in zip(histograms.values(), together.split(sizes), strict=True):
         histogram.counts = counts
-
-
-def fit(counts: Tensor, centers: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-    """Return float32 (n_groups,) scale and offset (None without one) of least squared error on histograms.
-
-    counts, centers: (n_groups, bins) float64. A grid finds the basin; alternating least squares, offset <- mean(x - s q)
-    and s <- <x - offset, q> / <q, q>, finds its bottom. Error of a candidate: sum counts * (x - x_hat)^2.
-    """
-    fitted = [_fit_group(n, x, spec) for n, x in zip(counts, centers, strict=True)]
-    scale = torch.tensor([s for s, _ in fitted], dtype=torch.float32).clamp(min=SCALE_FLOOR)
-    return scale, torch.tensor([o for _, o in fitted], dtype=torch.float32) if spec.offset else None
-
-
-def _fit_group(n: Tensor, x: Tensor, spec: QuantSpec) -> tuple[float, float]:
-    seen = n > 0
-    n, x = n[seen], x[seen]
-    scales, offsets = _candidates(float(x.min()), float(x.max()), spec)
-    error = _errors(n, x, scales, offsets, spec)
-    best = int(error.argmin())
-    return _refine(n, x, float(scales[best]), float(offsets[best]), float(error[best]), spec)
-
-
-def _candidates(low: float, high: float, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    shares = torch.logspace(-2, 0, SCALE_GRID, dtype=torch.float64)
-    if not spec.offset:
-        grid = spec.levels
-        reach = max(high / grid.high, low / grid.low if grid.low else 0.0, SCALE_FLOOR)
-        scales = reach * shares
-        return scales, torch.zeros_like(scales)
-    span = max(high - low, SCALE_FLOOR)
-    scales = (span * shares / (spec.qmax - spec.qmin)).repeat_interleave(OFFSET_GRID)
-    room = span - scales * (spec.qmax - spec.qmin)
-    starts = torch.linspace(0, 1, OFFSET_GRID, dtype=torch.float64).repeat(SCALE_GRID)
-    return scales, low + room * starts - spec.levels.low * scales
-
-
-def _levels(x: Tensor, scale, offset, spec: QuantSpec) -> Tensor:
-    """Return code + shift of float64 values, in units of the scale."""
-    grid = spec.levels
-    return ((x - offset) / scale - grid.shift).clamp(grid.qmin, grid.qmax).round() + grid.shift
-
-
-def _errors(n: Tensor, x: Tensor, scales: Tensor, offsets: Tensor, spec: QuantSpec) -> Tensor:
-    s, o = scales[:, None], offsets[:, None]
-    return ((_levels(x, s, o, spec) * s + o - x).square() * n).sum(1)
-
-
-def _refine(n: Tensor, x: Tensor, s: float, o: float, error: float, spec: QuantSpec) -> tuple[float, float]:
-    best = (error, s, o)
-    for _ in range(REFINEMENTS):
-        q = _levels(x, s, o, spec)
-        if spec.offset:
-            o = float((n * (x - s * q)).sum() / n.sum())
-        qq = float((n * q * q).sum())
-        if qq == 0:
-            break
-        s = max(float((n * (x - o) * q).sum()) / qq, SCALE_FLOOR)
-        error = float(_errors(n, x, torch.tensor([s]), torch.tensor([o]), spec)[0])
-        best = min(best, (error, s, o))
-    return best[1], best[2]

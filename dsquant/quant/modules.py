@@ -37,7 +37,7 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.site, self.heads_first, self.keys_last, self.grad_scale = site, heads_first, keys_last, grad_scale
         self.mode = Mode.FLOAT
-        self.observer = None
+        self.observer = self.input_observer = None  # the latter sees a linear layer's input before its bias
         self._values: dict[str, Tensor] = {}
 
     def bind(self, values: dict[str, Tensor]) -> None:
@@ -56,7 +56,9 @@ class ActivationQuantizer(nn.Module):
         return QuantArgs(scale, offset, spec.levels, self.grad_scale)
 
     def shifted(self, x: Tensor) -> Tensor:
-        """Return x plus the bias before the quantizer, where it has one."""
+        """Return x plus the bias before the quantizer, where it has one; an observer of inputs sees x first."""
+        if self.input_observer is not None:
+            self.input_observer(x.detach())
         before = self._values.get("before")
         return x if before is None else x + before.to(x.dtype)
 

@@ -13,6 +13,7 @@ from dsquant.config import ModelConfig, QuantConfig
 from dsquant.errors import CheckpointError, ConfigError, TrainingError
 from dsquant.models import build_model, insert_sites, logits_of, model_outputs, portable
 from dsquant.quant.calibrate import calibrate
+from dsquant.quant.modules import Mode
 from dsquant.quant.state import QuantState
 from dsquant.spec import Grouping
 
@@ -53,10 +54,10 @@ def sentences(width=TOKENS, lengths=(12, 7, 3, 9)):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def calibrated(model, sites, batches=None, rounds=1):
+def calibrated(model, sites, batches=None, rounds=1, **how):
     state = QuantState(sites.weights, sites.activations)
     forward = torch.no_grad()(lambda batch: logits_of(model, batch))
-    calibrate(sites.quantizers, state, forward, batches or [sentences()], rounds, bind=lambda: sites.bind(state))
+    calibrate(sites.quantizers, state, forward, batches or [sentences()], rounds, lambda: sites.bind(state), **how)
     return state
 
 
@@ -205,12 +206,24 @@ def test_padding_takes_no_part_in_the_gradient_of_any_scale_or_weight():
         torch.testing.assert_close(narrow, wide, rtol=1e-3, atol=1e-4)
 
 
-def test_per_token_scales_at_a_position_that_no_sentence_reached_are_an_error_with_its_fix():
+@pytest.mark.parametrize("how", [{}, {"init": "lsq"}, {"sequential": True}], ids=str)
+def test_per_token_scales_at_a_position_that_no_sentence_reached_are_an_error_with_its_fix(how):
     model = build()
     sites = insert_sites(model, policy({"match": "*.intermediate.dense.input", "granularity": "per_token"}))
     short = {name: t[1:] for name, t in sentences(lengths=(12, 7, 3, 9)).items()}
     with pytest.raises(TrainingError, match=r"no real token stood at position 9 of bert.*shorten data\.max_length"):
-        calibrated(model, sites, [short])
+        calibrated(model, sites, [short], **how)
+
+
+@pytest.mark.parametrize("init", ["mse", "lsq"])
+def test_sites_fitted_in_turn_do_not_depend_on_how_far_sentences_are_padded(init):
+    states = []
+    for width in (TOKENS, TOKENS + 4):
+        model = build()
+        sites = insert_sites(model, policy())
+        states.append(calibrated(model, sites, [sentences(width)], init=init, sequential=True).values)
+        assert all(quantizer.mode is Mode.QUANTIZE for quantizer in sites.quantizers.values())
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
 
 
 def test_a_hidden_state_is_given_for_the_embedding_and_each_layer():

@@ -145,13 +145,90 @@ def test_other_biases_start_at_zero(spec, init):
     )
 
 
+class TwoLayers(nn.Module):
+    """Two quantized linear layers with biases around, after one another, and the calibration of both."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+        self.sites = {}
+        for name, layer in self.named_children():
+            site = ActivationSite(name, QuantSpec(2, bias="around"), features=WIDTH)
+            self.sites[name] = ActivationQuantizer(site)
+            become(layer, QuantLinear, input_quantizer=self.sites[name])
+        self.state = QuantState([], [quantizer.site for quantizer in self.sites.values()])
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+    def bind(self):
+        for name, quantizer in self.sites.items():
+            quantizer.bind({role: self.state.get(name, role) for role in quantizer.site.values})
+
+    def calibrate_on(self, batches, rounds=1):
+        with torch.no_grad():
+            calibrate(self.sites, self.state, self, batches, rounds, self.bind, sequential=True)
+
+
+def test_sites_in_turn_are_fitted_to_what_quantized_sites_before_them_pass_on():
+    model, batches = TwoLayers(), [values(4, TOKENS, WIDTH), values(3, TOKENS, WIDTH, salt=1)]
+    model.calibrate_on(batches)
+    assert all(quantizer.mode is Mode.QUANTIZE for quantizer in model.sites.values())
+    with torch.no_grad():
+        seen = model.first(torch.cat(batches)).relu()  # the first layer quantizes by now
+    torch.testing.assert_close(model.state.get("second", "before"), -seen.mean(dim=(0, 1)))
+    alone = ActivationQuantizer(ActivationSite("site", QuantSpec(2)))
+    wanted = calibrated(alone, [seen + model.state.get("second", "before")]).get("site")
+    torch.testing.assert_close(model.state.get("second"), wanted)
+    refitted = TwoLayers()
+    refitted.calibrate_on(batches, rounds=2)  # nothing is left to find
+    torch.testing.assert_close(refitted.state.get("second"), model.state.get("second"))
+
+
+def test_sentences_of_several_lengths_make_one_batch_without_counting_padding():
+    short = {"x": torch.tensor([[1.0, 2.0]]), "attention_mask": torch.tensor([[1, 1]])}
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    batches = [short, {"x": torch.tensor([[3.0, 4.0, 5.0], [6.0, 9.0, 9.0]]), "attention_mask": mask}]
+    site = quantizer(QuantSpec(8))
+    state, shapes = QuantState([], [site.site]), []
+
+    def forward(batch):
+        shapes.append(tuple(batch["x"].shape))
+        site(batch["x"].unsqueeze(-1))
+
+    def bind():
+        site.bind({"scale": state.get("site")})
+
+    calibrate({"site": site}, state, forward, batches, 1, bind, init="lsq", sequential=True)
+    assert shapes == [(3, 3)]
+    torch.testing.assert_close(state.get("site"), torch.tensor([2 * 21 / 6 / math.sqrt(127)]))
+
+
+def test_a_site_that_no_sample_reaches_in_its_turn_is_named():
+    model = TwoLayers()
+    with pytest.raises(TrainingError, match="no image reached second"):
+        calibrate(model.sites, model.state, model.first, [values(2, TOKENS, WIDTH)], 1, model.bind, sequential=True)
+
+
 def calibrate_rank(init):
     """Calibrate on this rank's own images and return the scales."""
-    import torch.distributed as dist
-
-    rank = dist.get_rank()
+    rank = torch.distributed.get_rank()
+    x = values(2 + rank, TOKENS, WIDTH, salt=rank)
+    if init == "sequential":
+        model = TwoLayers()
+        model.calibrate_on([x])
+        return model.state.values.clone()
     per_token = quantizer(QuantSpec(2, granularity="per_token"), TOKENS)
-    return calibrated(per_token, [values(2 + rank, TOKENS, WIDTH, salt=rank)], init=init).get("site").clone()
+    return calibrated(per_token, [x], init=init).get("site").clone()
+
+
+def test_ranks_agree_on_sites_fitted_in_turn(run_ranks):
+    found = run_ranks(2, "tests.quant.test_calibrate:calibrate_rank", init="sequential")
+    assert torch.equal(found[0], found[1])
+    model = TwoLayers()
+    model.calibrate_on([values(2 + rank, TOKENS, WIDTH, salt=rank) for rank in range(2)])
+    torch.testing.assert_close(found[0], model.state.values, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("init", FACTORS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsquant.errors import TrainingError
-from dsquant.quant.calibrate import FeatureMeanObserver, HistogramObserver, RangeObserver
+from dsquant.quant.calibrate import FeatureMeanObserver, HistogramObserver, MeanObserver, RangeObserver
 from dsquant.quant.modules import ActivationQuantizer
 from dsquant.quant.padding import real_elements, real_tokens
 from dsquant.spec import ActivationSite, Granularity, QuantSpec
@@ -63,6 +63,16 @@ def test_ranges_and_counts_are_of_real_tokens_only(name):
         expected = torch.histc(torch.tensor(group), 1024, -5, 5).double()
         assert counts.sum() == len(group)
         assert (counts - expected).abs().sum() <= 2  # one value may lie at the edge of its bin
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_means_are_of_real_tokens_only(name):
+    quantizer, x, values = case(name)
+    observer = MeanObserver(quantizer)
+    with real_tokens(BATCH):
+        observer(x)
+    assert observer.count.tolist() == [len(v) for v in values]
+    torch.testing.assert_close(observer.total.tolist(), [sum(map(abs, v)) for v in values])
 
 
 @pytest.mark.parametrize("name", ["input of a linear layer", "input of a head"])
