@@ -36,6 +36,13 @@ class StopRequest:
         if os.getpid() == self._process:  # not in a worker that has been forked a moment ago
             self.signal = signal.Signals(number)
 
+    def release(self) -> None:
+        """Let the signals end this process again, once it has nothing left to save; one of SIGTERM that came ends it now."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        if self.signal is signal.SIGTERM:
+            signal.raise_signal(signal.SIGTERM)
+
     @property
     def asked(self) -> bool:
         return self.signal is not None

@@ -73,11 +73,13 @@ def main() -> None:
         sys.exit(EXIT_STOPPED)
     except DsquantError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # what every rank meets, rank 0 reports; it then ends the others
+            STOP.release()
+            time.sleep(5)  # what every rank meets, rank 0 reports; the launcher then ends the others
         sys.exit(f"dsquant: {error}")
     except RuntimeError as error:
         if not any(sign in str(error) for sign in LOST_PEER):
             raise
+        STOP.release()
         time.sleep(5)  # the rank that ended says why; the launcher ends this one meanwhile
         sys.exit("dsquant: another rank has ended; its message says why")
 

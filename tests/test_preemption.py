@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
@@ -31,6 +33,27 @@ def test_one_process_stops_at_the_first_point_after_a_signal(listening, number):
     signal.raise_signal(number)
     with pytest.raises(Stopped, match="stopped in training"):
         listening.poll("training")
+
+
+RELEASED = """
+import signal
+from dsquant.preemption import StopRequest
+stop = StopRequest()
+stop.listen()
+if {early}:
+    signal.raise_signal(signal.SIGTERM)
+stop.release()
+print("released", flush=True)
+signal.raise_signal(signal.SIGTERM)
+print("outlived it", flush=True)
+"""
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_released_process_ends_by_sigterm_also_by_one_that_came_before(early):
+    """A rank that waits for another to report an error is ended by the launcher, and says nothing itself."""
+    ended = subprocess.run([sys.executable, "-c", RELEASED.format(early=early)], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGTERM, "" if early else "released\n")
 
 
 def polls_of_a_rank(asked_at, rounds):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,9 +54,15 @@ def write_run(log):
     log.write("summary", "w2a2", 2, top1=96.0, checkpoint="last")
 
 
-def offline_bytes(run_dir):
-    """Return the transaction logs of the offline runs in a run folder, one bytes each."""
-    return [p.read_bytes() for p in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))]
+HEADER_BYTES = 7  # of a log that holds nothing yet
+
+
+def offline_bytes(run_dir, patience=60.0):
+    """Return the transaction logs of the offline runs in a run folder, one bytes each, once W&B's own process wrote them."""
+    files, deadline = sorted(run_dir.glob("wandb/offline-run-*/*.wandb")), time.monotonic() + patience
+    while any(file.stat().st_size <= HEADER_BYTES for file in files) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return [file.read_bytes() for file in files]
 
 
 def test_an_offline_run_holds_every_record_and_lies_in_the_run_folder(tmp_path):
