@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 
+import dsquant.data.workers as workers_module
 from dsquant.data import ShardSet, TrainStream, write_shards
 from dsquant.preemption import SIGNALS, Stopped, StopRequest
 from tests.data.conftest import numbered_samples
@@ -97,6 +98,26 @@ def test_ranks_that_nobody_asks_never_stop_and_one_wish_stops_all(run_ranks):
 
 def workers():
     return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_signal_that_reaches_a_worker_before_its_first_line_does_not_end_it(listening, tmp_path, monkeypatch):
+    """torch gives a worker its own handler of SIGTERM, which ends it, before dsquant's first line in it runs."""
+    write_shards(numbered_samples(8), tmp_path, "train", 8)
+    start = workers_module._start_worker
+
+    def signalled(worker):
+        os.system(f"kill -{signal.SIGTERM.value} {os.getpid()}")
+        start(worker)
+
+    monkeypatch.setattr(workers_module, "_start_worker", signalled)
+    stream = TrainStream(
+        ShardSet.open(tmp_path), transform=lambda image: torch.zeros(1), batch_size=2, rank=0, world_size=1, seed=5,
+        num_workers=2,
+    )  # fmt: skip
+    batches = stream.batches()
+    assert len([next(batches) for _ in range(8)]) == 8
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    batches.close()
 
 
 def test_workers_of_the_data_loader_go_on_through_signals_that_are_not_for_them(listening, tmp_path):

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,9 +46,14 @@ def load_batches(
         pin_memory=pin_memory,
         collate_fn=_as_is,
         worker_init_fn=_start_worker,
+        multiprocessing_context="fork"
+        if num_workers
+        else None,  # the parent is then this process, and the mask its own
         generator=torch.Generator(),  # otherwise DataLoader draws from the global one
     )
-    for item in loader:
+    with _sigterm_blocked():
+        batches = iter(loader)
+    for item in batches:
         if isinstance(item, DataError):
             raise item
         yield item
@@ -57,6 +63,16 @@ def _as_is(item: Any) -> Any:
     return item
 
 
+@contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Let a SIGTERM wait: workers that start meanwhile inherit this, and are safe before `_start_worker` runs in them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(worker: int) -> None:
     """Leave signals to the parent, which stops at the end of a step and needs its workers until then.
 
@@ -64,8 +80,7 @@ def _start_worker(worker: int) -> None:
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # blocked since `_sigterm_blocked`
     threading.Thread(target=_end_when_parent_says, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
 
