@@ -240,16 +240,18 @@ class CalibrationConfig(Section):
 
     mse fits scale and offset to the least squared error, biases around signed sites being set to the means of their features.
     lsq: 2 mean|x| / sqrt(qmax), twice that where unsigned (OFQ, BiT). qv: 2 mean|x| / sqrt(qmax) with the qmax of signed
-    codes everywhere (code of Quantization Variation). Offsets and biases of the last two start at 0. `inherit` takes every
-    scale, offset and bias, weights' too, from the stage of `init_from` instead, which must have the same sites: for
-    fine-tuning that goes on where that stage ended (CGA).
+    codes everywhere (code of Quantization Variation). Offsets and biases of the last two start at 0.
+
+    `inherit` says what comes from the stage of `init_from` instead, where that is a quantized one. biases: those of sites
+    that have them in both stages, since the weights have been trained with them; scales are fitted upon them. all: every
+    scale, offset and bias, weights' too, of the same sites, for fine-tuning that goes on where that stage ended (CGA).
     """
 
     batches: Positive = 4
     rounds: Positive = 2
     init: Literal["mse", "lsq", "qv"] = "mse"
     sequential: Flag = False
-    inherit: Flag = False
+    inherit: Literal["none", "biases", "all"] = "biases"
 
 
 def _as_value_error(key: str, check: Callable[..., object], *values: object) -> None:
@@ -373,8 +375,8 @@ class StageConfig(Section):
     def _one_length(self):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give a stage either epochs or steps")
-        if self.quant is not None and self.quant.calibration.inherit and self.init_from is None:
-            raise ValueError("quant.calibration.inherit needs init_from, the quantized stage that it goes on from")
+        if self.quant is not None and self.quant.calibration.inherit == "all" and self.init_from is None:
+            raise ValueError("quant.calibration.inherit: all needs init_from, the quantized stage that it goes on from")
         if self.steps == 0 and self.quant is not None:
             raise ValueError("steps: 0 is for a float stage that is taken as it is; a quantized stage needs steps")
         return self

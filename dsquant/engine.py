@@ -27,7 +27,7 @@ from dsquant.launcher import adopt_launcher, device_index
 from dsquant.models.inputs import Inputs, logits_of, model_outputs, move
 from dsquant.models.registry import insert_sites
 from dsquant.models.sites import Sites
-from dsquant.quant.state import QuantState
+from dsquant.quant.state import BIASES, QuantState
 from dsquant.shard.fragments import ShardMap, map_shards
 from dsquant.shard.optimizer import ShardOptimizer, ShardQuantization
 
@@ -220,6 +220,15 @@ class Engine:
             self.state.values[entry.slice] = values[key].to(self.world.device)
         self.quantization.start()
         self.finish_calibration()
+
+    def inherit_biases(self, values: dict[str, Tensor]) -> set[str]:
+        """Take from an earlier stage, "site:role" -> values, the biases of sites that have as many here; return their names."""
+        taken = set()
+        for key, entry in self.state.entries.items():
+            if entry.role in BIASES and key in values and values[key].numel() == entry.numel:
+                self.state.values[entry.slice] = values[key].to(self.world.device)
+                taken.add(entry.name)
+        return taken
 
     def check_state_agrees(self) -> None:
         """Raise TrainingError naming the ranks whose quantizer state differs from rank 0's."""

@@ -182,10 +182,11 @@ class Run:
             restore(engine, resumed)
         elif stage.quant is not None:
             self.summary.pop("oscillating_peak_pct", None)
-            if stage.quant.calibration.inherit:
-                engine.inherit(load_run_checkpoint(self.run_dir, stage.init_from).quant)
+            values = load_run_checkpoint(self.run_dir, stage.init_from).quant if stage.init_from else {}
+            if stage.quant.calibration.inherit == "all":
+                engine.inherit(values)
             else:
-                self._calibrate(engine, stage, stream)
+                self._calibrate(engine, stage, stream, values)
         self.console.begin_stage(name, total, engine.step_index)
         if self.metrics and resumed is None:
             self.metrics.write("stage", name, 0, event="begin", total=total, zero_stage=engine.zero_stage)
@@ -208,8 +209,8 @@ class Run:
             teacher = teacher.bfloat16()
         return teacher.requires_grad_(False)
 
-    def _calibrate(self, engine: Engine, stage: StageConfig, stream: TrainStream) -> None:
-        """Fit the activation quantizers on training samples, the first of the run's own stream."""
+    def _calibrate(self, engine: Engine, stage: StageConfig, stream: TrainStream, earlier: dict[str, Tensor]) -> None:
+        """Fit the activation quantizers on training samples, the first of the run's own stream; `earlier` may give biases."""
         self.console.message("calibrating activation quantizers on training samples ...")
         samples = []
         for inputs, *_ in islice(stream.batches(), stage.quant.calibration.batches):
@@ -222,9 +223,10 @@ class Run:
             engine.evaluate_logits(inputs)
 
         how = stage.quant.calibration
+        given = engine.inherit_biases(earlier) if how.inherit == "biases" else set()
         calibrate(
             engine.sites.quantizers, engine.state, forward, samples, how.rounds,
-            bind=lambda: engine.sites.bind(engine.state), init=how.init, sequential=how.sequential,
+            bind=lambda: engine.sites.bind(engine.state), init=how.init, sequential=how.sequential, given=given,
         )  # fmt: skip
         engine.train()
         engine.finish_calibration()

@@ -7,7 +7,7 @@ around a signed site are set to its features' means: a feature that hardly leave
 would otherwise stretch the scale of all, and keep one code for every token.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from functools import partial
 from math import inf
 from typing import Any
@@ -115,6 +115,7 @@ class FeatureMeanObserver:
 def calibrate(
     quantizers: dict[str, ActivationQuantizer], state: QuantState, forward: Callable[[Inputs], object],
     batches: Iterable[Inputs], rounds: int, bind: Callable[[], None], init: str = "mse", sequential: bool = False,
+    given: Set[str] = frozenset(),
 ) -> None:  # fmt: skip
     """Fit every activation quantizer to the training samples in `batches`, the same values on every rank.
 
@@ -124,32 +125,32 @@ def calibrate(
         quantizers: by site name, in the order of the model, the same on every rank.
         forward: runs the model on a batch in evaluation mode without gradients.
         rounds: the first fits to float activations; each further one refits with all sites quantizing.
-        bind: makes the quantizers read their values from `state`; called when the first of them are known.
+        bind: makes the quantizers read their values from `state` and quantize.
         init: "mse" for the least squared error, with biases around signed sites at their means; or a rule of `mean_scale`,
             with biases at 0.
         sequential: the first round fits each site in its turn to what the sites before it, quantizing already, pass on: one
             pass over all batches at once. A site that is applied several times is fitted to the first.
+        given: sites whose biases are in `state` already, to be kept.
 
     Raises TrainingError naming a site that no image reached or that saw a non-finite value.
     """
     batches = list(batches)
+    centred = {name: q for name, q in quantizers.items() if init == "mse" and _centred(q) and name not in given}
+    bind()
+    _set_mode(quantizers, Mode.FLOAT)  # biases act from now on, scales are yet to be fitted
     if sequential:
-        _one_by_one(quantizers, state, forward, batches, bind, init)
+        _one_by_one(quantizers, state, forward, batches, init, centred)
     else:
-        if init == "mse" and (chosen := {name: q for name, q in quantizers.items() if _centred(q)}):
-            _centre(chosen, state, partial(_observe, chosen, forward, batches))
-            bind()
-            _set_mode(quantizers, Mode.FLOAT)  # the biases act from now on, the scales are yet to be fitted
+        if centred:
+            _centre(centred, state, partial(_observe, centred, forward, batches))
         _fit(quantizers, state, partial(_observe, quantizers, forward, batches), init)
-        bind()
+        _set_mode(quantizers, Mode.QUANTIZE)
     for _ in range(1, rounds):
         _fit(quantizers, state, partial(_observe, quantizers, forward, batches), init)
 
 
-def _one_by_one(quantizers, state, forward, batches, bind, init) -> None:
+def _one_by_one(quantizers, state, forward, batches, init, centred) -> None:
     """Fit each site where the pass meets it, and let it quantize from there on."""
-    bind()
-    _set_mode(quantizers, Mode.FLOAT)
     left = dict(quantizers)
 
     def meet(name: str, x: Tensor) -> None:
@@ -164,7 +165,7 @@ def _one_by_one(quantizers, state, forward, batches, bind, init) -> None:
 
     for name, quantizer in quantizers.items():
         quantizer.observer = partial(meet, name)
-        if init == "mse" and _centred(quantizer):
+        if name in centred:
             quantizer.input_observer = partial(centre, name)
     try:
         together = _together(batches)

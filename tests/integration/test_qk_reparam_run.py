@@ -20,7 +20,7 @@ OFQ = {
     ],
     "calibration": {"batches": 1, "rounds": 1, "init": "lsq"},
 }
-CGA = {"oscillation": {"cga": {"enabled": True, "boundary_range": 0.05}}, "calibration": {"inherit": True}}
+CGA = {"oscillation": {"cga": {"enabled": True, "boundary_range": 0.05}}, "calibration": {"inherit": "all"}}
 STEPS, WIDTH = 3, 16
 PRECISIONS = ("fp32", "bf16")
 

@@ -31,13 +31,19 @@ def test_float_weights_leave_one_run_and_enter_another_unchanged(tmp_path):
 
 @pytest.fixture(scope="module")
 def fine_tuned(tmp_path_factory):
-    """Return the folder of a run whose last stage goes on from the quantizers of the one before, learning nothing."""
+    """Return the folder of a run whose last stages go on from a quantized one, learning nothing: again with all quantizers
+    of it, fewer with its biases, and anew with none.
+    """
     folder = tmp_path_factory.mktemp("inherit")
     tree = yaml.safe_load(TINY.read_text())
     again = tree["stages"]["w2a2"]
+    again["quant"]["activation"]["bias"] = "around"
     still = {"lr": 1e-30, "weight_decay": 0.0, "init_from": "w2a2", "quant": again["quant"] | {"scale_lr": 1e-30}}
-    still["quant"] = still["quant"] | {"obr": {"weight": 0.0}, "calibration": {"inherit": True}}
+    still["quant"] = still["quant"] | {"obr": {"weight": 0.0}, "calibration": {"inherit": "all"}}
     tree["stages"]["again"] = again | still
+    fewer = still["quant"] | {"activation": {"n_bits": 1, "method": "elastic", "bias": "around"}}
+    for name, how in {"fewer": {}, "anew": {"inherit": "none"}}.items():
+        tree["stages"][name] = again | still | {"quant": fewer | {"calibration": how}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     options = ["--recipe", folder / "recipe.yaml", "--max_steps", 4, "--out_dir", folder / "run"]
     run(train_command(*options, ranks=2), folder / "log").ok()
@@ -57,9 +63,19 @@ def test_a_stage_that_inherits_starts_at_the_accuracy_where_the_one_before_ended
     assert (begun["top1"], begun["loss"]) == (ended["top1"], ended["loss"])
 
 
+def test_a_stage_of_fewer_bits_takes_over_learned_biases_and_fits_its_scales(fine_tuned):
+    ended, begun, anew = (load_run_checkpoint(fine_tuned, stage).quant for stage in ("w2a2", "fewer", "anew"))
+    biases = [key for key in ended if key.endswith((":before", ":after"))]
+    assert len(biases) > 8
+    assert all(torch.allclose(begun[key], ended[key], rtol=0, atol=1e-20) for key in biases)
+    assert not any(torch.equal(anew[key], ended[key]) for key in biases)
+    scales = [key for key in ended if key.endswith(":scale") and "qkv.weight" not in key]
+    assert any(not torch.equal(begun[key], ended[key]) for key in scales)
+
+
 def test_inheriting_from_a_stage_of_other_sites_is_an_error_that_names_the_first(tmp_path):
     tree = yaml.safe_load(TINY.read_text())
-    tree["stages"]["w2a2"]["quant"]["calibration"] = {"inherit": True}
+    tree["stages"]["w2a2"]["quant"]["calibration"] = {"inherit": "all"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     options = ["--recipe", tmp_path / "recipe.yaml", "--max_steps", 2, "--out_dir", tmp_path / "run"]
     ended = run(train_command(*options), tmp_path / "log")

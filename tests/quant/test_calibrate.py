@@ -105,14 +105,14 @@ def linear(spec):
     layer, site = nn.Linear(WIDTH, 3), ActivationSite("site", spec, features=WIDTH)
     become(layer, QuantLinear, input_quantizer=ActivationQuantizer(site))
 
-    def calibrate_on(batches, init="mse"):
-        state = QuantState([], [site])
+    def calibrate_on(batches, init="mse", state=None, given=frozenset()):
+        state = QuantState([], [site]) if state is None else state
         found = {"site": layer.input_quantizer}
 
         def bind():
             layer.input_quantizer.bind({role: state.get("site", role) for role in site.values})
 
-        calibrate(found, state, layer, batches, 1, bind, init=init)
+        calibrate(found, state, layer, batches, 1, bind, init=init, given=given)
         return state
 
     return layer, calibrate_on
@@ -143,6 +143,20 @@ def test_other_biases_start_at_zero(spec, init):
     assert all(
         not state.get("site", role).any() for role in ("before", "after") if (role != "after" or spec.bias == "around")
     )
+
+
+@pytest.mark.parametrize("init", ["mse", "lsq"])
+def test_given_biases_stay_and_scales_are_fitted_to_what_they_leave(init):
+    x = values(16, TOKENS, WIDTH) + 5.0
+    biases = {"before": -torch.arange(WIDTH).float(), "after": torch.linspace(-1, 1, WIDTH)}
+    layer, calibrate_on = linear(QuantSpec(2, bias="around"))
+    state = QuantState([], [layer.input_quantizer.site])
+    for role, bias in biases.items():
+        state.get("site", role).copy_(bias)
+    calibrate_on([x], init, state, given={"site"})
+    assert all(torch.equal(state.get("site", role), bias) for role, bias in biases.items())
+    plain = calibrated(quantizer(QuantSpec(2)), [x + biases["before"]], init=init)
+    assert torch.equal(state.get("site"), plain.get("site"))
 
 
 class TwoLayers(nn.Module):
