@@ -7,6 +7,7 @@ the same engine with nothing attached, so that both run the same loop.
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from dsquant.shard.fragments import ShardMap, map_shards
 from dsquant.shard.optimizer import ShardOptimizer, ShardQuantization
 
 OPTIMIZERS = {
-    "adamw": torch.optim.AdamW,
+    "adamw": partial(torch.optim.AdamW, fused=True),
     "adam": torch.optim.Adam,
     "sgd": torch.optim.SGD,
     "radam": torch.optim.RAdam,

@@ -24,7 +24,7 @@ from dsquant.errors import BuildError
 SOURCES = Path(__file__).parent / "csrc"
 # Products and sums round separately: every instruction set gives the same bits, those of the definition in PyTorch.
 FLAGS = (
-    "-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno",
+    "-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of torch 2.11, the oldest supported
 )  # fmt: skip
 TIMEOUT_S = 300

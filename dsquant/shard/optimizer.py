@@ -12,10 +12,12 @@ from torch import Tensor
 
 from dsquant.config import QuantConfig
 from dsquant.errors import ShardError
+from dsquant.ops import backends
 from dsquant.ops.fake_quantize import near_boundary
 from dsquant.quant.modules import lsq_grad_scale, mdq_grad_scale
 from dsquant.quant.state import SCALE_FLOOR, QuantState
 from dsquant.shard.fragments import Fragment, ShardMap, part_of
+from dsquant.shard.native_step import NativeStep, can_step, gathered, write_image
 from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, track
 from dsquant.shard.regularizers import Regularizer, bin_index, bin_sums
 from dsquant.shard.weight_quantizers import ShardedWeight, moment_scales, mse_scales
@@ -56,11 +58,10 @@ class ShardOptimizer(torch.optim.Optimizer):
         if closure is not None:
             raise ShardError("sharded quantization takes no closure")
         flats = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if self.quantization is not None:
-            self.quantization.before_inner_step(flats)
-        self.inner.step()
-        if self.quantization is not None:
-            self.quantization.after_inner_step(flats)
+        if self.quantization is None:
+            self.inner.step()
+        else:
+            self.quantization.step(flats, self.inner)
 
     def zero_grad(self, set_to_none: bool = True):
         self.inner.zero_grad(set_to_none)
@@ -112,6 +113,7 @@ class ShardQuantization:
         self._latents: dict[str, Tensor] = {}
         self._lr_factor, self._threshold, self._activations_pending = 1.0, None, False
         self._held: dict[str, tuple[Tensor, Tensor]] = {}  # CGA: which weights may move, and where all were
+        self._native: NativeStep | None = None  # of the step that is being taken
         self.regularizer = Regularizer(config.obr, config.oscillation.dampening)
 
     @torch.no_grad()
@@ -202,8 +204,24 @@ class ShardQuantization:
         return found
 
     @torch.no_grad()
+    def step(self, flats: list[Tensor], inner: torch.optim.Optimizer) -> None:
+        """Step the flats by the inner optimizer, with what quantization does before and after it."""
+        native = NativeStep(inner) if can_step(inner, flats) and not self.config.oscillation.cga.enabled else None
+        self._native = native
+        self.before_inner_step(flats)
+        if native is None:
+            inner.step()
+        else:
+            native.step({id(flat): self._in_flat[id(flat)] for flat in flats})
+        self._native = None
+        self.after_inner_step(flats)
+
+    @torch.no_grad()
     def before_inner_step(self, flats: list[Tensor]) -> None:
-        """Turn the gradients of the images in `flat.grad` into those of the latents, and step the scales."""
+        """Turn the gradients of the images in `flat.grad` into those of the latents, and step the scales.
+
+        A native step does the former itself, and is told how here.
+        """
         weights = [w for flat in flats for w in self._in_flat[id(flat)]]
         if self.shards.in_place:
             for weight in weights:
@@ -223,8 +241,12 @@ class ShardQuantization:
             self._activations_pending = False
         for weight, total in zip(weights, reduced, strict=False):
             d_scale, norm = total[: 2 * weight.n_groups].view(2, -1)
-            self.regularizer.add(weight, total[2 * weight.n_groups :].view(2, -1))
-            self._hold(weight)
+            bins = total[2 * weight.n_groups :].view(2, -1)
+            if self._native is None:
+                self.regularizer.add(weight, bins)
+                self._hold(weight)
+            elif weight.fragment is not None:
+                self._native.prepare(weight, self.regularizer, bins)
             if weight.learned:
                 self._step_scale(weight, d_scale, norm)
 
@@ -240,6 +262,9 @@ class ShardQuantization:
         groups = torch.zeros(2, weight.n_groups, dtype=torch.float64, device=device)
         if weight.fragment is None:
             return groups, bins
+        if self._native is not None:
+            groups, bins = (part.to(device) for part in gathered(weight, spread))
+            return (groups, bins) if self.contributes else (torch.zeros_like(groups), torch.zeros_like(bins))
         scales = weight.scales()
         grad_flat = weight.gradient
         for tile in weight.tiles:
@@ -298,6 +323,10 @@ class ShardQuantization:
         values, scales, momentum = weight.fragment.values, weight.scales(), self.config.oscillation.momentum
         if self.shards.in_place and not record and weight.site.name in self._latents:
             values.copy_(self._latents[weight.site.name])
+        if record and weight.backend != backends.TORCH:
+            latent = self._latents.setdefault(weight.site.name, torch.empty_like(values))
+            write_image(weight, latent, momentum, self._threshold)
+            return
         for tile in weight.tiles:
             w, scale = tile.of(values), scales[tile.groups].unsqueeze(1)
             codes, image = weight.image_tile(tile, w, scale)

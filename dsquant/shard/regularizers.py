@@ -63,12 +63,17 @@ def regularizer_gradient(
     """
     found = torch.sub(w, level * scale).mul_(2 * pull)
     if spread:
-        counts, totals = sums
-        mean = (totals / counts.clamp(min=1)).float()
-        factor = torch.where(counts > 1, 2 * spread / (counts - 1).clamp(min=1), 0.0).float()
+        mean, factor = bin_tables(sums, spread)
         flat = index.view(-1)  # index_select: a table look-up by `[]` is ten times slower on CPU
         found.addcmul_(w - mean.index_select(0, flat).view_as(w), factor.index_select(0, flat).view_as(w))
     return pass_inside(found, w / scale, levels)
+
+
+def bin_tables(sums: Tensor, spread: float) -> tuple[Tensor, Tensor]:
+    """Return float32 (bins,): the mean of each bin, and the factor of `w - mean` in the gradient of its variance."""
+    counts, totals = sums
+    mean = (totals / counts.clamp(min=1)).float()
+    return mean, torch.where(counts > 1, 2 * spread / (counts - 1).clamp(min=1), 0.0).float()
 
 
 def obr_loss(w_clipped: Tensor, w_quantized: Tensor, index: Tensor, size: int, config: ObrConfig) -> Tensor:
@@ -120,14 +125,19 @@ class Regularizer:
         pull, spread = self.pull(weight), self.spread(weight)
         if not (pull or spread) or weight.fragment is None:
             return
-        bins, norms = bins.to(weight.device), torch.zeros(2, dtype=torch.float64, device=weight.device)
+        bins, norms = bins.to(weight.device), self.new_norms(weight)
         for tile in weight.tiles:
             found, grad = self._tile(weight, tile, bins, pull, spread), tile.of(weight.gradient)
-            if self._observed:
+            if norms is not None:
                 norms += torch.stack([grad.double().square().sum(), found.double().square().sum()])
             grad.add_(found)
-        if self._observed:
-            self.norms[weight.site.name] = norms
+
+    def new_norms(self, weight: "ShardedWeight") -> Tensor | None:
+        """Return where a weight's squared norms of this step are to be added up, or None where it is not observed."""
+        if not self._observed:
+            return None
+        found = self.norms[weight.site.name] = torch.zeros(2, dtype=torch.float64, device=weight.device)
+        return found
 
     def _tile(self, weight: "ShardedWeight", tile: "Tile", bins: Tensor, pull: float, spread: float) -> Tensor:
         scale = weight.scales()[tile.groups].unsqueeze(1)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsquant.ops import backends, shard_step
 from dsquant.ops.fake_quantize import pass_inside, quantize
 from dsquant.shard.fragments import Fragment
 from dsquant.shard.oscillation import TrackerState
@@ -56,7 +57,7 @@ def make_tiles(offset: int, numel: int, grouping: Grouping, device: torch.device
 
 
 class ShardedWeight:
-    """Quantize this rank's part of one weight.
+    """Quantize this rank's part of one weight, in native code where its device has it: `backend`.
 
     `scale` is the (n_groups,) float32 view in QuantState, the same on every rank, and so is `centre`, which only BWN has:
     the mean that its codes are decided around. A rank that owns no element of the weight has no fragment and still takes
@@ -74,6 +75,16 @@ class ShardedWeight:
         offset, numel = (fragment.offset, fragment.numel) if fragment else (0, 0)
         self.tiles = make_tiles(offset, numel, site.grouping, self.device)
         self.tracker: TrackerState | None = None
+        self.backend = backends.choose("shard_step", self.device.type)
+
+    def view(self, tile: Tile, scale: Tensor) -> shard_step.TileView:
+        """Return what native passes take of a tile, under scales (n_groups,)."""
+        w = tile.of(self.fragment.values)
+        return shard_step.TileView(w, tile.groups, scale, self.replicated_centre, self.levels, self.backend)
+
+    def tracked(self, tile: Tile) -> TrackerState:
+        """Return the window of the tracker that lies beside a tile."""
+        return self.tracker.view(tile.start, tile.shape)
 
     def scales(self) -> Tensor:
         """Return the scales on the device of the shard."""
@@ -122,6 +133,11 @@ class ShardedWeight:
 
     def moment_sums(self) -> Tensor:
         """Return float64 (n_groups, 3): sums of |w|, w and w^2 over this rank's part."""
+        if self.backend != backends.TORCH:
+            sums = torch.zeros(self.n_groups, 3, dtype=torch.float64)
+            for tile in self.tiles:
+                shard_step.moments(tile.of(self.fragment.values), tile.groups, sums, self.backend)
+            return sums
 
         def rows_of(tile: Tile) -> Tensor:
             w = tile.of(self.fragment.values).double()

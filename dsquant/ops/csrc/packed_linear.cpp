@@ -15,16 +15,9 @@
 #include <vector>
 
 #include "packed_linear.h"
+#include "shard_step.h"
 
 namespace dsq {
-namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr int64_t kBlockBytes = 256 * 1024;  // of x: half of the L2 of a small core
-constexpr int64_t kMaxRows = 240;            // of a block, a multiple of the tile's 3
-constexpr int64_t kTaskWork = 400 * 1000;    // products that are worth a thread
 
 int cpu_level() {
 #if defined(__x86_64__)
@@ -34,6 +27,15 @@ int cpu_level() {
   return 0;
 #endif
 }
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kBlockBytes = 256 * 1024;  // of x: half of the L2 of a small core
+constexpr int64_t kMaxRows = 240;            // of a block, a multiple of the tile's 3
+constexpr int64_t kTaskWork = 400 * 1000;    // products that are worth a thread
 
 const Kernels& kernels_of(int64_t isa) {
   STD_TORCH_CHECK(isa >= 0 && isa <= cpu_level(), "isa ", isa, " is not one of this processor");

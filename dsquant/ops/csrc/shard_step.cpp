@@ -1,0 +1,227 @@
+// The operators dsquant::shard_* on CPU: a weight's tile is cut into runs that share a scale, runs are shared out over threads,
+// and sums are added up in one order, whatever the number of threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "shard_step.h"
+
+namespace dsq {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kRun = 16 * 1024;  // elements at most: what a thread takes at a time, and what stays in L2
+
+const StepKernels& kernels_of(int64_t isa) {
+  STD_TORCH_CHECK(isa >= 0 && isa <= cpu_level(), "isa ", isa, " is not one of this processor");
+#if defined(__x86_64__)
+  if (isa == 1) return kStepAvx2;
+#endif
+  return kStepPortable;
+}
+
+template <class T>
+T* pointer(const Tensor& tensor, ScalarType dtype, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == numel, name, " must be of ",
+                  numel, " values in a row, and of the dtype that the op takes");
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+template <class T>
+T* pointer(const std::optional<Tensor>& tensor, ScalarType dtype, int64_t numel, const char* name) {
+  return tensor ? pointer<T>(*tensor, dtype, numel, name) : nullptr;
+}
+
+// A tile (rows, cols) of a weight, row r of scale group groups[r], and the grid of its levels.
+struct TileRuns {
+  int64_t numel, rows, cols, n_groups, pieces;
+  const int64_t* groups;
+  const float *scale, *centre;
+  RunGrid grid;
+
+  TileRuns(const Tensor& w, const Tensor& group_of, const Tensor& scales, const std::optional<Tensor>& centres,
+           int64_t qmin, int64_t qmax, double shift, double low, double high, bool plain)
+      : numel(w.numel()), rows(group_of.numel()), n_groups(scales.numel()) {
+    STD_TORCH_CHECK(rows > 0 && numel % rows == 0, "a tile of ", numel, " weights has no ", rows, " rows");
+    STD_TORCH_CHECK(-128 <= qmin && qmin <= qmax && qmax <= 127, "codes of weights are int8");
+    cols = numel / rows;
+    pieces = (cols + kRun - 1) / kRun;
+    groups = pointer<const int64_t>(group_of, ScalarType::Long, rows, "groups");
+    scale = pointer<const float>(scales, ScalarType::Float, n_groups, "scale");
+    centre = pointer<const float>(centres, ScalarType::Float, n_groups, "centre");
+    for (int64_t r = 0; r < rows; ++r)
+      STD_TORCH_CHECK(groups[r] >= 0 && groups[r] < n_groups, "row ", r, " is of group ", groups[r]);
+    grid = {1.0f, 0.0f, static_cast<float>(shift), static_cast<float>(low), static_cast<float>(high),
+            static_cast<int32_t>(qmin), static_cast<int32_t>(qmax), plain};
+  }
+
+  int64_t count() const { return rows * pieces; }
+  int64_t group(int64_t run) const { return groups[run / pieces]; }
+
+  // Call f(run, first element, elements, grid of the run) for every run.
+  template <class F>
+  void each(const F& f) const {
+    const int64_t grain = std::max<int64_t>(1, kRun / std::min(cols, kRun));
+    torch::stable::parallel_for(0, count(), grain, [&](int64_t begin, int64_t end) {
+      RunGrid own = grid;
+      for (int64_t run = begin; run < end; ++run) {
+        const int64_t first = run % pieces * kRun;
+        own.scale = scale[group(run)];
+        own.centre = centre ? centre[group(run)] : 0.0f;
+        f(run, run / pieces * cols + first, std::min(kRun, cols - first), own);
+      }
+    });
+  }
+};
+
+// Sums over a tile, (width, n_groups * each) float64, from what every run has found: `of` is (runs, width * each).
+void add_up(const TileRuns& tile, const std::vector<double>& of, int64_t width, int64_t each, double* sums) {
+  for (int64_t run = 0; run < tile.count(); ++run)
+    for (int64_t k = 0; k < width; ++k)
+      for (int64_t i = 0; i < each; ++i)
+        sums[(k * tile.n_groups + tile.group(run)) * each + i] += of[(run * width + k) * each + i];
+}
+
+void shard_gather(const Tensor& w, const Tensor& grad, const Tensor& codes, std::optional<Tensor> frozen,
+                  std::optional<Tensor> centre, const Tensor& scale, const Tensor& groups, int64_t qmin, int64_t qmax,
+                  double shift, double low, double high, bool plain, const Tensor& sums, std::optional<Tensor> bins,
+                  int64_t isa) {
+  const StepKernels& kernels = kernels_of(isa);
+  const TileRuns tile(w, groups, scale, centre, qmin, qmax, shift, low, high, plain);
+  const int64_t n = tile.numel, n_bins = bins ? bins->numel() / (2 * tile.n_groups) : 0;
+  const auto* x = pointer<const float>(w, ScalarType::Float, n, "w");
+  const auto* g = pointer<const float>(grad, ScalarType::Float, n, "grad");
+  const auto* c = pointer<const int8_t>(codes, ScalarType::Char, n, "codes");
+  const auto* still = pointer<const bool>(frozen, ScalarType::Bool, n, "frozen");
+  auto* totals = pointer<double>(sums, ScalarType::Double, 2 * tile.n_groups, "sums");
+  auto* histogram = pointer<double>(bins, ScalarType::Double, 2 * n_bins * tile.n_groups, "bins");
+  STD_TORCH_CHECK(!bins || (n_bins > qmax - qmin && n_bins <= 256), "bins hold ", n_bins, " codes a group");
+  std::vector<double> found(2 * tile.count()), held(2 * n_bins * tile.count());
+  tile.each([&](int64_t run, int64_t first, int64_t count, const RunGrid& grid) {
+    kernels.gather(count, x + first, g + first, c + first, still ? still + first : nullptr, grid, n_bins, &found[2 * run],
+                   histogram ? &held[2 * n_bins * run] : nullptr);
+  });
+  add_up(tile, found, 2, 1, totals);
+  if (histogram) add_up(tile, held, 2, n_bins, histogram);
+}
+
+AdamW adamw_of(double decay, double beta1, double beta2, double correction, double eps, double step) {
+  return {static_cast<float>(decay),      static_cast<float>(1 - beta1), static_cast<float>(beta2),
+          static_cast<float>(1 - beta2),  static_cast<float>(correction), static_cast<float>(eps),
+          static_cast<float>(step)};
+}
+
+void shard_update(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                  const Tensor& codes, std::optional<Tensor> frozen, std::optional<Tensor> centre, const Tensor& scale,
+                  const Tensor& groups, int64_t qmin, int64_t qmax, double shift, double low, double high, double pull,
+                  std::optional<Tensor> mean, std::optional<Tensor> factor, double decay, double beta1, double beta2,
+                  double correction, double eps, double step, std::optional<Tensor> norms, int64_t isa) {
+  const StepKernels& kernels = kernels_of(isa);
+  const TileRuns tile(w, groups, scale, centre, qmin, qmax, shift, low, high, false);
+  const int64_t n = tile.numel, n_bins = mean ? mean->numel() / tile.n_groups : 0;
+  auto* x = pointer<float>(w, ScalarType::Float, n, "w");
+  const auto* g = pointer<const float>(grad, ScalarType::Float, n, "grad");
+  auto* m = pointer<float>(exp_avg, ScalarType::Float, n, "exp_avg");
+  auto* v = pointer<float>(exp_avg_sq, ScalarType::Float, n, "exp_avg_sq");
+  const auto* c = pointer<const int8_t>(codes, ScalarType::Char, n, "codes");
+  const auto* still = pointer<const bool>(frozen, ScalarType::Bool, n, "frozen");
+  const auto* means = pointer<const float>(mean, ScalarType::Float, n_bins * tile.n_groups, "mean");
+  const auto* factors = pointer<const float>(factor, ScalarType::Float, n_bins * tile.n_groups, "factor");
+  auto* squares = pointer<double>(norms, ScalarType::Double, 2, "norms");
+  STD_TORCH_CHECK(!mean == !factor && (!mean || n_bins > qmax - qmin), "mean and factor hold ", n_bins, " codes a group");
+  const AdamW adam = adamw_of(decay, beta1, beta2, correction, eps, step);
+  std::vector<double> found(squares ? 2 * tile.count() : 0);
+  tile.each([&](int64_t run, int64_t first, int64_t count, const RunGrid& grid) {
+    const int64_t table = tile.group(run) * n_bins;
+    const Pull own{static_cast<float>(2 * pull), means ? means + table : nullptr, factors ? factors + table : nullptr,
+                   pull != 0 || means != nullptr};
+    kernels.update(count, x + first, g + first, m + first, v + first, c + first, still ? still + first : nullptr, grid,
+                   own, adam, squares ? &found[2 * run] : nullptr);
+  });
+  if (squares)
+    for (int64_t run = 0; run < tile.count(); ++run)
+      for (int k = 0; k < 2; ++k) squares[k] += found[2 * run + k];
+}
+
+void shard_adamw(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, double decay,
+                 double beta1, double beta2, double correction, double eps, double step, int64_t isa) {
+  const StepKernels& kernels = kernels_of(isa);
+  const int64_t n = w.numel();
+  auto* x = pointer<float>(w, ScalarType::Float, n, "w");
+  const auto* g = pointer<const float>(grad, ScalarType::Float, n, "grad");
+  auto* m = pointer<float>(exp_avg, ScalarType::Float, n, "exp_avg");
+  auto* v = pointer<float>(exp_avg_sq, ScalarType::Float, n, "exp_avg_sq");
+  const AdamW adam = adamw_of(decay, beta1, beta2, correction, eps, step);
+  torch::stable::parallel_for(0, n, kRun, [&](int64_t begin, int64_t end) {
+    kernels.adamw(end - begin, x + begin, g + begin, m + begin, v + begin, adam);
+  });
+}
+
+void shard_moments(const Tensor& w, const Tensor& groups, const Tensor& sums, int64_t isa) {
+  const StepKernels& kernels = kernels_of(isa);
+  const int64_t n = w.numel(), rows = groups.numel(), n_groups = sums.numel() / 3;
+  STD_TORCH_CHECK(rows > 0 && n % rows == 0, "a tile of ", n, " weights has no ", rows, " rows");
+  const auto* x = pointer<const float>(w, ScalarType::Float, n, "w");
+  const auto* of = pointer<const int64_t>(groups, ScalarType::Long, rows, "groups");
+  auto* totals = pointer<double>(sums, ScalarType::Double, 3 * n_groups, "sums");
+  const int64_t cols = n / rows, pieces = (cols + kRun - 1) / kRun;
+  std::vector<double> found(3 * rows * pieces);
+  torch::stable::parallel_for(0, rows * pieces, std::max<int64_t>(1, kRun / std::min(cols, kRun)),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t run = begin; run < end; ++run) {
+                                  const int64_t first = run % pieces * kRun;
+                                  kernels.moments(std::min(kRun, cols - first), x + run / pieces * cols + first,
+                                                  &found[3 * run]);
+                                }
+                              });
+  for (int64_t run = 0; run < rows * pieces; ++run) {
+    const int64_t group = of[run / pieces];
+    STD_TORCH_CHECK(group >= 0 && group < n_groups, "a row is of group ", group);
+    for (int k = 0; k < 3; ++k) totals[3 * group + k] += found[3 * run + k];
+  }
+}
+
+void shard_image(const Tensor& w, const Tensor& latent, const Tensor& codes, const Tensor& direction,
+                 const Tensor& frequency, std::optional<Tensor> code_mean, std::optional<Tensor> frozen,
+                 std::optional<Tensor> centre, const Tensor& scale, const Tensor& groups, int64_t qmin, int64_t qmax,
+                 double shift, double momentum, double threshold, int64_t isa) {
+  const StepKernels& kernels = kernels_of(isa);
+  const TileRuns tile(w, groups, scale, centre, qmin, qmax, shift, 0.0, 0.0, false);
+  const int64_t n = tile.numel;
+  auto* x = pointer<float>(w, ScalarType::Float, n, "w");
+  auto* kept = pointer<float>(latent, ScalarType::Float, n, "latent");
+  Tracker all{pointer<int8_t>(codes, ScalarType::Char, n, "codes"),
+              pointer<int8_t>(direction, ScalarType::Char, n, "direction"),
+              pointer<float>(frequency, ScalarType::Float, n, "frequency"),
+              pointer<float>(code_mean, ScalarType::Float, n, "code_mean"),
+              pointer<bool>(frozen, ScalarType::Bool, n, "frozen"),
+              static_cast<float>(momentum),
+              static_cast<float>(1 - momentum),
+              static_cast<float>(threshold)};
+  STD_TORCH_CHECK(!all.code_mean == !all.frozen, "code_mean and frozen come together");
+  tile.each([&](int64_t, int64_t first, int64_t count, const RunGrid& grid) {
+    Tracker own = all;
+    own.codes += first, own.direction += first, own.frequency += first;
+    if (own.frozen) own.frozen += first, own.code_mean += first;
+    kernels.image(count, x + first, kept + first, grid, own);
+  });
+}
+
+}  // namespace
+}  // namespace dsq
+
+// The schemas are in dsquant/ops/shard_step.py.
+STABLE_TORCH_LIBRARY_IMPL(dsquant, CPU, m) {
+  m.impl("shard_gather", TORCH_BOX(&dsq::shard_gather));
+  m.impl("shard_update", TORCH_BOX(&dsq::shard_update));
+  m.impl("shard_adamw", TORCH_BOX(&dsq::shard_adamw));
+  m.impl("shard_moments", TORCH_BOX(&dsq::shard_moments));
+  m.impl("shard_image", TORCH_BOX(&dsq::shard_image));
+}

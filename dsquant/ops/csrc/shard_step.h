@@ -1,0 +1,57 @@
+// What the drivers of the shard step (shard_step.cpp) ask of each instruction set: passes over a run of weights that share one
+// scale. Each gives the bits of its definition in PyTorch (dsquant/shard/), sums over elements apart, which are float64.
+#pragma once
+#include <cstdint>
+
+namespace dsq {
+
+// The grid of a weight's levels and a run's scale: v = (w - centre) / scale, code = round(clip(v - shift, qmin, qmax)).
+struct RunGrid {
+  float scale, centre;
+  float shift, low, high;  // the gradient passes where low <= v <= high
+  int32_t qmin, qmax;
+  bool plain;  // d scale = sum G * level, for an elastic grid and where the scale is a statistic
+};
+
+// OBR and dampening: gradient 2 pull (w - w_hat) + (w - mean[bin]) * factor[bin], where it passes. Null: no second term.
+struct Pull {
+  float twice;
+  const float *mean, *factor;
+  bool any;
+};
+
+// AdamW as torch.optim.AdamW computes it: w decays, then moves by step * m / (sqrt(v) / correction + eps).
+struct AdamW {
+  float decay, one_minus_beta1, beta2, one_minus_beta2, correction, eps, step;
+};
+
+struct Tracker {
+  int8_t *codes, *direction;
+  float *frequency, *code_mean;  // code_mean and frozen are null where freezing is off
+  bool* frozen;
+  float momentum, keep, threshold;  // threshold < 0: nothing freezes at this step
+};
+
+struct StepKernels {
+  // out[0] += sum of d scale, out[1] += sum |w| ; bins[k] += count, bins[n_bins + k] += sum of the clipped values. bins may be
+  // null.
+  void (*gather)(int64_t n, const float* w, const float* grad, const int8_t* codes, const bool* frozen, const RunGrid&,
+                 int64_t n_bins, double* out, double* bins);
+  // norms[0] += sum of the masked gradient's squares, norms[1] += of the regularizer's; may be null.
+  void (*update)(int64_t n, float* w, const float* grad, float* m, float* v, const int8_t* codes, const bool* frozen,
+                 const RunGrid&, const Pull&, const AdamW&, double* norms);
+  void (*adamw)(int64_t n, float* w, const float* grad, float* m, float* v, const AdamW&);
+  // out += sums of |w|, w and w^2
+  void (*moments)(int64_t n, const float* w, double* out);
+  // latent = w, w = image of the new codes; the tracker records them.
+  void (*image)(int64_t n, float* w, float* latent, const RunGrid&, const Tracker&);
+};
+
+extern const StepKernels kStepPortable;
+#if defined(__x86_64__)
+extern const StepKernels kStepAvx2;
+#endif
+
+int cpu_level();
+
+}  // namespace dsq

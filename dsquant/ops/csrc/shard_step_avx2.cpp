@@ -1,0 +1,24 @@
+// The shard step, its loops compiled for AVX2 and FMA. As in avx2.cpp, standard headers come before the pragma.
+#if defined(__x86_64__)
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "shard_step.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi2"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,bmi2")
+#endif
+
+#include "shard_step_runs.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+namespace dsq {
+const StepKernels kStepAvx2{gather, update, adamw, moments, image};
+}  // namespace dsq
+#endif

@@ -1,0 +1,237 @@
+// Passes over a run of weights, plain loops that the compiler turns into vectors. Included once for each instruction set, by
+// files that choose it; arithmetic is written in the order of the definitions, and a product and a sum stay two roundings
+// unless std::fma says otherwise, as in PyTorch's addcmul and lerp.
+
+namespace dsq {
+namespace {
+
+constexpr int kLanes = 8;      // partial sums of a run: their order depends on no instruction set
+constexpr int kBlock = 512;    // elements at a time, on the stack
+constexpr int kBanks = 4;      // copies of a histogram, so that neighbours do not wait for each other
+constexpr int kMaxBins = 256;
+
+struct Sum {
+  double lane[kLanes] = {};
+  void add(const float* x, int n) {  // x may be read up to the next multiple of kLanes, where it is 0
+    for (int i = 0; i < n; i += kLanes)
+      for (int j = 0; j < kLanes; ++j) lane[j] += static_cast<double>(x[i + j]);
+  }
+  double total() const {
+    double sum = 0;
+    for (double l : lane) sum += l;
+    return sum;
+  }
+};
+
+inline float clip(float x, float low, float high) {
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+
+inline int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+inline void clear_tail(float* x, int n) {
+  for (int i = n; i < padded(n); ++i) x[i] = 0.0f;
+}
+
+template <bool plain, bool frozen_any, bool outside_is_level>
+void scale_gradient(int n, const float* w, const float* grad, const int8_t* codes, const bool* frozen, const RunGrid& g,
+                    float* d) {
+  for (int i = 0; i < n; ++i) {
+    const float v = (w[i] - g.centre) / g.scale, level = static_cast<float>(codes[i]) + g.shift;
+    float found = level * grad[i];
+    if (!plain) {
+      const float passed = v >= g.low && v <= g.high ? grad[i] : 0.0f, clipped = clip(v, g.low, g.high);
+      const float outside = outside_is_level ? level : clipped;
+      const float learned = std::fma(grad[i] - passed, outside, (level - clipped) * grad[i]);
+      found = frozen_any && frozen[i] ? found : learned;
+    }
+    d[i] = found;
+  }
+}
+
+template <bool plain, bool frozen_any>
+void scale_gradient(int n, const float* w, const float* grad, const int8_t* codes, const bool* frozen, const RunGrid& g,
+                    float* d) {
+  const bool ends_together = g.shift == 0.0f && g.low == static_cast<float>(g.qmin);  // no shift and no reach
+  if (ends_together)
+    scale_gradient<plain, frozen_any, true>(n, w, grad, codes, frozen, g, d);
+  else
+    scale_gradient<plain, frozen_any, false>(n, w, grad, codes, frozen, g, d);
+}
+
+void gather(int64_t n, const float* w, const float* grad, const int8_t* codes, const bool* frozen, const RunGrid& g,
+            int64_t n_bins, double* out, double* bins) {
+  const float low = g.low * g.scale, high = g.high * g.scale;
+  Sum d_scale, norm;
+  double sums[kBanks][kMaxBins];
+  int64_t counts[kBanks][kMaxBins];
+  for (int bank = 0; bank < kBanks; ++bank) {
+    std::fill_n(sums[bank], n_bins, 0.0);
+    std::fill_n(counts[bank], n_bins, int64_t{0});
+  }
+  alignas(32) float d[kBlock], size[kBlock], clipped[kBlock];
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int count = static_cast<int>(n - begin < kBlock ? n - begin : kBlock);
+    const float* x = w + begin;
+    const int8_t* c = codes + begin;
+    if (g.plain)
+      scale_gradient<true, false>(count, x, grad + begin, c, nullptr, g, d);
+    else if (frozen)
+      scale_gradient<false, true>(count, x, grad + begin, c, frozen + begin, g, d);
+    else
+      scale_gradient<false, false>(count, x, grad + begin, c, nullptr, g, d);
+    for (int i = 0; i < count; ++i) size[i] = std::fabs(x[i] - g.centre);
+    clear_tail(d, count);
+    clear_tail(size, count);
+    d_scale.add(d, padded(count));
+    norm.add(size, padded(count));
+    if (!bins) continue;
+    for (int i = 0; i < count; ++i) clipped[i] = clip(x[i] - g.centre, low, high);
+    for (int i = 0; i < count; ++i) {
+      const int bin = c[i] - g.qmin, bank = i % kBanks;
+      sums[bank][bin] += static_cast<double>(clipped[i]);
+      ++counts[bank][bin];
+    }
+  }
+  out[0] += d_scale.total();
+  out[1] += norm.total();
+  if (!bins) return;
+  for (int64_t k = 0; k < n_bins; ++k)
+    for (int bank = 0; bank < kBanks; ++bank) {
+      bins[k] += static_cast<double>(counts[bank][k]);
+      bins[n_bins + k] += sums[bank][k];
+    }
+}
+
+inline void adamw_step(float& w, float grad, float& m, float& v, const AdamW& a) {
+  w *= a.decay;
+  m = std::fma(a.one_minus_beta1, grad - m, m);
+  v = std::fma(a.one_minus_beta2 * grad, grad, v * a.beta2);
+  w += -a.step * m / (std::sqrt(v) / a.correction + a.eps);
+}
+
+template <bool pulled, bool spread>
+void masked(int n, const float* w, const float* grad, const int8_t* codes, const RunGrid& g, const Pull& p, float* task,
+            float* pull) {
+  for (int i = 0; i < n; ++i) {
+    const float x = w[i] - g.centre, v = x / g.scale;
+    const bool inside = v >= g.low && v <= g.high;
+    task[i] = inside ? grad[i] : 0.0f;
+    if (!pulled) continue;
+    float found = (x - (static_cast<float>(codes[i]) + g.shift) * g.scale) * p.twice;
+    if (spread) {
+      const int bin = codes[i] - g.qmin;
+      found = std::fma(x - p.mean[bin], p.factor[bin], found);
+    }
+    pull[i] = inside ? found : 0.0f;
+  }
+}
+
+void update(int64_t n, float* w, const float* grad, float* m, float* v, const int8_t* codes, const bool* frozen,
+            const RunGrid& g, const Pull& p, const AdamW& a, double* norms) {
+  alignas(32) float task[kBlock], pull[kBlock], squares[kBlock];
+  Sum of_task, of_pull;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int count = static_cast<int>(n - begin < kBlock ? n - begin : kBlock);
+    if (!p.any)
+      masked<false, false>(count, w + begin, grad + begin, codes + begin, g, p, task, pull);
+    else if (p.mean)
+      masked<true, true>(count, w + begin, grad + begin, codes + begin, g, p, task, pull);
+    else
+      masked<true, false>(count, w + begin, grad + begin, codes + begin, g, p, task, pull);
+    if (frozen)
+      for (int i = 0; i < count; ++i) {
+        task[i] = frozen[begin + i] ? 0.0f : task[i];
+        if (p.any) pull[i] = frozen[begin + i] ? 0.0f : pull[i];
+      }
+    if (norms && p.any) {
+      for (int i = 0; i < count; ++i) {
+        of_task.lane[i % kLanes] += static_cast<double>(task[i]) * task[i];
+        of_pull.lane[i % kLanes] += static_cast<double>(pull[i]) * pull[i];
+      }
+    }
+    if (p.any)
+      for (int i = 0; i < count; ++i) task[i] += pull[i];
+    for (int i = 0; i < count; ++i) adamw_step(w[begin + i], task[i], m[begin + i], v[begin + i], a);
+  }
+  if (norms) {
+    norms[0] += of_task.total();
+    norms[1] += of_pull.total();
+  }
+}
+
+void adamw(int64_t n, float* w, const float* grad, float* m, float* v, const AdamW& a) {
+  for (int64_t i = 0; i < n; ++i) adamw_step(w[i], grad[i], m[i], v[i], a);
+}
+
+void moments(int64_t n, const float* w, double* out) {
+  double size[kLanes] = {}, sum[kLanes] = {}, square[kLanes] = {};
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) {
+      const double x = w[i + j];
+      size[j] += std::fabs(x);
+      sum[j] += x;
+      square[j] += x * x;
+    }
+  for (int64_t i = whole; i < n; ++i) {
+    const double x = w[i];
+    size[i - whole] += std::fabs(x);
+    sum[i - whole] += x;
+    square[i - whole] += x * x;
+  }
+  for (int j = 0; j < kLanes; ++j) {
+    out[0] += size[j];
+    out[1] += sum[j];
+    out[2] += square[j];
+  }
+}
+
+inline float code_of(float w, const RunGrid& g) {
+  const float v = (w - g.centre) / g.scale - g.shift;
+  return std::nearbyint(clip(v, static_cast<float>(g.qmin), static_cast<float>(g.qmax)));
+}
+
+void image(int64_t n, float* w, float* latent, const RunGrid& g, const Tracker& t) {
+  alignas(32) float fresh[kBlock];
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int count = static_cast<int>(n - begin < kBlock ? n - begin : kBlock);
+    float *x = w + begin, *kept = latent + begin, *frequency = t.frequency + begin;
+    int8_t *codes = t.codes + begin, *direction = t.direction + begin;
+    bool* frozen = t.frozen ? t.frozen + begin : nullptr;
+    for (int i = 0; i < count; ++i) fresh[i] = code_of(x[i], g);
+    if (frozen)
+      for (int i = 0; i < count; ++i) {
+        fresh[i] = frozen[i] ? static_cast<float>(codes[i]) : fresh[i];
+        x[i] = frozen[i] ? (fresh[i] + g.shift) * g.scale : x[i];
+      }
+    for (int i = 0; i < count; ++i) {
+      const int code = static_cast<int>(fresh[i]), delta = (code > codes[i]) - (code < codes[i]);
+      const float oscillated = delta * direction[i] == -1 ? 1.0f : 0.0f;
+      frequency[i] = frequency[i] * t.keep + oscillated * t.momentum;
+      direction[i] = static_cast<int8_t>(delta ? delta : direction[i]);
+      codes[i] = static_cast<int8_t>(code);
+    }
+    if (frozen) {
+      float* mean = t.code_mean + begin;
+      for (int i = 0; i < count; ++i) mean[i] = std::fma(fresh[i], t.momentum, mean[i] * t.keep);
+      if (t.threshold >= 0)
+        for (int i = 0; i < count; ++i) {
+          const bool newly = frequency[i] > t.threshold && !frozen[i];
+          const float settled = clip(std::nearbyint(mean[i]), static_cast<float>(g.qmin), static_cast<float>(g.qmax));
+          fresh[i] = newly ? settled : fresh[i];
+          codes[i] = static_cast<int8_t>(fresh[i]);
+          frozen[i] = frozen[i] || newly;
+          x[i] = newly ? (fresh[i] + g.shift) * g.scale : x[i];
+        }
+    }
+    for (int i = 0; i < count; ++i) {
+      kept[i] = x[i];
+      x[i] = (fresh[i] + g.shift) * g.scale;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dsq

@@ -1,0 +1,131 @@
+"""Passes of the shard step in native code: each reads and writes every byte of a tile once, where PyTorch takes a pass an operation.
+
+Their definitions are the tile methods of `shard/weight_quantizers.py`, `shard/regularizers.py` and `shard/oscillation.py` and
+torch's fused AdamW. Native code gives the same bits, but for sums over elements (float64), for what torch's AdamW computes outside
+its vectors, the last few elements of a tensor, and, where freezing is on, for `code_mean`: each of these may round once where
+the definition rounds twice.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsquant.ops import backends
+from dsquant.spec import Levels
+
+
+@dataclass(frozen=True)
+class TileView:
+    """View a tile of a weight, row r being of scale group `groups[r]`.
+
+    Attributes:
+        w: float32 (rows * cols,), contiguous as all that lies beside it: gradient, moments, tracker.
+        groups: int64 (rows,).
+        scale: float32 (n_groups,).
+        centre: float32 (n_groups,) that levels lie around, or None.
+        levels: the grid.
+        backend: a native one of `backends`.
+    """
+
+    w: Tensor
+    groups: Tensor
+    scale: Tensor
+    centre: Tensor | None
+    levels: Levels
+    backend: str
+
+    @property
+    def isa(self) -> int:
+        return backends.NATIVE.index(self.backend)
+
+
+@dataclass(frozen=True)
+class AdamWStep:
+    """Hold the numbers of one step of torch.optim.AdamW for one group of parameters; `step` counts from 1."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int
+
+    def numbers(self) -> tuple[float, ...]:
+        """Return decay, beta1, beta2, the root of the second bias correction, eps and the step size, as torch forms them."""
+        correction1, correction2 = 1 - self.beta1**self.step, 1 - self.beta2**self.step
+        decay = 1 - self.lr * self.weight_decay
+        return decay, self.beta1, self.beta2, correction2**0.5, self.eps, self.lr / correction1
+
+
+def gather(
+    tile: TileView, grad: Tensor, codes: Tensor, frozen: Tensor | None, plain: bool, sums: Tensor, bins: Tensor | None
+) -> None:
+    """Add to float64 `sums` (2, n_groups) the sums of d scale and of |w|, and to `bins` those of each bin.
+
+    bins: (2, n_groups * n_bins), how many weights a bin holds and the sum of their clipped values, or None. plain: d scale is
+    sum G * level, as for an elastic grid. The gradient is only read.
+    """
+    levels = tile.levels
+    torch.ops.dsquant.shard_gather(
+        tile.w, grad, codes, frozen, tile.centre, tile.scale, tile.groups, levels.qmin, levels.qmax, levels.shift, levels.low,
+        levels.high, plain, sums, bins, tile.isa,
+    )  # fmt: skip
+
+
+def update(
+    tile: TileView, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, codes: Tensor, frozen: Tensor | None,
+    pull: float, tables: tuple[Tensor, Tensor] | None, adamw: AdamWStep, norms: Tensor | None,
+) -> None:  # fmt: skip
+    """Step the latents with the gradient of their image where it passes, plus that of the regularizers, by AdamW.
+
+    Args:
+        pull: factor of (w_hat - w)^2.
+        tables: float32 (n_groups * n_bins,) means of the bins and factors of (w - mean), or None.
+        norms: float64 (2,) to which the squared norms of both gradients are added where there is a regularizer.
+    """
+    levels, (mean, factor) = tile.levels, tables or (None, None)
+    torch.ops.dsquant.shard_update(
+        tile.w, grad, exp_avg, exp_avg_sq, codes, frozen, tile.centre, tile.scale, tile.groups, levels.qmin, levels.qmax,
+        levels.shift, levels.low, levels.high, pull, mean, factor, *adamw.numbers(), norms, tile.isa,
+    )  # fmt: skip
+
+
+def adamw(w: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamWStep, backend: str) -> None:
+    """Step float32 values that nothing quantizes, each tensor one-dimensional."""
+    isa = backends.NATIVE.index(backend)
+    torch.ops.dsquant.shard_adamw(w, grad, exp_avg, exp_avg_sq, *step.numbers(), isa)
+
+
+def moments(w: Tensor, groups: Tensor, sums: Tensor, backend: str) -> None:
+    """Add to float64 `sums` (n_groups, 3) the sums of |w|, w and w^2 of a tile's rows."""
+    torch.ops.dsquant.shard_moments(w, groups, sums, backends.NATIVE.index(backend))
+
+
+def image(
+    tile: TileView, latent: Tensor, codes: Tensor, direction: Tensor, frequency: Tensor, code_mean: Tensor | None,
+    frozen: Tensor | None, momentum: float, threshold: float | None,
+) -> None:  # fmt: skip
+    """Copy w to `latent`, put its image in its place and record the new codes; weights above `threshold` freeze."""
+    levels = tile.levels
+    torch.ops.dsquant.shard_image(
+        tile.w, latent, codes, direction, frequency, code_mean, frozen, tile.centre, tile.scale, tile.groups, levels.qmin,
+        levels.qmax, levels.shift, momentum, -1.0 if threshold is None else threshold, tile.isa,
+    )  # fmt: skip
+
+
+# The schemas are here and their kernels in csrc/, attached when the library is loaded.
+_LIBRARY = torch.library.Library("dsquant", "FRAGMENT")
+_TILE = "Tensor? centre, Tensor scale, Tensor groups, int qmin, int qmax, float shift"
+_ADAMW = "float decay, float beta1, float beta2, float correction, float eps, float step"
+for _schema in (
+    f"shard_gather(Tensor w, Tensor grad, Tensor codes, Tensor? frozen, {_TILE}, float low, float high, bool plain, "
+    "Tensor(a!) sums, Tensor(b!)? bins, int isa) -> ()",
+    f"shard_update(Tensor(a!) w, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor codes, Tensor? frozen, {_TILE}, "
+    f"float low, float high, float pull, Tensor? mean, Tensor? factor, {_ADAMW}, Tensor(d!)? norms, int isa) -> ()",
+    f"shard_adamw(Tensor(a!) w, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, {_ADAMW}, int isa) -> ()",
+    "shard_moments(Tensor w, Tensor groups, Tensor(a!) sums, int isa) -> ()",
+    "shard_image(Tensor(a!) w, Tensor(b!) latent, Tensor(c!) codes, Tensor(d!) direction, Tensor(e!) frequency, "
+    f"Tensor(f!)? code_mean, Tensor(g!)? frozen, {_TILE}, float momentum, float threshold, int isa) -> ()",
+):
+    _LIBRARY.define(_schema)

@@ -1,0 +1,120 @@
+"""The shard step by native passes, on CPU and where the inner optimizer is AdamW: the same bits in a fraction of the passes.
+
+The definition masks gradients, adds the regularizers' to them, lets the inner optimizer step, and decides codes. Native code reads
+the gradients once for the sums, and once more to do all of the first three, without writing them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsquant.ops import backends, shard_step
+from dsquant.shard.regularizers import Regularizer, bin_tables
+from dsquant.shard.weight_quantizers import ShardedWeight
+
+VARIANTS = ("amsgrad", "maximize", "capturable", "differentiable")  # of AdamW, that native code does not have
+
+
+def can_step(inner: torch.optim.Optimizer, flats: list[Tensor]) -> bool:
+    """Say whether native code can take the inner optimizer's step of these flats."""
+    return (
+        type(inner) is torch.optim.AdamW
+        and all(group["fused"] for group in inner.param_groups)  # others round elsewhere
+        and not any(group[name] for group in inner.param_groups for name in VARIANTS)
+        and all(flat.device.type == "cpu" and flat.grad.dtype is torch.float32 for flat in flats)
+        and backends.choose("shard_step", "cpu") != backends.TORCH
+    )
+
+
+def gathered(weight: ShardedWeight, spread: bool) -> tuple[Tensor, Tensor]:
+    """Return this rank's sums, as `ShardQuantization._gather_sums` defines them; the gradient stays as it is."""
+    size, plain = weight.n_groups * weight.n_bins, weight.levels.elastic or not weight.learned
+    groups = torch.zeros(2, weight.n_groups, dtype=torch.float64)
+    bins = torch.zeros(2, size if spread else 0, dtype=torch.float64)
+    gradient, scales = weight.gradient, weight.scales()
+    for tile in weight.tiles:
+        state = weight.tracked(tile)
+        histogram = bins if spread else None
+        shard_step.gather(
+            weight.view(tile, scales), tile.of(gradient), state.codes, state.frozen, plain, groups, histogram
+        )
+    return groups, bins
+
+
+def write_image(weight: ShardedWeight, latent: Tensor, momentum: float, threshold: float | None) -> None:
+    """Keep this rank's part of a weight in `latent`, put its image in its place, and record a step of the tracker."""
+    scales = weight.scales()
+    for tile in weight.tiles:
+        shard_step.image(
+            weight.view(tile, scales), tile.of(latent), **vars(weight.tracked(tile)), momentum=momentum,
+            threshold=threshold,
+        )  # fmt: skip
+
+
+@dataclass
+class Prepared:
+    """Hold what the gradient of a weight is formed with: the scale of the image that the forward pass used, and OBR's part."""
+
+    scale: Tensor
+    pull: float
+    tables: tuple[Tensor, Tensor] | None
+    norms: Tensor | None
+
+
+class NativeStep:
+    """Take one step of an AdamW, with the gradients of quantized weights formed on the way."""
+
+    def __init__(self, inner: torch.optim.AdamW):
+        self.inner, self.backend = inner, backends.choose("shard_step", "cpu")
+        self._prepared: dict[str, Prepared] = {}
+
+    def prepare(self, weight: ShardedWeight, regularizer: Regularizer, bins: Tensor) -> None:
+        """Note a weight's scale before it is stepped, and its regularizers; `bins` are over all shards."""
+        pull, spread = regularizer.pull(weight), regularizer.spread(weight)
+        tables = bin_tables(bins.to(weight.device), spread) if spread else None
+        norms = regularizer.new_norms(weight) if pull or spread else None
+        self._prepared[weight.site.name] = Prepared(weight.scales().clone(), pull, tables, norms)
+
+    def step(self, weights: dict[int, list[ShardedWeight]]) -> None:
+        """Step every flat that has a gradient; `weights` are those in it, by its id."""
+        for group in self.inner.param_groups:
+            for flat in group["params"]:
+                if flat.grad is not None:
+                    self._step_flat(flat, group, [w for w in weights[id(flat)] if w.fragment is not None])
+
+    def _step_flat(self, flat: Tensor, group: dict, weights: list[ShardedWeight]) -> None:
+        state = self._state(flat)
+        state["step"] += 1
+        numbers = shard_step.AdamWStep(
+            float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], int(state["step"].numpy())
+        )
+        parts = [part.view(-1) for part in (flat.data, flat.grad, state["exp_avg"], state["exp_avg_sq"])]
+        done = 0
+        for weight in sorted(weights, key=lambda w: w.fragment.start):
+            self._between(parts, done, weight.fragment.start, numbers)
+            self._step_weight(weight, parts, numbers)
+            done = weight.fragment.start + weight.fragment.numel
+        self._between(parts, done, flat.numel(), numbers)
+
+    def _state(self, flat: Tensor) -> dict:
+        """Return the optimizer's state of a flat, as AdamW itself would have begun it."""
+        state = self.inner.state[flat]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
+        return state
+
+    def _between(self, parts: list[Tensor], start: int, stop: int, numbers: shard_step.AdamWStep) -> None:
+        if start < stop:
+            shard_step.adamw(*(part[start:stop] for part in parts), numbers, self.backend)
+
+    def _step_weight(self, weight: ShardedWeight, parts: list[Tensor], numbers: shard_step.AdamWStep) -> None:
+        known = self._prepared[weight.site.name]
+        _, *beside = (weight.fragment.of(part) for part in parts)
+        for tile in weight.tiles:
+            state = weight.tracked(tile)
+            shard_step.update(
+                weight.view(tile, known.scale), *(tile.of(part) for part in beside), state.codes, state.frozen,
+                known.pull, known.tables, numbers, known.norms,
+            )  # fmt: skip
