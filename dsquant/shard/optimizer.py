@@ -323,8 +323,10 @@ class ShardQuantization:
         values, scales, momentum = weight.fragment.values, weight.scales(), self.config.oscillation.momentum
         if self.shards.in_place and not record and weight.site.name in self._latents:
             values.copy_(self._latents[weight.site.name])
+        latent = self._latents.get(weight.site.name)
+        if latent is None:
+            latent = self._latents[weight.site.name] = torch.empty_like(values)
         if record and weight.backend != backends.TORCH:
-            latent = self._latents.setdefault(weight.site.name, torch.empty_like(values))
             write_image(weight, latent, momentum, self._threshold)
             return
         for tile in weight.tiles:
@@ -336,9 +338,6 @@ class ShardQuantization:
                 if self._threshold is not None:
                     freeze(state, self._threshold, weight.qmin, weight.qmax)
                     codes, image = weight.image_tile(tile, w, scale)
-            latent = self._latents.get(weight.site.name)
-            if latent is None:
-                latent = self._latents[weight.site.name] = torch.empty_like(values)
             tile.of(latent).copy_(w)
             w.copy_(image)
 

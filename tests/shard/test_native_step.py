@@ -96,7 +96,9 @@ def test_sums_do_not_depend_on_the_number_of_threads():
 
 
 def test_a_tile_of_another_size_is_refused():
-    view = shard_step.TileView(torch.zeros(4), torch.zeros(1, dtype=torch.int64), torch.ones(1), None, Levels(-2, 1), "portable")
+    view = shard_step.TileView(
+        torch.zeros(4), torch.zeros(1, dtype=torch.int64), torch.ones(1), None, Levels(-2, 1), "portable"
+    )
     sums = torch.zeros(2, 1, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="grad must be of 4 values"):
         shard_step.gather(view, torch.zeros(3), torch.zeros(4, dtype=torch.int8), None, False, sums, None)

@@ -141,7 +141,7 @@ void shard_update(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, co
   tile.each([&](int64_t run, int64_t first, int64_t count, const RunGrid& grid) {
     const int64_t table = tile.group(run) * n_bins;
     const Pull own{static_cast<float>(2 * pull), means ? means + table : nullptr, factors ? factors + table : nullptr,
-                   pull != 0 || means != nullptr};
+                   n_bins, pull != 0 || means != nullptr};
     kernels.update(count, x + first, g + first, m + first, v + first, c + first, still ? still + first : nullptr, grid,
                    own, adam, squares ? &found[2 * run] : nullptr);
   });

@@ -17,6 +17,7 @@ struct RunGrid {
 struct Pull {
   float twice;
   const float *mean, *factor;
+  int64_t n_bins;
   bool any;
 };
 

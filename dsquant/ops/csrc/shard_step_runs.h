@@ -9,6 +9,7 @@ constexpr int kLanes = 8;      // partial sums of a run: their order depends on 
 constexpr int kBlock = 512;    // elements at a time, on the stack
 constexpr int kBanks = 4;      // copies of a histogram, so that neighbours do not wait for each other
 constexpr int kMaxBins = 256;
+constexpr int kFewBins = 4;    // of 1 and 2 bits: comparisons beat a look-up
 
 struct Sum {
   double lane[kLanes] = {};
@@ -41,7 +42,8 @@ void scale_gradient(int n, const float* w, const float* grad, const int8_t* code
     const float v = (w[i] - g.centre) / g.scale, level = static_cast<float>(codes[i]) + g.shift;
     float found = level * grad[i];
     if (!plain) {
-      const float passed = v >= g.low && v <= g.high ? grad[i] : 0.0f, clipped = clip(v, g.low, g.high);
+      const bool inside = (v >= g.low) & (v <= g.high);  // & and not &&: a branch would keep this loop from being vectors
+      const float passed = inside ? grad[i] : 0.0f, clipped = clip(v, g.low, g.high);
       const float outside = outside_is_level ? level : clipped;
       const float learned = std::fma(grad[i] - passed, outside, (level - clipped) * grad[i]);
       found = frozen_any && frozen[i] ? found : learned;
@@ -60,16 +62,57 @@ void scale_gradient(int n, const float* w, const float* grad, const int8_t* code
     scale_gradient<plain, frozen_any, false>(n, w, grad, codes, frozen, g, d);
 }
 
+// What a run holds in each bin: a comparison a bin where they are few, else a histogram.
+struct BinSums {
+  int64_t n_bins, counts[kBanks][kMaxBins];
+  double sums[kBanks][kMaxBins];
+  Sum few[kFewBins];
+
+  explicit BinSums(int64_t n) : n_bins(n) {
+    for (int bank = 0; bank < kBanks; ++bank) {
+      std::fill_n(sums[bank], n_bins, 0.0);
+      std::fill_n(counts[bank], n_bins, int64_t{0});
+    }
+  }
+
+  void add(int n, const float* clipped, const int8_t* codes, int qmin) {
+    if (n_bins > kFewBins) {
+      for (int i = 0; i < n; ++i) {
+        sums[i % kBanks][codes[i] - qmin] += static_cast<double>(clipped[i]);
+        ++counts[i % kBanks][codes[i] - qmin];
+      }
+      return;
+    }
+    alignas(32) float of_bin[kBlock];
+    for (int64_t bin = 0; bin < n_bins; ++bin) {
+      const int8_t wanted = static_cast<int8_t>(qmin + bin);
+      int count = 0;
+      for (int i = 0; i < n; ++i) {
+        of_bin[i] = codes[i] == wanted ? clipped[i] : 0.0f;
+        count += codes[i] == wanted;
+      }
+      clear_tail(of_bin, n);
+      few[bin].add(of_bin, padded(n));
+      counts[0][bin] += count;
+    }
+  }
+
+  void put(double* bins) const {
+    for (int64_t bin = 0; bin < n_bins; ++bin) {
+      for (int bank = 0; bank < kBanks; ++bank) {
+        bins[bin] += static_cast<double>(counts[bank][bin]);
+        bins[n_bins + bin] += sums[bank][bin];
+      }
+      if (n_bins <= kFewBins) bins[n_bins + bin] += few[bin].total();
+    }
+  }
+};
+
 void gather(int64_t n, const float* w, const float* grad, const int8_t* codes, const bool* frozen, const RunGrid& g,
             int64_t n_bins, double* out, double* bins) {
   const float low = g.low * g.scale, high = g.high * g.scale;
   Sum d_scale, norm;
-  double sums[kBanks][kMaxBins];
-  int64_t counts[kBanks][kMaxBins];
-  for (int bank = 0; bank < kBanks; ++bank) {
-    std::fill_n(sums[bank], n_bins, 0.0);
-    std::fill_n(counts[bank], n_bins, int64_t{0});
-  }
+  BinSums in_bins(bins ? n_bins : 0);
   alignas(32) float d[kBlock], size[kBlock], clipped[kBlock];
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int count = static_cast<int>(n - begin < kBlock ? n - begin : kBlock);
@@ -88,20 +131,11 @@ void gather(int64_t n, const float* w, const float* grad, const int8_t* codes, c
     norm.add(size, padded(count));
     if (!bins) continue;
     for (int i = 0; i < count; ++i) clipped[i] = clip(x[i] - g.centre, low, high);
-    for (int i = 0; i < count; ++i) {
-      const int bin = c[i] - g.qmin, bank = i % kBanks;
-      sums[bank][bin] += static_cast<double>(clipped[i]);
-      ++counts[bank][bin];
-    }
+    in_bins.add(count, clipped, c, g.qmin);
   }
   out[0] += d_scale.total();
   out[1] += norm.total();
-  if (!bins) return;
-  for (int64_t k = 0; k < n_bins; ++k)
-    for (int bank = 0; bank < kBanks; ++bank) {
-      bins[k] += static_cast<double>(counts[bank][k]);
-      bins[n_bins + k] += sums[bank][k];
-    }
+  if (bins) in_bins.put(bins);
 }
 
 inline void adamw_step(float& w, float grad, float& m, float& v, const AdamW& a) {
@@ -111,35 +145,51 @@ inline void adamw_step(float& w, float grad, float& m, float& v, const AdamW& a)
   w += -a.step * m / (std::sqrt(v) / a.correction + a.eps);
 }
 
-template <bool pulled, bool spread>
-void masked(int n, const float* w, const float* grad, const int8_t* codes, const RunGrid& g, const Pull& p, float* task,
-            float* pull) {
+// A table of kFewBins entries at most, or of any number.
+template <bool few>
+struct Table {
+  float entry[kFewBins];
+  const float* all;
+
+  Table(const float* values, int64_t n_bins, int qmin) : all(values ? values - qmin : nullptr) {
+    for (int k = 0; k < kFewBins; ++k) entry[k] = few && k < n_bins ? values[k] : 0.0f;
+  }
+  float operator()(int8_t code, int qmin) const {
+    if (!few) return all[code];
+    const float low = code == qmin ? entry[0] : entry[1], high = code == qmin + 2 ? entry[2] : entry[3];
+    return code < qmin + 2 ? low : high;
+  }
+};
+
+template <bool pulled, bool spread, bool few>
+void masked(int n, const float* w, const float* grad, const int8_t* codes, const RunGrid& g, const Pull& p,
+            float* __restrict task, float* __restrict pull) {
+  const float scale = g.scale, centre = g.centre, low = g.low, high = g.high, shift = g.shift, twice = p.twice;
+  const int qmin = g.qmin;
+  const Table<few> mean(p.mean, p.n_bins, qmin), factor(p.factor, p.n_bins, qmin);
   for (int i = 0; i < n; ++i) {
-    const float x = w[i] - g.centre, v = x / g.scale;
-    const bool inside = v >= g.low && v <= g.high;
-    task[i] = inside ? grad[i] : 0.0f;
-    if (!pulled) continue;
-    float found = (x - (static_cast<float>(codes[i]) + g.shift) * g.scale) * p.twice;
-    if (spread) {
-      const int bin = codes[i] - g.qmin;
-      found = std::fma(x - p.mean[bin], p.factor[bin], found);
+    const float x = w[i] - centre, v = x / scale, d = grad[i];
+    const bool inside = (v >= low) & (v <= high);  // & and not &&: a branch would keep this loop from being vectors
+    task[i] = inside ? d : 0.0f;
+    if constexpr (pulled) {
+      float found = (x - (static_cast<float>(codes[i]) + shift) * scale) * twice;
+      if constexpr (spread) found = std::fma(x - mean(codes[i], qmin), factor(codes[i], qmin), found);
+      pull[i] = inside ? found : 0.0f;
     }
-    pull[i] = inside ? found : 0.0f;
   }
 }
 
 void update(int64_t n, float* w, const float* grad, float* m, float* v, const int8_t* codes, const bool* frozen,
             const RunGrid& g, const Pull& p, const AdamW& a, double* norms) {
-  alignas(32) float task[kBlock], pull[kBlock], squares[kBlock];
+  alignas(32) float task[kBlock], pull[kBlock];
   Sum of_task, of_pull;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int count = static_cast<int>(n - begin < kBlock ? n - begin : kBlock);
-    if (!p.any)
-      masked<false, false>(count, w + begin, grad + begin, codes + begin, g, p, task, pull);
-    else if (p.mean)
-      masked<true, true>(count, w + begin, grad + begin, codes + begin, g, p, task, pull);
-    else
-      masked<true, false>(count, w + begin, grad + begin, codes + begin, g, p, task, pull);
+    const auto mask = !p.any               ? masked<false, false, false>
+                      : !p.mean            ? masked<true, false, false>
+                      : p.n_bins > kFewBins ? masked<true, true, false>
+                                            : masked<true, true, true>;
+    mask(count, w + begin, grad + begin, codes + begin, g, p, task, pull);
     if (frozen)
       for (int i = 0; i < count; ++i) {
         task[i] = frozen[begin + i] ? 0.0f : task[i];
