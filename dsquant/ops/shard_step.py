@@ -1,9 +1,9 @@
-"""Passes of the shard step in native code: each reads and writes every byte of a tile once, where PyTorch takes a pass an operation.
+"""Passes of the shard step in native code: each reads and writes a byte of a tile once; PyTorch takes a pass an operation.
 
 Their definitions are the tile methods of `shard/weight_quantizers.py`, `shard/regularizers.py` and `shard/oscillation.py` and
-torch's fused AdamW. Native code gives the same bits, but for sums over elements (float64), for what torch's AdamW computes outside
-its vectors, the last few elements of a tensor, and, where freezing is on, for `code_mean`: each of these may round once where
-the definition rounds twice.
+torch's fused AdamW. Native code gives the same bits, but for sums over elements (float64), for what torch's AdamW computes
+outside its vectors, the last few elements of a tensor, and, where freezing is on, for `code_mean`: each of these may round
+once where the definition rounds twice.
 """
 
 from dataclasses import dataclass

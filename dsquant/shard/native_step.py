@@ -1,7 +1,7 @@
 """The shard step by native passes, on CPU and where the inner optimizer is AdamW: the same bits in a fraction of the passes.
 
-The definition masks gradients, adds the regularizers' to them, lets the inner optimizer step, and decides codes. Native code reads
-the gradients once for the sums, and once more to do all of the first three, without writing them.
+The definition masks gradients, adds the regularizers' to them, lets the inner optimizer step, and decides codes. Native code
+reads the gradients once for the sums, and once more to do all of the first three, without writing them.
 """
 
 from dataclasses import dataclass
