@@ -5,13 +5,16 @@ dimension, because every pass over a whole activation costs as much as the passe
 on two cores.
 """
 
+import math
 from collections.abc import Iterator
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dsquant.ops import backends
 from dsquant.spec import Levels
 
 BLOCK_ELEMENTS = 1 << 20
@@ -59,11 +62,64 @@ def _scaled(level: Tensor, scale: Tensor, offset: Tensor | None, out: Tensor | N
 
 
 def quantize_dequantize(x: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels) -> Tensor:
-    """Return x_hat in the dtype of x, block by block."""
+    """Return x_hat in the dtype of x, contiguous: in one native pass, or block by block."""
+    if (native := _native(x, scale)) is not None:
+        scale, offset, inner, isa = native.scales(scale, offset)
+        return torch.ops.dsquant.fake_quantize(
+            x.contiguous(), scale, offset, inner, levels.qmin, levels.qmax, levels.shift, isa
+        )
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for block in blocks(x):
         dequantize(quantize(x[block], scale, offset, levels), scale, offset, levels, out[block])
     return out
+
+
+class _Native(NamedTuple):
+    """Say how a native pass finds the scale of element i: the ((i // inner) % n_groups)-th."""
+
+    inner: int
+    isa: int
+
+    def backward(self, x, grad, scale, offset, levels, sums, d_x, x_hat) -> None:
+        """Do `backward_block` in one pass, into contiguous float32 d_x, which may be grad, and x_hat, or None.
+
+        Sums over elements are float64 from the first.
+        """
+        flat_scale, flat_offset, inner, isa = self.scales(scale, offset)
+        found = torch.zeros(2, flat_scale.numel(), dtype=torch.float64)
+        torch.ops.dsquant.fake_quantize_backward(
+            x.contiguous(), grad.contiguous(), flat_scale, flat_offset, inner, levels.qmin, levels.qmax, levels.shift,
+            levels.low, levels.high, levels.elastic, d_x, x_hat, found, isa,
+        )  # fmt: skip
+        sums.scale += found[0].view_as(sums.scale)
+        if offset is not None:
+            sums.offset += found[1].view_as(sums.offset)
+
+    def scales(self, scale: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor | None, int, int]:
+        offset = None if offset is None else offset.contiguous().view(-1)
+        return scale.contiguous().view(-1), offset, self.inner, self.isa
+
+
+def _native(x: Tensor, scale: Tensor) -> _Native | None:
+    """Return how native code takes float32 x with scales that broadcast to it, or None where the definition has to."""
+    if x.dtype is not torch.float32 or x.device.type != "cpu" or not x.numel():
+        return None
+    backend = backends.choose("fake_quantize", "cpu")
+    inner = inner_length(tuple(x.shape), tuple(scale.shape))
+    return None if backend == backends.TORCH or inner is None else _Native(inner, backends.NATIVE.index(backend))
+
+
+@cache
+def inner_length(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> int | None:
+    """Return how many elements in a row share a scale that broadcasts to `shape`, or None where they are not in a row."""
+    if math.prod(scale_shape) == 1:
+        return math.prod(shape)
+    own = (1,) * (len(shape) - len(scale_shape)) + scale_shape
+    held = [i for i, size in enumerate(own) if size != 1]
+    first, last = held[0], held[-1]
+    if own[first : last + 1] != shape[first : last + 1]:
+        return None
+    return math.prod(shape[last + 1 :])
 
 
 def sum_like(x: Tensor, like: Tensor) -> Tensor:
@@ -130,6 +186,12 @@ def backward_block(
     The first is summed as G * (level - clip(v)) plus (G - dL/dx) * clip(v), zero inside: no cancellation.
     """
     x, grad = x.float(), grad.float()
+    if (native := _native(x, scale)) is not None:
+        d_x, x_hat = torch.empty_like(x, memory_format=torch.contiguous_format), out
+        if out is None or out.dtype is not torch.float32 or not out.is_contiguous():
+            x_hat = torch.empty_like(d_x)
+        native.backward(x, grad, scale, offset, levels, sums, d_x, x_hat)
+        return d_x, x_hat if out is None or out is x_hat else out.copy_(x_hat)
     v = x / scale if offset is None else (x - offset).div_(scale)
     d_x = pass_inside(grad, v, levels)
     if levels.shift or levels.reach:
@@ -151,6 +213,20 @@ def backward_block(
     return d_x, _scaled(level, scale, offset, out)
 
 
+def backward_into(
+    x: Tensor, grad: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels, sums: ScaleGradient, d_x: Tensor,
+    x_hat: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Do `backward_block` for a whole activation: dL/dx into contiguous `d_x`, which may be grad, x_hat into `x_hat`."""
+    native = _native(x, scale)
+    if native is not None and grad.dtype is d_x.dtype is torch.float32:
+        native.backward(x, grad, scale, offset, levels, sums, d_x, x_hat)
+        return
+    for block in blocks(x):
+        out = None if x_hat is None else x_hat[block]
+        d_x[block], _ = backward_block(x[block], grad[block], scale, offset, levels, sums, out)
+
+
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, offset, levels, grad_scale):
@@ -163,8 +239,7 @@ class _FakeQuantize(torch.autograd.Function):
         x, scale, offset = ctx.saved_tensors
         sums = ScaleGradient(scale, offset)
         d_x = torch.empty_like(grad, memory_format=torch.contiguous_format)
-        for block in blocks(x):
-            d_x[block], _ = backward_block(x[block], grad[block], scale, offset, ctx.levels, sums)
+        backward_into(x, grad, scale, offset, ctx.levels, sums, d_x)
         return d_x, *sums.results(ctx.grad_scale), None, None
 
 
@@ -182,3 +257,23 @@ def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, levels: Level
     both edges included. Source: LSQ (Esser et al. 2020), LSQ+ (Bhalgat et al. 2020).
     """
     return _FakeQuantize.apply(x, scale, offset, levels, grad_scale)
+
+
+# The schemas are here and their kernels in csrc/, attached when the library is loaded: tracing needs no compiler.
+_LIBRARY = torch.library.Library("dsquant", "FRAGMENT")
+_GRID = "Tensor scale, Tensor? offset, int inner, int qmin, int qmax, float shift"
+_LIBRARY.define(f"fake_quantize(Tensor x, {_GRID}, int isa) -> Tensor")
+_LIBRARY.define(
+    f"fake_quantize_backward(Tensor x, Tensor grad, {_GRID}, float low, float high, bool elastic, Tensor(a!) d_x, "
+    "Tensor(b!)? x_hat, Tensor(c!) sums, int isa) -> ()"
+)
+
+
+@torch.library.register_fake("dsquant::fake_quantize", lib=_LIBRARY)
+def _(x, *_):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("dsquant::fake_quantize_backward", lib=_LIBRARY)
+def _(*_):
+    return None

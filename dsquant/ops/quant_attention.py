@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsquant.ops.fake_quantize import ScaleGradient, backward_block, blocks, dequantize, quantize, sum_like
+from dsquant.ops.fake_quantize import ScaleGradient, backward_block, blocks, quantize_dequantize, sum_like
 from dsquant.spec import Levels
 
 
@@ -26,7 +26,7 @@ def _apply(x: Tensor, args: QuantArgs | None) -> Tensor:
     """Return x_hat in float32, or x itself where the site is float."""
     if args is None:
         return x.float()
-    return dequantize(quantize(x, args.scale, args.offset, args.levels), args.scale, args.offset, args.levels)
+    return quantize_dequantize(x.float(), args.scale, args.offset, args.levels)
 
 
 def _apply_backward(x: Tensor, grad: Tensor, args: QuantArgs | None, sums: ScaleGradient | None) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsquant.ops.fake_quantize import ScaleGradient, backward_block, blocks, quantize_dequantize
+from dsquant.ops.fake_quantize import ScaleGradient, backward_into, quantize_dequantize
 from dsquant.spec import Levels
 
 
@@ -22,8 +22,7 @@ class _QuantLinear(torch.autograd.Function):
         sums = ScaleGradient(scale, offset)
         d_x = grad @ weight
         x_hat = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for block in blocks(x):
-            d_x[block], _ = backward_block(x[block], d_x[block], scale, offset, ctx.levels, sums, x_hat[block])
+        backward_into(x, d_x, scale, offset, ctx.levels, sums, d_x, x_hat)
         rows = grad.reshape(-1, grad.shape[-1])
         d_weight = rows.t() @ x_hat.view(-1, x_hat.shape[-1])
         d_bias = rows.sum(0) if ctx.has_bias else None

@@ -1,9 +1,10 @@
-// The shard step, its loops compiled for AVX2 and FMA. As in avx2.cpp, standard headers come before the pragma.
+// The passes of the shard step and of fake_quantize, their loops compiled for AVX2 and FMA. As in avx2.cpp, standard headers come before the pragma.
 #if defined(__x86_64__)
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 
+#include "fake_quantize.h"
 #include "shard_step.h"
 
 #if defined(__clang__)
@@ -13,6 +14,7 @@
 #endif
 
 #include "shard_step_runs.h"
+#include "fake_quantize_runs.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -20,5 +22,6 @@
 
 namespace dsq {
 const StepKernels kStepAvx2{gather, update, adamw, moments, image};
+const QuantizeKernels kQuantizeAvx2{quantize_run, backward_run, quantize_each, backward_each};
 }  // namespace dsq
 #endif
