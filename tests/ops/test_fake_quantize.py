@@ -10,6 +10,8 @@ from dsquant.ops.fake_quantize import blocks, dequantize, fake_quantize, quantiz
 from dsquant.quant.modules import lsq_grad_scale
 from dsquant.spec import Levels
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden.json").read_text())
 X, GRAD, ALPHA = (torch.tensor(GOLDEN["input"][key]) for key in ("w", "grad_out", "alpha"))
 

@@ -6,6 +6,8 @@ from dsquant.ops.fake_quantize import blocks, fake_quantize
 from dsquant.ops.quant_attention import QuantArgs, quant_attention
 from dsquant.spec import Levels
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 B, H, N, D = 3, 2, 7, 4
 SOFTMAX_SCALE = D**-0.5
 LIMITS = {"q": (-2, 1), "k": (-4, 3), "probs": (0, 3), "v": (-8, 7)}

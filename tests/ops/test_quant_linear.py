@@ -7,6 +7,8 @@ from dsquant.ops.fake_quantize import blocks, fake_quantize
 from dsquant.ops.quant_linear import quant_linear
 from dsquant.spec import Levels
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 
 def inputs(shape=(5, 7, 12), out=9, *, bias=True, offset=True, groups=1, dtype=torch.float32):
     """Return fresh leaves x, weight, bias, scale, offset."""

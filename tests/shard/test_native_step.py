@@ -102,3 +102,40 @@ def test_a_tile_of_another_size_is_refused():
     sums = torch.zeros(2, 1, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="grad must be of 4 values"):
         shard_step.gather(view, torch.zeros(3), torch.zeros(4, dtype=torch.int8), None, False, sums, None)
+
+
+def test_operators_pass_torchs_checks():
+    assert backends.availability("portable").available
+    tile = torch.tensor([0, 1, 2]), torch.tensor([0.5, 1.0, 2.0])  # groups and scales of three rows
+    grid, adam = (-2, 1, 0.0), (0.999, 0.9, 0.999, 0.1, 1e-8, 1e-3)
+    w, grad, m, v, latent, frequency = torch.rand(6, 3, 8)
+    codes, direction = torch.zeros(2, 3, 8, dtype=torch.int8)
+    (groups, scale), sums = tile, torch.zeros(2, 3, dtype=torch.float64)
+    bins, tables = torch.zeros(2, 12, dtype=torch.float64), torch.rand(2, 12)
+    ops = torch.ops.dsquant
+    for op, arguments in {
+        ops.shard_gather: (w, grad, codes, None, None, scale, groups, *grid, -2.0, 1.0, False, sums, bins, 0),
+        ops.shard_update: (
+            w,
+            grad,
+            m,
+            v,
+            codes,
+            None,
+            None,
+            scale,
+            groups,
+            *grid,
+            -2.0,
+            1.0,
+            0.1,
+            *tables,
+            *adam,
+            None,
+            0,
+        ),
+        ops.shard_adamw: (w, grad, m, v, *adam, 0),
+        ops.shard_moments: (w, groups, torch.zeros(3, 3, dtype=torch.float64), 0),
+        ops.shard_image: (w, latent, codes, direction, frequency, None, None, None, scale, groups, *grid, 0.1, -1.0, 0),
+    }.items():
+        torch.library.opcheck(op.default, arguments)
