@@ -33,6 +33,13 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    """Have native code built and loaded, or fail: a skip would hide that it does not compile."""
+    found = backends.availability("portable")
+    assert found.available, found.why
+
+
 def trained(monkeypatch, backend, quant, steps=6, **how):
     """Return all that a few steps by a backend leave: parameters, latents, AdamW's and the tracker's state, scales, norms."""
     monkeypatch.setenv("DSQ_BACKEND", backend)
@@ -105,7 +112,6 @@ def test_a_tile_of_another_size_is_refused():
 
 
 def test_operators_pass_torchs_checks():
-    assert backends.availability("portable").available
     tile = torch.tensor([0, 1, 2]), torch.tensor([0.5, 1.0, 2.0])  # groups and scales of three rows
     grid, adam = (-2, 1, 0.0), (0.999, 0.9, 0.999, 0.1, 1e-8, 1e-3)
     w, grad, m, v, latent, frequency = torch.rand(6, 3, 8)
