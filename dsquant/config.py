@@ -140,6 +140,7 @@ class DataConfig(Section):
         return self
 
 
+YAML_WORDS = {"true": True, "false": False, "null": None}  # which Python Fire leaves as strings
 TEXT_FIELDS = ("tokenizer", "max_length", "pad_to", "bucket_batches")
 IMAGE_FIELDS = ("image_size", "channels", "augment", "mean", "std", "interpolation", "crop_pct")
 
@@ -482,11 +483,12 @@ def load_config(recipe: str = DEFAULT_RECIPE, overrides: dict[str, Any] | None =
     """Read a recipe by name or path, apply dotted overrides, and check it. Raises ConfigError.
 
     A recipe may start with `extends: NAME_OR_FILE`: what it says is then laid over that recipe, mapping by mapping; a stage
-    set to null is left out, its target too, and lists replace lists.
+    set to null is left out, its target too, and lists replace lists. An override may be a YAML word: true, false, null.
     """
     tree, path = _read_recipe(recipe, ())
     for key, value in (overrides or {}).items():
-        _set(tree, key, value)
+        _set(tree, key, YAML_WORDS.get(value, value) if isinstance(value, str) else value)
+    _drop_null_stages(tree)
     return parse_config(tree, str(path))
 
 
@@ -508,11 +510,17 @@ def _read_recipe(recipe: str, above: tuple[Path, ...]) -> tuple[dict[str, Any], 
     if beneath is not None:
         base = str(path.parent / beneath) if str(beneath).endswith((".yaml", ".yml")) else str(beneath)
         tree = _laid_over(_read_recipe(base, (*above, path.resolve()))[0] | {"recipe": path.stem}, tree)
-        stages, targets = tree.get("stages") or {}, tree.get("targets") or {}
-        tree["stages"] = {name: stage for name, stage in stages.items() if stage is not None}
-        tree["targets"] = {name: aim for name, aim in targets.items() if stages.get(name, aim) is not None}
+        _drop_null_stages(tree)
     tree.setdefault("recipe", path.stem)
     return tree, path
+
+
+def _drop_null_stages(tree: dict[str, Any]) -> None:
+    stages, targets = tree.get("stages"), tree.get("targets")
+    if isinstance(targets, dict) and isinstance(stages, dict):
+        tree["targets"] = {name: aim for name, aim in targets.items() if stages.get(name, aim) is not None}
+    if isinstance(stages, dict):
+        tree["stages"] = {name: stage for name, stage in stages.items() if stage is not None}
 
 
 def _laid_over(beneath: Any, above: Any) -> Any:

@@ -356,6 +356,12 @@ def test_a_recipe_is_laid_over_the_one_it_extends(tmp_path):
     assert found.stages["w2a2"].lr == base.stages["w2a2"].lr
 
 
+def test_an_override_takes_yamls_words_and_null_drops_a_stage():
+    found = load_config("digits_w2a2", {"stages.w2a2.quant.activation.offset": "true", "stages.fp.epochs": 3})
+    assert found.stages["w2a2"].quant.activation.offset is True
+    assert list(load_config("digits_w2a2", {"stages.w2a2": "null"}).stages) == ["fp"]
+
+
 def test_a_stage_set_to_null_is_left_out_of_the_recipe_beneath(tmp_path):
     found = load_config(recipe_at(tmp_path, "float_only", "extends: digits_w2a2\nstages: {w2a2: null}\n"))
     assert list(found.stages) == ["fp"]
