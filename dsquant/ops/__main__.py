@@ -1,9 +1,11 @@
 """List every op and backend on this machine: `python -m dsquant.ops` checks and times each against its definition."""
 
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +13,13 @@ from torch import Tensor
 
 from dsquant.errors import DsquantError
 from dsquant.ops import backends
+from dsquant.ops.fake_quantize import ScaleGradient, backward_into, quantize_dequantize
 from dsquant.ops.pack import pack
 from dsquant.ops.packed_linear import packed_matrix, run
 from dsquant.ops.quant_attention import QuantArgs
 from dsquant.spec import Levels
 
-DEFINITIONS_ALONE = ("fake_quantize", "quant_linear", "quant_attention", "pack, unpack")
+DEFINITIONS_ALONE = ("pack, unpack",)
 REPEATS = 7
 
 
@@ -44,6 +47,44 @@ def packed_linear_cases(rows: int) -> list[Case]:
     ]
 
 
+def fake_quantize_cases() -> list[Case]:
+    """Return the cases of the two passes that fake_quantize, quant_linear and quant_attention share."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(2, 8, 197, 768, generator=generator)
+    cases = []
+    for name, scale in {"one scale": torch.tensor([0.5]), "a scale a token": torch.full((197, 1), 0.5)}.items():
+
+        def forward(backend: str, scale: Tensor = scale) -> Tensor:
+            with forced(backend):
+                return quantize_dequantize(x, scale, None, Levels(-2, 1))
+
+        def backward(backend: str, scale: Tensor = scale) -> Tensor:
+            d_x = torch.empty_like(x)
+            with forced(backend):
+                backward_into(x, grad, scale, None, Levels(-2, 1), ScaleGradient(scale, None), d_x)
+            return d_x
+
+        cases += [
+            Case("fake_quantize", f"forward, {name}", forward),
+            Case("fake_quantize", f"backward, {name}", backward),
+        ]
+    return cases
+
+
+@contextmanager
+def forced(backend: str) -> Iterator[None]:
+    """Have ops that choose for themselves run one backend."""
+    before = os.environ.get("DSQ_BACKEND")
+    os.environ["DSQ_BACKEND"] = backend
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DSQ_BACKEND"]
+        else:
+            os.environ["DSQ_BACKEND"] = before
+
+
 def report() -> bool:
     """Print the table; return whether every backend that is available agrees with its definition."""
     wanted, good = backends.requested(), True
@@ -51,8 +92,10 @@ def report() -> bool:
     row("op", "case", "backend", "available", "tested", "seconds", "")
     for op in DEFINITIONS_ALONE:
         row(op, "any", backends.TORCH, "yes", "is the definition", "", "fastest")
-    for case in packed_linear_cases(197) + packed_linear_cases(1):
+    for case in fake_quantize_cases() + packed_linear_cases(197) + packed_linear_cases(1):
         good &= _report_case(case)
+    row("quant_linear, quant_attention", "any", "as fake_quantize", "yes", "quantize by its passes", "", "")
+    row("shard_step", "AdamW on CPU", backends.choose("shard_step", "cpu"), "yes", "by tests/shard", "", "")
     row("packed_linear", "scales by token, head, channel of x", "as float x", "yes", "dequantizes x first", "", "")
     for backend in backends.NATIVE:
         if not (state := backends.availability(backend)).available:
