@@ -25,6 +25,7 @@ from dsquant.ops import build
 TORCH, PORTABLE, AVX2 = "torch", "portable", "avx2"
 NATIVE = (PORTABLE, AVX2)  # by level: what `dsquant_cpu_level` counts, and the `isa` of native ops
 CHOICES = ("auto", TORCH, "cpu", *NATIVE)
+ELEMENTWISE = ("fake_quantize", "shard_step")  # plain C++ beats a pass an operation; of products torch's own are faster
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def _choose(op: str, device: str, native: tuple[str, ...], wanted: str) -> str:
         return AVX2
     if here and not (built := availability(PORTABLE)).available:
         warnings.warn(f"{op} runs its plain PyTorch definition: {built.why}", stacklevel=3)
-    return TORCH  # portable code is for checking and for small batches; torch's products are faster at large ones
+        return TORCH
+    return PORTABLE if here and op in ELEMENTWISE else TORCH
 
 
 def _forced(op: str, device: str, here: tuple[str, ...], wanted: str) -> str:

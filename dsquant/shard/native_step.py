@@ -4,7 +4,9 @@ The definition masks gradients, adds the regularizers' to them, lets the inner o
 reads the gradients once for the sums, and once more to do all of the first three, without writing them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -76,12 +78,17 @@ class NativeStep:
         norms = regularizer.new_norms(weight) if pull or spread else None
         self._prepared[weight.site.name] = Prepared(weight.scales().clone(), pull, tables, norms)
 
-    def step(self, weights: dict[int, list[ShardedWeight]]) -> None:
-        """Step every flat that has a gradient; `weights` are those in it, by its id."""
+    @torch.no_grad()
+    def step(self, weights: Mapping[int, list[ShardedWeight]] = MappingProxyType({})) -> None:
+        """Step every flat that has a gradient; `weights` are the quantized ones in it, by its id.
+
+        Float stages step so, too: torch's code rounds the last elements of a tensor otherwise, so that ZeRO stages, which
+        cut tensors in different places, would part.
+        """
         for group in self.inner.param_groups:
             for flat in group["params"]:
                 if flat.grad is not None:
-                    self._step_flat(flat, group, [w for w in weights[id(flat)] if w.fragment is not None])
+                    self._step_flat(flat, group, [w for w in weights.get(id(flat), []) if w.fragment is not None])
 
     def _step_flat(self, flat: Tensor, group: dict, weights: list[ShardedWeight]) -> None:
         state = self._state(flat)

@@ -58,10 +58,12 @@ class ShardOptimizer(torch.optim.Optimizer):
         if closure is not None:
             raise ShardError("sharded quantization takes no closure")
         flats = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if self.quantization is None:
-            self.inner.step()
-        else:
+        if self.quantization is not None:
             self.quantization.step(flats, self.inner)
+        elif can_step(self.inner, flats):
+            NativeStep(self.inner).step()
+        else:
+            self.inner.step()
 
     def zero_grad(self, set_to_none: bool = True):
         self.inner.zero_grad(set_to_none)
@@ -212,7 +214,7 @@ class ShardQuantization:
         if native is None:
             inner.step()
         else:
-            native.step({id(flat): self._in_flat[id(flat)] for flat in flats})
+            native.step(self._in_flat)
         self._native = None
         self.after_inner_step(flats)
 
