@@ -9,8 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsquant.ops.fake_quantize import ScaleGradient, backward_block, blocks, quantize_dequantize, sum_like
+from dsquant.ops import backends
+from dsquant.ops.fake_quantize import (
+    BLOCK_ELEMENTS,
+    ScaleGradient,
+    backward_block,
+    backward_into,
+    blocks,
+    quantize_dequantize,
+    sum_like,
+)
 from dsquant.spec import Levels
+
+NATIVE_BLOCK = 1 << 18  # elements of the scores at a time; four times as many were a third slower
 
 
 class QuantArgs(NamedTuple):
@@ -29,10 +40,12 @@ def _apply(x: Tensor, args: QuantArgs | None) -> Tensor:
     return quantize_dequantize(x.float(), args.scale, args.offset, args.levels)
 
 
-def _apply_backward(x: Tensor, grad: Tensor, args: QuantArgs | None, sums: ScaleGradient | None) -> Tensor:
+def _apply_backward(x: Tensor, grad: Tensor, args: QuantArgs | None, sums: ScaleGradient | None, d_x: Tensor) -> None:
+    """Write dL/dx to contiguous `d_x`."""
     if args is None:
-        return grad
-    return backward_block(x, grad, args.scale, args.offset, args.levels, sums)[0]
+        d_x.copy_(grad)
+    else:
+        backward_into(x, grad, args.scale, args.offset, args.levels, sums, d_x)
 
 
 def _probabilities(q_scaled: Tensor, k_hat: Tensor, *additions: Tensor | None) -> Tensor:
@@ -54,7 +67,7 @@ class _QuantAttention(torch.autograd.Function):
         for block in _image_blocks(q, k):
             q_scaled = _apply(q[block], args[0]) * softmax_scale
             p = _probabilities(q_scaled, _apply(k[block], args[1]), bias, _rows(mask, block, q.shape[0]))
-            out[block] = _apply(p, args[2]) @ _apply(v[block], args[3])
+            _product(_apply(p, args[2]), _apply(v[block], args[3]), out[block])
         return out
 
     @staticmethod
@@ -71,15 +84,15 @@ class _QuantAttention(torch.autograd.Function):
             q_scaled = q_hat * softmax_scale
             p = _probabilities(q_scaled, k_hat, bias, _rows(mask, block, q.shape[0]))
             d_p, p_hat = _through_probabilities(p, g @ v_hat.transpose(-2, -1), args[2], sums[2])
-            d_v[block] = _apply_backward(v[block], p_hat.transpose(-2, -1) @ g, args[3], sums[3])
+            _apply_backward(v[block], p_hat.transpose(-2, -1) @ g, args[3], sums[3], d_v[block])
             d_s = torch._softmax_backward_data(d_p, p, -1, torch.float32)
             d_q_scaled = d_s @ k_hat
             if scale is not None:
                 d_scale += sum_like(d_q_scaled * q_hat, scale)
             if bias is not None:
                 d_bias += sum_like(d_s, bias)
-            d_q[block] = _apply_backward(q[block], d_q_scaled.mul_(softmax_scale), args[0], sums[0])
-            d_k[block] = _apply_backward(k[block], d_s.transpose(-2, -1) @ q_scaled, args[1], sums[1])
+            _apply_backward(q[block], d_q_scaled.mul_(softmax_scale), args[0], sums[0], d_q[block])
+            _apply_backward(k[block], d_s.transpose(-2, -1) @ q_scaled, args[1], sums[1], d_k[block])
         d_scale, d_bias = (None if d is None else d.to(t.dtype) for d, t in ((d_scale, scale), (d_bias, bias)))
         return d_q, d_k, d_v, d_scale, d_bias, None, None, *_flat_results(args, sums)
 
@@ -115,7 +128,21 @@ def _rows(mask: Tensor | None, block: slice, batch: int) -> Tensor | None:
 def _image_blocks(q: Tensor, k: Tensor):
     """Split the batch so that the scores of a block, (b, H, N, N), stay in cache."""
     scores = q[..., :1].expand(*q.shape[:-1], k.shape[-2])
-    return blocks(scores)
+    return blocks(scores, _block_elements(q.device.type))
+
+
+def _block_elements(device: str) -> int:
+    """Return how many scores are formed at a time on CPU: fewer where native passes cost little to begin."""
+    native = device == "cpu" and backends.choose("fake_quantize", "cpu") != backends.TORCH
+    return NATIVE_BLOCK if native else BLOCK_ELEMENTS
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write a @ b to `out`, in its dtype."""
+    if out.dtype is a.dtype:
+        torch.matmul(a, b, out=out)
+    else:
+        out.copy_(a @ b)
 
 
 def _assemble(specs, tensors) -> list[QuantArgs | None]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from dsquant.ops.fake_quantize import blocks, fake_quantize
+from dsquant.ops.fake_quantize import fake_quantize
 from dsquant.ops.quant_attention import QuantArgs, quant_attention
 from dsquant.spec import Levels
 
@@ -125,7 +125,7 @@ def test_q_k_v_and_the_scales_are_saved_and_nothing_of_the_size_of_the_scores(na
 def test_the_size_of_blocks_changes_no_result(monkeypatch, name):
     qkv, grad, args = case(name)
     whole = outcome(quant_attention, qkv, args, grad)
-    monkeypatch.setattr(blocks, "__defaults__", (1,))
+    monkeypatch.setattr("dsquant.ops.quant_attention._block_elements", lambda device: 1)
     split = outcome(quant_attention, qkv, args, grad)
     for found, expected in zip(split, whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
@@ -212,7 +212,7 @@ def test_bias_mask_and_head_scales_equal_autograd_in_float64(monkeypatch, name, 
     wide = {"bias": wide_bias, "mask": extra["mask"]}
     expected = scored_outcome(attend_with_scores, wide_qkv, wide_args, wide_scale, wide, grad.double())
     if elements is not None:
-        monkeypatch.setattr(blocks, "__defaults__", (elements,))
+        monkeypatch.setattr("dsquant.ops.quant_attention._block_elements", lambda device: elements)
     for found, wanted in zip(scored_outcome(quant_attention, qkv, args, scale, extra, grad), expected, strict=True):
         assert found.shape == wanted.shape
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=2e-5)
@@ -279,7 +279,7 @@ def test_a_bias_or_mask_of_another_kind_is_refused(extra, said):
 @pytest.mark.parametrize("shared", [False, True], ids=["a row an image", "one for all"])
 @pytest.mark.parametrize("name", ["all, per head", "none"])
 def test_a_mask_is_added_to_the_scores_of_its_own_image_in_every_block(name, shared, monkeypatch):
-    monkeypatch.setattr("dsquant.ops.quant_attention.blocks", lambda x: blocks(x, 1))
+    monkeypatch.setattr("dsquant.ops.quant_attention._block_elements", lambda device: 1)
     qkv, grad, args = case(name)
     real = torch.arange(N) < torch.tensor([N, 4, 2])[:, None]
     mask = torch.zeros(B, 1, 1, N).masked_fill(~real[:, None, None, :], torch.finfo(torch.float32).min)
