@@ -1,17 +1,23 @@
 """Run a function on several ranks, each a process of its own, joined by gloo: the engine of the `run_ranks` fixture.
 
-The parent starts `python -m tests.ranks TARGET FOLDER` once per rank with the environment that a launcher would set.
-Arguments and results travel through files in FOLDER; each rank's output goes to FOLDER/rank<R>.log.
+Ranks are forked from a server that has imported torch, DeepSpeed and dsquant already, which takes five seconds a process: the
+first call of a test process starts `python -m tests.ranks`, and writes it a line for each rank, with the environment that a
+launcher would set. Arguments and results travel through files in a folder; each rank's output goes to FOLDER/rank<R>.log, its
+process id to rank<R>.pid and its exit code to rank<R>.code.
 """
 
 import contextlib
+import functools
 import importlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,7 +44,7 @@ def launch(world_size, target, kwargs, folder, timeout=120.0, env=None):
         _wait(processes, target, folder, time.monotonic() + timeout, timeout)
     finally:
         for process in processes:
-            _kill(process)
+            process.kill()
     return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
@@ -48,9 +54,42 @@ def _free_port():
         return listener.getsockname()[1]
 
 
+@dataclass
+class Rank:
+    """Stand for a process that the server forks, which leads a group of its own: killing it ends all that it started."""
+
+    folder: Path
+    rank: int
+
+    def _read(self, what):
+        path = self.folder / f"rank{self.rank}.{what}"
+        return int(path.read_text()) if path.exists() else None
+
+    def poll(self):
+        """Return the exit code, negative for a signal, or None while the rank runs."""
+        return self._read("code")
+
+    def kill(self):
+        """End the rank and all it has started, and wait for it."""
+        _until(lambda: self._read("pid") is not None or self.poll() is not None)
+        with contextlib.suppress(ProcessLookupError, TypeError):  # TypeError: it never had a pid
+            os.killpg(self._read("pid"), signal.SIGKILL)
+        _until(lambda: self.poll() is not None)
+
+
+def _until(condition, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+
+
+@functools.cache
+def _server():
+    return subprocess.Popen([sys.executable, "-m", "tests.ranks"], cwd=REPO, stdin=subprocess.PIPE, text=True)
+
+
 def _start(rank, world_size, port, target, folder, extra_env):
-    """Start one rank in a process group of its own, so that killing it also ends whatever it started."""
-    env = os.environ | {
+    env = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -58,16 +97,11 @@ def _start(rank, world_size, port, target, folder, extra_env):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    with open(folder / f"rank{rank}.log", "w") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.ranks", target, str(folder)],
-            cwd=REPO,
-            env=env | extra_env,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    server = _server()
+    order = {"rank": rank, "target": target, "folder": str(folder.resolve()), "env": dict(os.environ) | env | extra_env}
+    server.stdin.write(json.dumps(order) + "\n")
+    server.stdin.flush()
+    return Rank(folder, rank)
 
 
 def _wait(processes, target, folder, deadline, timeout):
@@ -92,15 +126,8 @@ def _tail(folder, rank):
     return "\n".join([f"--- end of rank {rank}'s output ---", *lines[-TAIL_LINES:]])
 
 
-def _kill(process):
-    with contextlib.suppress(ProcessLookupError):  # the rank and all it started have ended already
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def main(target, folder):
     """Be one rank: join the process group, call the target, leave the result in the folder."""
-    folder = Path(folder)
     module, function = target.split(":")
     dist.init_process_group("gloo")
     result = getattr(importlib.import_module(module), function)(**torch.load(folder / "kwargs.pt", weights_only=False))
@@ -109,5 +136,56 @@ def main(target, folder):
     dist.destroy_process_group()
 
 
+def serve():
+    """Fork a rank for every line of stdin, until it ends; a second process waits for each and writes its exit code."""
+    import timm  # noqa: F401
+
+    import dsquant.loop  # noqa: F401
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
+    for line in sys.stdin:
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _watch(**json.loads(line))
+
+
+def _watch(rank, target, folder, env):
+    folder = Path(folder)
+    child = os.fork()
+    if child == 0:
+        _be(rank, target, folder, env)
+    _write(folder / f"rank{rank}.pid", child)
+    _, status = os.waitpid(child, 0)
+    _write(folder / f"rank{rank}.code", os.waitstatus_to_exitcode(status))
+    os._exit(0)
+
+
+def _be(rank, target, folder, env):
+    code = 1
+    try:
+        os.setsid()
+        with open(folder / f"rank{rank}.log", "w") as log, open(os.devnull) as nothing:
+            os.dup2(nothing.fileno(), 0)
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        os.environ.clear()
+        os.environ.update(env)
+        torch.set_num_threads(int(env.get("OMP_NUM_THREADS", 1)))
+        main(target, folder)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _write(path, number):
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(str(number))
+    partial.rename(path)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve()
