@@ -102,6 +102,19 @@ def micro_batch_size(stage: StageConfig, world_size: int) -> int:
     return stage.batch_size // parts
 
 
+def owned_ds_settings(stage: StageConfig, world: World) -> dict[str, Any]:
+    """Return what the recipe decides of a DeepSpeed configuration. Raises ConfigError where the batch does not divide."""
+    return {
+        "train_batch_size": stage.batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size(stage, world.size),
+        "gradient_accumulation_steps": stage.gradient_accumulation,
+        "gradient_clipping": stage.gradient_clipping,
+        "bf16": {"enabled": world.bf16},
+        # ZeRO 3 would replace F.linear in this whole process by a product and a sum that round separately.
+        "zero_optimization": {"memory_efficient_linear": False},
+    }
+
+
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split parameters: matrices decay; vectors and what the model itself names (pos_embed, cls_token) do not."""
     exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
@@ -142,7 +155,7 @@ class Engine:
         if stage.activation_checkpointing:
             _checkpoint_activations(model)
         self.optimizer = make_optimizer(model, stage)
-        self.ds_config = merge_ds_config(ds_config, self._owned())
+        self.ds_config = merge_ds_config(ds_config, owned_ds_settings(stage, world))
         exact = {name: p.detach().clone() for name, p in model.named_parameters()} if world.bf16 else {}
         self.ds, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=self.ds_config, dist_init_required=False
@@ -155,18 +168,6 @@ class Engine:
         self.step_index = 0
         if stage.quant is not None:
             self._attach(stage.quant)
-
-    def _owned(self) -> dict[str, Any]:
-        micro = micro_batch_size(self.stage, self.world.size)
-        return {
-            "train_batch_size": self.stage.batch_size,
-            "train_micro_batch_size_per_gpu": micro,
-            "gradient_accumulation_steps": self.stage.gradient_accumulation,
-            "gradient_clipping": self.stage.gradient_clipping,
-            "bf16": {"enabled": self.world.bf16},
-            # ZeRO 3 would replace F.linear in this whole process by a product and a sum that round separately.
-            "zero_optimization": {"memory_efficient_linear": False},
-        }
 
     def _attach(self, quant: QuantConfig) -> None:
         """Create the quantizer state and set the weight scales on the shards; activations stay float until calibrated."""

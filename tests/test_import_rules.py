@@ -42,6 +42,7 @@ LAYERS = {
     "convert": MODELS | {"config", "checkpoint", "evaluation", "export", "data", "run_folder"},
     "engine": ENGINE,
     "benchmark": ENGINE | {"engine"},
+    "doctor": ENGINE | {"engine", "data", "run_data", "analysis"},
     "packed_benchmark": KERNELS | {"benchmark"},
     "checkpoint": ENGINE | {"engine"},
     "soft_labels": MODELS | {"config", "engine", "checkpoint", "data", "preemption"},
