@@ -11,7 +11,7 @@ ZERO1 = {"zero_optimization": {"stage": 1}}
 
 
 def examined(cases):
-    """Return, for each (overrides, ds_config, out_dir), the fault of every check; rank 1 of `out_dir` None has a folder of its own."""
+    """Return, for each (overrides, ds_config, out_dir), the fault of every check; {rank} in out_dir is this rank's."""
     from dsquant.doctor import Doctor
     from dsquant.engine import init_world
 
