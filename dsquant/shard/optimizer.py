@@ -20,10 +20,9 @@ from dsquant.shard.fragments import Fragment, ShardMap, part_of
 from dsquant.shard.native_step import NativeStep, can_step, gathered, write_image
 from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, track
 from dsquant.shard.regularizers import Regularizer, bin_index, bin_sums
+from dsquant.shard.statistics import weight_statistics
 from dsquant.shard.weight_quantizers import ShardedWeight, moment_scales, mse_scales
 from dsquant.spec import WeightSite
-
-SHOWN_SCALES = 1024
 
 
 class ShardOptimizer(torch.optim.Optimizer):
@@ -344,41 +343,10 @@ class ShardQuantization:
             w.copy_(image)
 
     def statistics(self) -> dict[str, dict[str, float | list[float]]]:
-        """Return, for each weight over all shards: oscillating, frozen and clipped %, scales and bin occupancy.
-
-        Of more than 1024 scales (the rows of a word embedding) only the smallest, the mean and the largest are given.
-
-        Where the last step was observed, `regularizer_ratio` is the norm of the regularizers' gradient over the task's.
-        """
+        """Return the statistics of each weight over all shards (`shard/statistics.py`); every rank calls this."""
+        latents = {name: self.latent(w) for name, w in self.weights.items() if w.fragment is not None}
         threshold, weights = self.config.oscillation.threshold, list(self.weights.values())
-        none = torch.zeros(2, dtype=torch.float64)
-        counts = [
-            torch.cat([
-                self.regularizer.norms.get(w.site.name, none).cpu(),
-                w.statistics(self.latent(w) if w.fragment else None, threshold).cpu(),
-            ])
-            for w in weights
-        ]  # fmt: skip
-        if not self.contributes:
-            counts = [torch.zeros_like(c) for c in counts]
-        totals = self._sum(torch.cat(counts)).split([c.numel() for c in counts])
-        found = {}
-        for weight, total in zip(weights, totals, strict=True):
-            task, regularizer = total[:2].sqrt().tolist()
-            share = (total[2:] / weight.site.numel).tolist()
-            found[weight.site.name] = {
-                "oscillating_pct": 100 * share[0],
-                "frozen_pct": 100 * share[1],
-                "clip_ratio": share[2],
-                "bins": share[3:],
-                "scale": _shown(weight.replicated_scale),
-                "qmin": weight.qmin,
-                "numel": weight.site.numel,
-                "n_bits": weight.site.spec.n_bits,
-            }
-            if regularizer:
-                found[weight.site.name]["regularizer_ratio"] = regularizer / max(task, 1e-30)
-        return found
+        return weight_statistics(weights, latents, self.regularizer.norms, threshold, self.contributes, self._sum)
 
     def _sum(self, values: Tensor) -> Tensor:
         return self._all_reduce(values, dist.ReduceOp.SUM)
@@ -393,8 +361,3 @@ class ShardQuantization:
         carried = values.to(self.state.values.device)
         dist.all_reduce(carried, op=op)
         return carried.to(values.device)
-
-
-def _shown(scale: Tensor) -> list[float]:
-    few = scale if scale.numel() <= SHOWN_SCALES else torch.stack([scale.min(), scale.mean(), scale.max()])
-    return few.tolist()
