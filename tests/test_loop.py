@@ -22,7 +22,7 @@ def test_the_rule_of_the_recipe_finds_the_first_activation_scales(init, factor):
     done = []
     engine = SimpleNamespace(
         sites=sites, state=state, evaluate_logits=site, eval=lambda: done.append("eval"),
-        train=lambda: done.append("train"), finish_calibration=lambda: done.append("finish"),
+        train=lambda: done.append("train"), inherit_biases=set, finish_calibration=lambda: done.append("finish"),
     )  # fmt: skip
     rules = {"batches": 2, "rounds": 1, "init": init}
     quant = {"weight": {"n_bits": 2}, "activation": {"n_bits": 4}, "calibration": rules}
@@ -30,7 +30,7 @@ def test_the_rule_of_the_recipe_finds_the_first_activation_scales(init, factor):
     run = Run.__new__(Run)
     run.console = SimpleNamespace(message=lambda text: None)
     run.stop = StopRequest()
-    run._calibrate(engine, stage, SimpleNamespace(batches=lambda: iter(batches)))
+    run._calibrate(engine, stage, SimpleNamespace(batches=lambda: iter(batches)), {})
     mean = torch.cat([images for images, _ in batches[:2]]).double().mean()
     torch.testing.assert_close(state.get("site").double(), (factor * mean).view(1), rtol=1e-6, atol=0)
     assert done == ["eval", "train", "finish"]
