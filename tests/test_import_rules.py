@@ -43,6 +43,7 @@ LAYERS = {
     "engine": ENGINE,
     "benchmark": ENGINE | {"engine"},
     "doctor": ENGINE | {"engine", "data", "run_data", "analysis"},
+    "shard_benchmark": ENGINE | {"benchmark"},
     "packed_benchmark": KERNELS | {"benchmark"},
     "checkpoint": ENGINE | {"engine"},
     "soft_labels": MODELS | {"config", "engine", "checkpoint", "data", "preemption"},

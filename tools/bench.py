@@ -1,6 +1,7 @@
 """Benchmarks; each prints JSON lines.
 
 python tools/bench.py step --model deit_tiny_patch16_224 --batch 16 --n_bits 2     training, float against quantized
+python tools/bench.py shard --threads 2                                            the shard step against fused AdamW
 python tools/bench.py packed --threads 1,2                                         linear layers on packed weights
 """
 
@@ -11,9 +12,10 @@ import fire
 from dsquant.benchmark import step
 from dsquant.errors import DsquantError
 from dsquant.packed_benchmark import packed
+from dsquant.shard_benchmark import shard
 
 if __name__ == "__main__":
     try:
-        fire.Fire({"step": step, "packed": packed})
+        fire.Fire({"step": step, "shard": shard, "packed": packed})
     except DsquantError as error:
         sys.exit(f"dsquant: {error}")

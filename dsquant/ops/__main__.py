@@ -1,11 +1,9 @@
 """List every op and backend on this machine: `python -m dsquant.ops` checks and times each against its definition."""
 
-import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,12 +53,12 @@ def fake_quantize_cases() -> list[Case]:
     for name, scale in {"one scale": torch.tensor([0.5]), "a scale a token": torch.full((197, 1), 0.5)}.items():
 
         def forward(backend: str, scale: Tensor = scale) -> Tensor:
-            with forced(backend):
+            with backends.forced(backend):
                 return quantize_dequantize(x, scale, None, Levels(-2, 1))
 
         def backward(backend: str, scale: Tensor = scale) -> Tensor:
             d_x = torch.empty_like(x)
-            with forced(backend):
+            with backends.forced(backend):
                 backward_into(x, grad, scale, None, Levels(-2, 1), ScaleGradient(scale, None), d_x)
             return d_x
 
@@ -69,20 +67,6 @@ def fake_quantize_cases() -> list[Case]:
             Case("fake_quantize", f"backward, {name}", backward),
         ]
     return cases
-
-
-@contextmanager
-def forced(backend: str) -> Iterator[None]:
-    """Have ops that choose for themselves run one backend."""
-    before = os.environ.get("DSQ_BACKEND")
-    os.environ["DSQ_BACKEND"] = backend
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["DSQ_BACKEND"]
-        else:
-            os.environ["DSQ_BACKEND"] = before
 
 
 def report() -> bool:

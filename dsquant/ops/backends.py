@@ -14,6 +14,8 @@ definition; native code that should be there and cannot be built is warned of on
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -42,6 +44,20 @@ def requested() -> str:
     if name not in CHOICES:
         raise ConfigError(f"DSQ_BACKEND is {name!r}; it takes {', '.join(CHOICES)}")
     return name
+
+
+@contextmanager
+def forced(backend: str) -> Iterator[None]:
+    """Have ops that choose for themselves run one backend."""
+    before = os.environ.get("DSQ_BACKEND")
+    os.environ["DSQ_BACKEND"] = backend
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DSQ_BACKEND"]
+        else:
+            os.environ["DSQ_BACKEND"] = before
 
 
 @cache
