@@ -27,7 +27,9 @@ from dsquant.ops import build
 TORCH, PORTABLE, AVX2 = "torch", "portable", "avx2"
 NATIVE = (PORTABLE, AVX2)  # by level: what `dsquant_cpu_level` counts, and the `isa` of native ops
 CHOICES = ("auto", TORCH, "cpu", *NATIVE)
-ELEMENTWISE = ("fake_quantize", "shard_step")  # plain C++ beats a pass an operation; of products torch's own are faster
+# What takes plain C++ under auto, where there is no AVX2: the former is faster so, and the latter gives the same bits however
+# ZeRO cuts a weight, which torch's fused AdamW does not. Of products torch's own are faster.
+ELEMENTWISE = ("fake_quantize", "shard_step")
 
 
 @dataclass(frozen=True)
