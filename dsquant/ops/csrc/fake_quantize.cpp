@@ -1,5 +1,5 @@
-// The operators dsquant::fake_quantize and dsquant::fake_quantize_backward on CPU. A scale serves every run of `inner` values in a
-// row, element i having scale (i / inner) % n_groups; sums are added up in one order, whatever the number of threads.
+// The operators dsquant::fake_quantize and dsquant::fake_quantize_backward on CPU. A scale serves every run of `inner` values
+// in a row, element i having scale (i / inner) % n_groups; sums are added up in one order, whatever the number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "fake_quantize.h"
-#include "shard_step.h"
+#include "native.h"
 
 namespace dsq {
 namespace {
@@ -20,21 +20,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t kTask = 16 * 1024;  // elements that a thread takes at a time
 
-const QuantizeKernels& kernels_of(int64_t isa) {
-  STD_TORCH_CHECK(isa >= 0 && isa <= cpu_level(), "isa ", isa, " is not one of this processor");
-#if defined(__x86_64__)
-  if (isa == 1) return kQuantizeAvx2;
-#endif
-  return kQuantizePortable;
-}
-
-template <class T>
-T* values_of(const Tensor& tensor, ScalarType dtype, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == numel, name, " must be of ",
-                  numel, " values in a row, and of the dtype that the op takes");
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
 struct Groups {
   int64_t n_groups, inner;
   const float *scale, *offset;
@@ -43,7 +28,7 @@ struct Groups {
       : n_groups(scales.numel()), inner(length) {
     STD_TORCH_CHECK(n_groups > 0 && inner > 0, "there is no scale");
     scale = values_of<const float>(scales, ScalarType::Float, n_groups, "scale");
-    offset = offsets ? values_of<const float>(*offsets, ScalarType::Float, n_groups, "offset") : nullptr;
+    offset = values_of<const float>(offsets, ScalarType::Float, n_groups, "offset");
   }
 
   bool each() const { return inner == 1 && n_groups > 1; }
@@ -74,7 +59,7 @@ InputLevels levels_of(int64_t qmin, int64_t qmax, double shift, double low, doub
 
 Tensor fake_quantize(const Tensor& x, const Tensor& scale, std::optional<Tensor> offset, int64_t inner, int64_t qmin,
                      int64_t qmax, double shift, int64_t isa) {
-  const QuantizeKernels& kernels = kernels_of(isa);
+  const QuantizeKernels& kernels = kernels_of(isa, kQuantizePortable, kQuantizeAvx2OrNone);
   const Groups groups(scale, offset, inner);
   const int64_t n = x.numel();
   const InputLevels levels = levels_of(qmin, qmax, shift, 0.0, 0.0, false);
@@ -99,7 +84,7 @@ Tensor fake_quantize(const Tensor& x, const Tensor& scale, std::optional<Tensor>
 void fake_quantize_backward(const Tensor& x, const Tensor& grad, const Tensor& scale, std::optional<Tensor> offset,
                             int64_t inner, int64_t qmin, int64_t qmax, double shift, double low, double high, bool elastic,
                             const Tensor& d_x, std::optional<Tensor> x_hat, const Tensor& sums, int64_t isa) {
-  const QuantizeKernels& kernels = kernels_of(isa);
+  const QuantizeKernels& kernels = kernels_of(isa, kQuantizePortable, kQuantizeAvx2OrNone);
   const Groups groups(scale, offset, inner);
   const int64_t n = x.numel(), width = groups.n_groups;
   const InputLevels levels = levels_of(qmin, qmax, shift, low, high, elastic);
@@ -107,7 +92,7 @@ void fake_quantize_backward(const Tensor& x, const Tensor& grad, const Tensor& s
   const auto* source = values_of<const float>(x, ScalarType::Float, n, "x");
   const auto* from = values_of<const float>(grad, ScalarType::Float, n, "grad");
   auto* to = values_of<float>(d_x, ScalarType::Float, n, "d_x");
-  auto* image = x_hat ? values_of<float>(*x_hat, ScalarType::Float, n, "x_hat") : nullptr;
+  auto* image = values_of<float>(x_hat, ScalarType::Float, n, "x_hat");
   auto* totals = values_of<double>(sums, ScalarType::Double, 2 * width, "sums");
   if (groups.each()) {
     const int64_t rows = n / width, task = rows_of_task(groups), tasks = (rows + task - 1) / task;

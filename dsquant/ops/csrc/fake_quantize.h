@@ -26,6 +26,9 @@ struct QuantizeKernels {
 extern const QuantizeKernels kQuantizePortable;
 #if defined(__x86_64__)
 extern const QuantizeKernels kQuantizeAvx2;
+constexpr const QuantizeKernels* kQuantizeAvx2OrNone = &kQuantizeAvx2;
+#else
+constexpr const QuantizeKernels* kQuantizeAvx2OrNone = nullptr;
 #endif
 
 }  // namespace dsq

@@ -32,27 +32,43 @@ inline Gradients gradients(float x, float grad, float scale, float offset, const
   return {d_x, l.elastic ? level * grad : learned, blocked, level * scale + offset};
 }
 
+// What a block of values gives before it is added up; d_x is kept apart since it may overwrite grad.
+struct BlockGradients {
+  alignas(32) float d_x[kBlock], d_scale[kBlock], d_offset[kBlock], x_hat[kBlock];
+
+  // scale_of(i) and offset_of(i): those of the i-th value.
+  template <class Scale, class Offset>
+  void form(int count, const float* x, const float* grad, const InputLevels& l, Scale scale_of, Offset offset_of) {
+    for (int i = 0; i < count; ++i) {
+      const Gradients found = gradients(x[i], grad[i], scale_of(i), offset_of(i), l);
+      d_x[i] = found.d_x;
+      d_scale[i] = found.d_scale;
+      d_offset[i] = found.blocked;
+      x_hat[i] = found.x_hat;
+    }
+  }
+
+  void put(int count, float* to, float* image) const {
+    std::copy_n(d_x, count, to);
+    if (image) std::copy_n(x_hat, count, image);
+  }
+};
+
+inline int block_at(int64_t begin, int64_t n) { return static_cast<int>(n - begin < kBlock ? n - begin : kBlock); }
+
 void backward_run(int64_t n, const float* x, const float* grad, float scale, float offset, const InputLevels& levels,
                   float* d_x, float* x_hat, double* sums) {
   const InputLevels l = levels;
-  alignas(32) float of_x[kBlock], of_scale[kBlock], of_offset[kBlock], image[kBlock];
+  BlockGradients block;
   Sum d_scale, d_offset;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int count = static_cast<int>(n - begin < kBlock ? n - begin : kBlock);
-    const float *xs = x + begin, *gs = grad + begin;
-    for (int i = 0; i < count; ++i) {
-      const Gradients found = gradients(xs[i], gs[i], scale, offset, l);
-      of_x[i] = found.d_x;
-      of_scale[i] = found.d_scale;
-      of_offset[i] = found.blocked;
-      image[i] = found.x_hat;
-    }
-    std::copy_n(of_x, count, d_x + begin);
-    if (x_hat) std::copy_n(image, count, x_hat + begin);
-    clear_tail(of_scale, count);
-    clear_tail(of_offset, count);
-    d_scale.add(of_scale, padded(count));
-    d_offset.add(of_offset, padded(count));
+    const int count = block_at(begin, n);
+    block.form(count, x + begin, grad + begin, l, [=](int) { return scale; }, [=](int) { return offset; });
+    block.put(count, d_x + begin, x_hat ? x_hat + begin : nullptr);
+    clear_tail(block.d_scale, count);
+    clear_tail(block.d_offset, count);
+    d_scale.add(block.d_scale, padded(count));
+    d_offset.add(block.d_offset, padded(count));
   }
   sums[0] += d_scale.total();
   sums[1] += d_offset.total();
@@ -61,23 +77,17 @@ void backward_run(int64_t n, const float* x, const float* grad, float scale, flo
 void backward_each(int64_t n, const float* x, const float* grad, const float* scale, const float* offset,
                    const InputLevels& levels, float* d_x, float* x_hat, double* sums) {
   const InputLevels l = levels;
-  alignas(32) float of_x[kBlock], of_scale[kBlock], of_offset[kBlock], image[kBlock], zero[kBlock] = {};
+  BlockGradients block;
+  alignas(32) float zero[kBlock] = {};
   for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int count = static_cast<int>(n - begin < kBlock ? n - begin : kBlock);
-    const float *xs = x + begin, *gs = grad + begin, *scales = scale + begin;
+    const int count = block_at(begin, n);
     if (offset) std::copy_n(offset + begin, count, zero);
-    for (int i = 0; i < count; ++i) {
-      const Gradients found = gradients(xs[i], gs[i], scales[i], zero[i], l);
-      of_x[i] = found.d_x;
-      of_scale[i] = found.d_scale;
-      of_offset[i] = found.blocked;
-      image[i] = found.x_hat;
-    }
-    std::copy_n(of_x, count, d_x + begin);
-    if (x_hat) std::copy_n(image, count, x_hat + begin);
+    const float* scales = scale + begin;
+    block.form(count, x + begin, grad + begin, l, [=](int i) { return scales[i]; }, [&](int i) { return zero[i]; });
+    block.put(count, d_x + begin, x_hat ? x_hat + begin : nullptr);
     double *d_scale = sums + begin, *d_offset = sums + n + begin;
-    for (int i = 0; i < count; ++i) d_scale[i] += static_cast<double>(of_scale[i]);
-    for (int i = 0; i < count; ++i) d_offset[i] += static_cast<double>(of_offset[i]);
+    for (int i = 0; i < count; ++i) d_scale[i] += static_cast<double>(block.d_scale[i]);
+    for (int i = 0; i < count; ++i) d_offset[i] += static_cast<double>(block.d_offset[i]);
   }
 }
 

@@ -14,8 +14,8 @@
 #include <optional>
 #include <vector>
 
+#include "native.h"
 #include "packed_linear.h"
-#include "shard_step.h"
 
 namespace dsq {
 
@@ -36,14 +36,6 @@ using torch::stable::Tensor;
 constexpr int64_t kBlockBytes = 256 * 1024;  // of x: half of the L2 of a small core
 constexpr int64_t kMaxRows = 240;            // of a block, a multiple of the tile's 3
 constexpr int64_t kTaskWork = 400 * 1000;    // products that are worth a thread
-
-const Kernels& kernels_of(int64_t isa) {
-  STD_TORCH_CHECK(isa >= 0 && isa <= cpu_level(), "isa ", isa, " is not one of this processor");
-#if defined(__x86_64__)
-  if (isa == 1) return kAvx2;
-#endif
-  return kPortable;
-}
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -136,7 +128,7 @@ void float_panel(const Kernels& kernels, const Weight& w, const float* x, int64_
 
 Tensor packed_linear(const Tensor& input, const Tensor& words, const Tensor& scale, std::optional<Tensor> bias,
                      int64_t n_bits, double shift, int64_t isa) {
-  const Kernels& kernels = kernels_of(isa);
+  const Kernels& kernels = kernels_of(isa, kPortable, kAvx2OrNone);
   const Tensor x = torch::stable::contiguous(input);
   const Weight w(x, words, scale, bias, n_bits, shift);
   Tensor y = output_like(x, w.rows);
@@ -276,7 +268,7 @@ void int_rows(const Product& product, const float* x, int64_t rows, int64_t size
 Tensor packed_linear_int(const Tensor& input, const Tensor& words, const Tensor& scale, const Tensor& code_sums,
                          std::optional<Tensor> bias, const Tensor& in_scale, std::optional<Tensor> in_offset,
                          int64_t n_bits, double shift, int64_t qmin, int64_t qmax, double in_shift, int64_t isa) {
-  const Kernels& kernels = kernels_of(isa);
+  const Kernels& kernels = kernels_of(isa, kPortable, kAvx2OrNone);
   const Tensor x = torch::stable::contiguous(input);
   const Weight w(x, words, scale, bias, n_bits, shift);
   STD_TORCH_CHECK(code_sums.scalar_type() == ScalarType::Int && code_sums.is_contiguous() && code_sums.numel() == w.rows,

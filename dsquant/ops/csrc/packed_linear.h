@@ -57,6 +57,9 @@ struct Kernels {
 extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
+constexpr const Kernels* kAvx2OrNone = &kAvx2;
+#else
+constexpr const Kernels* kAvx2OrNone = nullptr;
 #endif
 
 }  // namespace dsq

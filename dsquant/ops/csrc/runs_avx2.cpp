@@ -1,4 +1,5 @@
-// The passes of the shard step and of fake_quantize, their loops compiled for AVX2 and FMA. As in avx2.cpp, standard headers come before the pragma.
+// The passes of the shard step and of fake_quantize, their loops compiled for AVX2 and FMA. As in avx2.cpp, standard headers
+// come before the pragma.
 #if defined(__x86_64__)
 #include <algorithm>
 #include <cmath>

@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "native.h"
 #include "shard_step.h"
 
 namespace dsq {
@@ -18,26 +19,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kRun = 16 * 1024;  // elements at most: what a thread takes at a time, and what stays in L2
-
-const StepKernels& kernels_of(int64_t isa) {
-  STD_TORCH_CHECK(isa >= 0 && isa <= cpu_level(), "isa ", isa, " is not one of this processor");
-#if defined(__x86_64__)
-  if (isa == 1) return kStepAvx2;
-#endif
-  return kStepPortable;
-}
-
-template <class T>
-T* pointer(const Tensor& tensor, ScalarType dtype, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == numel, name, " must be of ",
-                  numel, " values in a row, and of the dtype that the op takes");
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-template <class T>
-T* pointer(const std::optional<Tensor>& tensor, ScalarType dtype, int64_t numel, const char* name) {
-  return tensor ? pointer<T>(*tensor, dtype, numel, name) : nullptr;
-}
 
 // A tile (rows, cols) of a weight, row r of scale group groups[r], and the grid of its levels.
 struct TileRuns {
@@ -53,9 +34,9 @@ struct TileRuns {
     STD_TORCH_CHECK(-128 <= qmin && qmin <= qmax && qmax <= 127, "codes of weights are int8");
     cols = numel / rows;
     pieces = (cols + kRun - 1) / kRun;
-    groups = pointer<const int64_t>(group_of, ScalarType::Long, rows, "groups");
-    scale = pointer<const float>(scales, ScalarType::Float, n_groups, "scale");
-    centre = pointer<const float>(centres, ScalarType::Float, n_groups, "centre");
+    groups = values_of<const int64_t>(group_of, ScalarType::Long, rows, "groups");
+    scale = values_of<const float>(scales, ScalarType::Float, n_groups, "scale");
+    centre = values_of<const float>(centres, ScalarType::Float, n_groups, "centre");
     for (int64_t r = 0; r < rows; ++r)
       STD_TORCH_CHECK(groups[r] >= 0 && groups[r] < n_groups, "row ", r, " is of group ", groups[r]);
     grid = {1.0f, 0.0f, static_cast<float>(shift), static_cast<float>(low), static_cast<float>(high),
@@ -93,15 +74,15 @@ void shard_gather(const Tensor& w, const Tensor& grad, const Tensor& codes, std:
                   std::optional<Tensor> centre, const Tensor& scale, const Tensor& groups, int64_t qmin, int64_t qmax,
                   double shift, double low, double high, bool plain, const Tensor& sums, std::optional<Tensor> bins,
                   int64_t isa) {
-  const StepKernels& kernels = kernels_of(isa);
+  const StepKernels& kernels = kernels_of(isa, kStepPortable, kStepAvx2OrNone);
   const TileRuns tile(w, groups, scale, centre, qmin, qmax, shift, low, high, plain);
   const int64_t n = tile.numel, n_bins = bins ? bins->numel() / (2 * tile.n_groups) : 0;
-  const auto* x = pointer<const float>(w, ScalarType::Float, n, "w");
-  const auto* g = pointer<const float>(grad, ScalarType::Float, n, "grad");
-  const auto* c = pointer<const int8_t>(codes, ScalarType::Char, n, "codes");
-  const auto* still = pointer<const bool>(frozen, ScalarType::Bool, n, "frozen");
-  auto* totals = pointer<double>(sums, ScalarType::Double, 2 * tile.n_groups, "sums");
-  auto* histogram = pointer<double>(bins, ScalarType::Double, 2 * n_bins * tile.n_groups, "bins");
+  const auto* x = values_of<const float>(w, ScalarType::Float, n, "w");
+  const auto* g = values_of<const float>(grad, ScalarType::Float, n, "grad");
+  const auto* c = values_of<const int8_t>(codes, ScalarType::Char, n, "codes");
+  const auto* still = values_of<const bool>(frozen, ScalarType::Bool, n, "frozen");
+  auto* totals = values_of<double>(sums, ScalarType::Double, 2 * tile.n_groups, "sums");
+  auto* histogram = values_of<double>(bins, ScalarType::Double, 2 * n_bins * tile.n_groups, "bins");
   STD_TORCH_CHECK(!bins || (n_bins > qmax - qmin && n_bins <= 256), "bins hold ", n_bins, " codes a group");
   std::vector<double> found(2 * tile.count()), held(2 * n_bins * tile.count());
   tile.each([&](int64_t run, int64_t first, int64_t count, const RunGrid& grid) {
@@ -123,18 +104,18 @@ void shard_update(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, co
                   const Tensor& groups, int64_t qmin, int64_t qmax, double shift, double low, double high, double pull,
                   std::optional<Tensor> mean, std::optional<Tensor> factor, double decay, double beta1, double beta2,
                   double correction, double eps, double step, std::optional<Tensor> norms, int64_t isa) {
-  const StepKernels& kernels = kernels_of(isa);
+  const StepKernels& kernels = kernels_of(isa, kStepPortable, kStepAvx2OrNone);
   const TileRuns tile(w, groups, scale, centre, qmin, qmax, shift, low, high, false);
   const int64_t n = tile.numel, n_bins = mean ? mean->numel() / tile.n_groups : 0;
-  auto* x = pointer<float>(w, ScalarType::Float, n, "w");
-  const auto* g = pointer<const float>(grad, ScalarType::Float, n, "grad");
-  auto* m = pointer<float>(exp_avg, ScalarType::Float, n, "exp_avg");
-  auto* v = pointer<float>(exp_avg_sq, ScalarType::Float, n, "exp_avg_sq");
-  const auto* c = pointer<const int8_t>(codes, ScalarType::Char, n, "codes");
-  const auto* still = pointer<const bool>(frozen, ScalarType::Bool, n, "frozen");
-  const auto* means = pointer<const float>(mean, ScalarType::Float, n_bins * tile.n_groups, "mean");
-  const auto* factors = pointer<const float>(factor, ScalarType::Float, n_bins * tile.n_groups, "factor");
-  auto* squares = pointer<double>(norms, ScalarType::Double, 2, "norms");
+  auto* x = values_of<float>(w, ScalarType::Float, n, "w");
+  const auto* g = values_of<const float>(grad, ScalarType::Float, n, "grad");
+  auto* m = values_of<float>(exp_avg, ScalarType::Float, n, "exp_avg");
+  auto* v = values_of<float>(exp_avg_sq, ScalarType::Float, n, "exp_avg_sq");
+  const auto* c = values_of<const int8_t>(codes, ScalarType::Char, n, "codes");
+  const auto* still = values_of<const bool>(frozen, ScalarType::Bool, n, "frozen");
+  const auto* means = values_of<const float>(mean, ScalarType::Float, n_bins * tile.n_groups, "mean");
+  const auto* factors = values_of<const float>(factor, ScalarType::Float, n_bins * tile.n_groups, "factor");
+  auto* squares = values_of<double>(norms, ScalarType::Double, 2, "norms");
   STD_TORCH_CHECK(!mean == !factor && (!mean || n_bins > qmax - qmin), "mean and factor hold ", n_bins, " codes a group");
   const AdamW adam = adamw_of(decay, beta1, beta2, correction, eps, step);
   std::vector<double> found(squares ? 2 * tile.count() : 0);
@@ -152,12 +133,12 @@ void shard_update(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, co
 
 void shard_adamw(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, double decay,
                  double beta1, double beta2, double correction, double eps, double step, int64_t isa) {
-  const StepKernels& kernels = kernels_of(isa);
+  const StepKernels& kernels = kernels_of(isa, kStepPortable, kStepAvx2OrNone);
   const int64_t n = w.numel();
-  auto* x = pointer<float>(w, ScalarType::Float, n, "w");
-  const auto* g = pointer<const float>(grad, ScalarType::Float, n, "grad");
-  auto* m = pointer<float>(exp_avg, ScalarType::Float, n, "exp_avg");
-  auto* v = pointer<float>(exp_avg_sq, ScalarType::Float, n, "exp_avg_sq");
+  auto* x = values_of<float>(w, ScalarType::Float, n, "w");
+  const auto* g = values_of<const float>(grad, ScalarType::Float, n, "grad");
+  auto* m = values_of<float>(exp_avg, ScalarType::Float, n, "exp_avg");
+  auto* v = values_of<float>(exp_avg_sq, ScalarType::Float, n, "exp_avg_sq");
   const AdamW adam = adamw_of(decay, beta1, beta2, correction, eps, step);
   torch::stable::parallel_for(0, n, kRun, [&](int64_t begin, int64_t end) {
     kernels.adamw(end - begin, x + begin, g + begin, m + begin, v + begin, adam);
@@ -165,12 +146,12 @@ void shard_adamw(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, con
 }
 
 void shard_moments(const Tensor& w, const Tensor& groups, const Tensor& sums, int64_t isa) {
-  const StepKernels& kernels = kernels_of(isa);
+  const StepKernels& kernels = kernels_of(isa, kStepPortable, kStepAvx2OrNone);
   const int64_t n = w.numel(), rows = groups.numel(), n_groups = sums.numel() / 3;
   STD_TORCH_CHECK(rows > 0 && n % rows == 0, "a tile of ", n, " weights has no ", rows, " rows");
-  const auto* x = pointer<const float>(w, ScalarType::Float, n, "w");
-  const auto* of = pointer<const int64_t>(groups, ScalarType::Long, rows, "groups");
-  auto* totals = pointer<double>(sums, ScalarType::Double, 3 * n_groups, "sums");
+  const auto* x = values_of<const float>(w, ScalarType::Float, n, "w");
+  const auto* of = values_of<const int64_t>(groups, ScalarType::Long, rows, "groups");
+  auto* totals = values_of<double>(sums, ScalarType::Double, 3 * n_groups, "sums");
   const int64_t cols = n / rows, pieces = (cols + kRun - 1) / kRun;
   std::vector<double> found(3 * rows * pieces);
   torch::stable::parallel_for(0, rows * pieces, std::max<int64_t>(1, kRun / std::min(cols, kRun)),
@@ -192,16 +173,16 @@ void shard_image(const Tensor& w, const Tensor& latent, const Tensor& codes, con
                  const Tensor& frequency, std::optional<Tensor> code_mean, std::optional<Tensor> frozen,
                  std::optional<Tensor> centre, const Tensor& scale, const Tensor& groups, int64_t qmin, int64_t qmax,
                  double shift, double momentum, double threshold, int64_t isa) {
-  const StepKernels& kernels = kernels_of(isa);
+  const StepKernels& kernels = kernels_of(isa, kStepPortable, kStepAvx2OrNone);
   const TileRuns tile(w, groups, scale, centre, qmin, qmax, shift, 0.0, 0.0, false);
   const int64_t n = tile.numel;
-  auto* x = pointer<float>(w, ScalarType::Float, n, "w");
-  auto* kept = pointer<float>(latent, ScalarType::Float, n, "latent");
-  Tracker all{pointer<int8_t>(codes, ScalarType::Char, n, "codes"),
-              pointer<int8_t>(direction, ScalarType::Char, n, "direction"),
-              pointer<float>(frequency, ScalarType::Float, n, "frequency"),
-              pointer<float>(code_mean, ScalarType::Float, n, "code_mean"),
-              pointer<bool>(frozen, ScalarType::Bool, n, "frozen"),
+  auto* x = values_of<float>(w, ScalarType::Float, n, "w");
+  auto* kept = values_of<float>(latent, ScalarType::Float, n, "latent");
+  Tracker all{values_of<int8_t>(codes, ScalarType::Char, n, "codes"),
+              values_of<int8_t>(direction, ScalarType::Char, n, "direction"),
+              values_of<float>(frequency, ScalarType::Float, n, "frequency"),
+              values_of<float>(code_mean, ScalarType::Float, n, "code_mean"),
+              values_of<bool>(frozen, ScalarType::Bool, n, "frozen"),
               static_cast<float>(momentum),
               static_cast<float>(1 - momentum),
               static_cast<float>(threshold)};

@@ -51,8 +51,9 @@ struct StepKernels {
 extern const StepKernels kStepPortable;
 #if defined(__x86_64__)
 extern const StepKernels kStepAvx2;
+constexpr const StepKernels* kStepAvx2OrNone = &kStepAvx2;
+#else
+constexpr const StepKernels* kStepAvx2OrNone = nullptr;
 #endif
-
-int cpu_level();
 
 }  // namespace dsq
