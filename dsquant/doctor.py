@@ -74,11 +74,16 @@ class Doctor:
         }
 
     def _together(self, name: str, check: Callable[[], str]) -> Finding:
-        """Run a check here, and name the ranks on which it failed, each fault once."""
+        """Run a check here, and name the ranks on which it failed, each fault once.
+
+        Whatever goes wrong on one rank is a finding: the others are not left waiting for it.
+        """
         try:
             mine = check(), None
         except DsquantError as error:
             mine = "", str(error)
+        except Exception as error:
+            mine = "", f"{type(error).__name__}: {error}"
         everywhere: list[Any] = [None] * self.world.size
         dist.all_gather_object(everywhere, mine)
         faults: dict[str, list[int]] = {}
@@ -92,7 +97,7 @@ class Doctor:
 
     def packages(self) -> str:
         """Compare versions over ranks: nodes with different environments fail in ways that nothing explains."""
-        mine = {name: importlib.metadata.version(name) for name in PACKAGES}
+        mine = {name: _version(name) for name in PACKAGES}
         everywhere = self._gathered(mine)
         for name in PACKAGES:
             versions = {found[name] for found in everywhere}
@@ -100,6 +105,10 @@ class Doctor:
                 raise ConfigError(
                     f"{name} is {' and '.join(sorted(versions))} on different ranks; install one everywhere"
                 )
+        if missing := [name for name, version in mine.items() if version == "missing"]:
+            raise ConfigError(
+                f"{', '.join(missing)} cannot be found; install dsquant with its dependencies: pip install ."
+            )
         return ", ".join(f"{name} {version}" for name, version in mine.items())
 
     def devices(self) -> str:
@@ -141,20 +150,18 @@ class Doctor:
         """Check that every rank can write the folder and sees in it what rank 0 has written: one file system for all."""
         path = _existing(self.out_dir)
         token = self._gathered(os.urandom(8).hex())[0]
-        shared = path / f".dsquant-doctor-{token}"
+        mine, first = (path / f".dsquant-doctor-{token}-{rank}" for rank in (self.world.rank, 0))
+        fault = None
         try:
-            with tempfile.NamedTemporaryFile(dir=path):
-                pass
-            if self.world.rank == 0:
-                shared.write_text(token)
-            dist.barrier()
-            seen = shared.exists()
+            mine.write_text(token)
         except OSError as error:
-            dist.barrier()
-            raise ConfigError(f"{path} cannot be written: {error}; choose another --out_dir") from None
+            fault = error
+        dist.barrier()  # every rank comes here, and to the next: what it found is said after
+        seen = first.exists()
         dist.barrier()
-        if self.world.rank == 0:
-            shared.unlink(missing_ok=True)
+        if fault is not None:
+            raise ConfigError(f"{path} cannot be written: {fault}; choose another --out_dir")
+        mine.unlink(missing_ok=True)
         if not seen:
             raise ConfigError(f"{path} is not one folder for all ranks; choose an --out_dir on a shared file system")
         return f"{path} is writable, and the same on every rank"
@@ -235,6 +242,13 @@ class Doctor:
         everywhere: list[Any] = [None] * self.world.size
         dist.all_gather_object(everywhere, value)
         return everywhere
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
 
 
 def _existing(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """The doctor finds what a run would trip over, names the ranks, and leaves nothing behind."""
 
+import tempfile
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,8 +18,11 @@ def examined(cases):
 
     world, found = init_world(), []
     for overrides, ds_config, out_dir in cases:
-        folder = Path(out_dir.format(rank=dist.get_rank()))
-        folder.mkdir(parents=True, exist_ok=True)
+        if out_dir is None:  # a folder that rank 1 cannot write, even as root
+            folder = Path("/proc" if dist.get_rank() else tempfile.mkdtemp())
+        else:
+            folder = Path(out_dir.format(rank=dist.get_rank()))
+            folder.mkdir(parents=True, exist_ok=True)
         doctor = Doctor(world, load_config(str(TINY), overrides), ds_config, folder)
         found.append({finding.name: finding.fault for finding in doctor.examine()})
     return found
@@ -31,6 +35,7 @@ def test_faults_are_named_with_their_ranks_and_a_sound_job_has_none(run_ranks, t
         "batch": ({"stages.w2a2.batch_size": 63}, ZERO1, shared),
         "twice": ({}, ZERO1 | {"gradient_clipping": 5.0}, shared),
         "folders": ({}, ZERO1, other),
+        "unwritable": ({}, ZERO1, None),
         "samples": ({"stages.fp.batch_size": 5000}, ZERO1, shared),
         "W&B": ({"telemetry.wandb": "online"}, ZERO1, shared),
         "rule": ({"stages.w2a2.quant.rules": [{"match": "nowhere.*", "n_bits": 8}]}, ZERO1, shared),
@@ -49,6 +54,7 @@ def test_faults_are_named_with_their_ranks_and_a_sound_job_has_none(run_ranks, t
             "folder of the run",
             "is not one folder for all ranks; choose an --out_dir on a shared file system (rank 1 of 2)",
         ),
+        ("unwritable", "folder of the run", "/proc cannot be written"),
         ("samples", "data", "stage fp: 1437 samples do not fill a batch of 2500 on 2 ranks (rank 0, 1 of 2)"),
         ("W&B", "W&B", "telemetry.wandb is online and no key is set"),
         ("rule", "quantizers", "nowhere.*"),
