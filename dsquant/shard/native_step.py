@@ -34,6 +34,8 @@ def gathered(weight: ShardedWeight, spread: bool) -> tuple[Tensor, Tensor]:
     size, plain = weight.n_groups * weight.n_bins, weight.levels.elastic or not weight.learned
     groups = torch.zeros(2, weight.n_groups, dtype=torch.float64)
     bins = torch.zeros(2, size if spread else 0, dtype=torch.float64)
+    if not (weight.learned or spread):  # a statistic needs no gradient of its scale
+        return groups, bins
     gradient, scales = weight.gradient, weight.scales()
     for tile in weight.tiles:
         state = weight.tracked(tile)

@@ -80,7 +80,7 @@ class ShardedWeight:
     def view(self, tile: Tile, scale: Tensor) -> shard_step.TileView:
         """Return what native passes take of a tile, under scales (n_groups,)."""
         w = tile.of(self.fragment.values)
-        return shard_step.TileView(w, tile.groups, scale, self.replicated_centre, self.levels, self.backend)
+        return shard_step.TileView(w, tile.groups, scale, self.centres(), self.levels, self.backend)
 
     def tracked(self, tile: Tile) -> TrackerState:
         """Return the window of the tracker that lies beside a tile."""
@@ -90,6 +90,10 @@ class ShardedWeight:
         """Return the scales on the device of the shard."""
         return self.replicated_scale.to(self.device)
 
+    def centres(self) -> Tensor | None:
+        """Return the centres, where the method has them, on the device of the shard."""
+        return None if self.replicated_centre is None else self.replicated_centre.to(self.device)
+
     @property
     def gradient(self) -> Tensor:
         """Return this rank's part of the gradient, 1-D."""
@@ -97,9 +101,8 @@ class ShardedWeight:
 
     def around_centre(self, tile: Tile, w: Tensor) -> Tensor:
         """Return w less the mean of its group for BWN, and w itself otherwise."""
-        if self.replicated_centre is None:
-            return w
-        return w - self.replicated_centre.to(self.device)[tile.groups].unsqueeze(1)
+        centres = self.centres()
+        return w if centres is None else w - centres[tile.groups].unsqueeze(1)
 
     def group_sums(self, rows_of: Callable[[Tile], Tensor]) -> Tensor:
         """Add up (rows, k) float64 results of each tile into (n_groups, k)."""
