@@ -114,6 +114,8 @@ def _wait(processes, target, folder, deadline, timeout):
             raise AssertionError("\n".join([f"{target} failed:", *reports]))
         if all(code == 0 for code in codes):
             return
+        if (ended := _server().poll()) is not None:
+            raise AssertionError(f"the server that forks ranks ended with {ended}; its output is above")
         if time.monotonic() > deadline:
             running = [rank for rank, code in enumerate(codes) if code is None]
             tails = "\n".join(_tail(folder, rank) for rank in running)
@@ -122,7 +124,8 @@ def _wait(processes, target, folder, deadline, timeout):
 
 
 def _tail(folder, rank):
-    lines = (folder / f"rank{rank}.log").read_text(errors="replace").splitlines()
+    log = folder / f"rank{rank}.log"
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else ["(it never began)"]
     return "\n".join([f"--- end of rank {rank}'s output ---", *lines[-TAIL_LINES:]])
 
 

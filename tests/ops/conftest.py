@@ -5,10 +5,24 @@ import pytest
 from dsquant.ops import backends
 
 
+def require(backend):
+    """Skip where this processor lacks the instructions; fail where native code does not build: a skip would hide that."""
+    built = backends.availability(backends.PORTABLE)
+    assert built.available, built.why
+    if not (found := backends.availability(backend)).available:
+        pytest.skip(found.why)
+
+
 @pytest.fixture(params=(backends.TORCH, *backends.NATIVE))
 def each_backend(request, monkeypatch):
     """Have the ops of a test run one backend, native code or the definition in PyTorch."""
-    if not (found := backends.availability(request.param)).available:
-        pytest.skip(f"{request.param}: {found.why}")
+    require(request.param)
     monkeypatch.setenv("DSQ_BACKEND", request.param)
+    return request.param
+
+
+@pytest.fixture(params=backends.NATIVE)
+def native_backend(request):
+    """Return a native backend that this processor can run."""
+    require(request.param)
     return request.param

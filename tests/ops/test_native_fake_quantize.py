@@ -35,11 +35,10 @@ def run(backend, monkeypatch, x, grad, scale, offset, levels):
 @pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("scales", SCALES)
-@pytest.mark.parametrize("backend", backends.NATIVE)
-def test_native_passes_give_the_bits_of_the_definition(monkeypatch, backend, scales, levels, offset):
+def test_native_passes_give_the_bits_of_the_definition(monkeypatch, native_backend, scales, levels, offset):
     given = (*case(SCALES[scales], offset), LEVELS[levels])
     *wanted, sums = run("torch", monkeypatch, *given)
-    *found, own = run(backend, monkeypatch, *given)
+    *found, own = run(native_backend, monkeypatch, *given)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     torch.testing.assert_close(own.scale, sums.scale, rtol=1e-4, atol=1e-3)
     if offset:
@@ -81,9 +80,8 @@ def test_scales_that_do_not_lie_in_a_row_are_left_to_the_definition(monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(found[:3], wanted[:3], strict=True))
 
 
-@pytest.mark.parametrize("backend", backends.NATIVE)
-def test_a_nan_stays_one(monkeypatch, backend):
-    monkeypatch.setenv("DSQ_BACKEND", backend)
+def test_a_nan_stays_one(monkeypatch, native_backend):
+    monkeypatch.setenv("DSQ_BACKEND", native_backend)
     x = torch.tensor([[0.1, float("nan"), 3.0]])
     assert quantize_dequantize(x, torch.ones(1), None, Levels(-2, 1)).isnan().tolist() == [[False, True, False]]
 
