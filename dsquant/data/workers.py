@@ -46,9 +46,7 @@ def load_batches(
         pin_memory=pin_memory,
         collate_fn=_as_is,
         worker_init_fn=_start_worker,
-        multiprocessing_context="fork"
-        if num_workers
-        else None,  # the parent is then this process, and the mask its own
+        multiprocessing_context="fork" if num_workers else None,  # the parent is this process, whose mask a worker has
         generator=torch.Generator(),  # otherwise DataLoader draws from the global one
     )
     with _sigterm_blocked():
