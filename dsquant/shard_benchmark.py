@@ -37,7 +37,7 @@ def shard(
     shapes = [shape for _ in range(blocks) for shape in BLOCK]
     numel = sum(rows * cols for rows, cols in shapes)
     runs = {"fused_adamw": _adamw(numel).step}
-    for backend in (backends.TORCH, *backends.NATIVE):
+    for backend in (backends.TORCH, *backends.ON_CPU):
         if backends.availability(backend).available:
             runs[backend] = _shard_step(backend, spec, shapes, numel)
     seconds = interleaved(runs, steps)

@@ -21,6 +21,7 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run on CPU tensors, in Triton's interpreter
 
 from tests import ranks  # noqa: E402
 

@@ -29,7 +29,7 @@ class Case:
     label: str
     run: Callable[[str], Tensor]
     tolerance: float = 0.0
-    native: tuple[str, ...] = backends.NATIVE
+    native: tuple[str, ...] = backends.ON_CPU
 
 
 def packed_linear_cases(rows: int) -> list[Case]:
@@ -79,9 +79,17 @@ def report() -> bool:
     for case in fake_quantize_cases() + packed_linear_cases(197) + packed_linear_cases(1):
         good &= _report_case(case)
     row("quant_linear, quant_attention", "any", "as fake_quantize", "yes", "quantize by its passes", "", "")
-    row("shard_step", "AdamW on CPU", backends.choose("shard_step", "cpu"), "yes", "by tests/shard", "", "")
+    row(
+        "shard_step",
+        "AdamW on CPU",
+        backends.choose("shard_step", "cpu", backends.ON_CPU),
+        "yes",
+        "by tests/shard",
+        "",
+        "",
+    )
     row("packed_linear", "scales by token, head, channel of x", "as float x", "yes", "dequantizes x first", "", "")
-    for backend in backends.NATIVE:
+    for backend in backends.ON_CPU:
         if not (state := backends.availability(backend)).available:
             print(f"{backend}: {state.why}")
     return good

@@ -7,6 +7,7 @@
     cpu       native code on CPU: avx2 where the processor has it, else portable
     portable  native code in plain C++
     avx2      native code with AVX2, FMA and BMI2
+    triton    native code on GPUs; on CPU, for tests, in Triton's interpreter (TRITON_INTERPRET=1)
 
 What is forced and cannot run is an error that says why. Under auto an op without native code for a device runs its
 definition; native code that should be there and cannot be built is warned of once.
@@ -14,18 +15,21 @@ definition; native code that should be there and cannot be built is warned of on
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
+from typing import Any
 
 import torch
 
 from dsquant.errors import BuildError, ConfigError
 from dsquant.ops import build
 
-TORCH, PORTABLE, AVX2 = "torch", "portable", "avx2"
-NATIVE = (PORTABLE, AVX2)  # by level: what `dsquant_cpu_level` counts, and the `isa` of native ops
+TORCH, PORTABLE, AVX2, TRITON = "torch", "portable", "avx2", "triton"
+ON_CPU = (PORTABLE, AVX2)  # by level: what `dsquant_cpu_level` counts, and the `isa` of native ops
+NATIVE = (*ON_CPU, TRITON)
 CHOICES = ("auto", TORCH, "cpu", *NATIVE)
 # What takes plain C++ under auto, where there is no AVX2: the former is faster so, and the latter gives the same bits however
 # ZeRO cuts a weight, which torch's fused AdamW does not. Of products torch's own are faster.
@@ -67,18 +71,48 @@ def availability(backend: str) -> Availability:
     """Say whether `backend` can run on this machine, building native code to find out."""
     if backend == TORCH:
         return Availability(True)
+    if backend == TRITON:
+        return _triton_availability()
     try:
         level = build.load().dsquant_cpu_level()
     except BuildError as error:
         return Availability(False, str(error))
-    if NATIVE.index(backend) > level:
+    if ON_CPU.index(backend) > level:
         return Availability(False, "this processor lacks AVX2, FMA or BMI2")
     return Availability(True)
 
 
+def _triton_availability() -> Availability:
+    try:
+        interpreted = _gpu().interpreted()
+    except ImportError as error:
+        return Availability(False, f"{error}; it comes with PyTorch for CUDA")
+    if not (torch.cuda.is_available() or interpreted):
+        return Availability(
+            False, "there is no GPU that PyTorch can use (TRITON_INTERPRET=1 runs kernels on CPU, for tests)"
+        )
+    return Availability(True)
+
+
+def _gpu() -> ModuleType:
+    from dsquant.ops import gpu  # Triton is loaded where something asks for it
+
+    return gpu
+
+
+def operator(name: str, backend: str, device: str) -> Callable[..., Any]:
+    """Return the operator `dsquant::name`, which dispatches by device, or its kernels interpreted on CPU."""
+    return _gpu().OPERATORS[name] if backend == TRITON and device == "cpu" else getattr(torch.ops.dsquant, name)
+
+
+def isa(backend: str) -> int:
+    """Return the level of instructions that an operator is called with; Triton's have none."""
+    return ON_CPU.index(backend) if backend in ON_CPU else 0
+
+
 @torch.compiler.assume_constant_result
 def choose(op: str, device: str, native: tuple[str, ...] = NATIVE) -> str:
-    """Return the backend that runs `op` on a device type; `native` are those with code for it, on CPU.
+    """Return the backend that runs `op` on a device type; `native` are those with code for it.
 
     Raises ConfigError where DSQ_BACKEND forces one that is missing or cannot run.
     """
@@ -89,21 +123,26 @@ def choose(op: str, device: str, native: tuple[str, ...] = NATIVE) -> str:
 def _choose(op: str, device: str, native: tuple[str, ...], wanted: str) -> str:
     if wanted == TORCH:
         return TORCH
-    here = native if device == "cpu" else ()
-    if wanted in NATIVE or wanted == "cpu":
-        return _forced(op, device, here, wanted)
-    if AVX2 in here and availability(AVX2).available:
-        return AVX2
-    if here and not (built := availability(PORTABLE)).available:
+    if wanted != "auto":
+        return _forced(op, device, native, wanted)
+    here = [name for name in native if name in (ON_CPU if device == "cpu" else (TRITON,) if device == "cuda" else ())]
+    best = here[-1] if here else TORCH
+    if best == AVX2 and not availability(AVX2).available:
+        best = PORTABLE
+    if not (built := availability(best)).available:
         warnings.warn(f"{op} runs its plain PyTorch definition: {built.why}", stacklevel=3)
         return TORCH
-    return PORTABLE if here and op in ELEMENTWISE else TORCH
+    return TORCH if best == PORTABLE and op not in ELEMENTWISE else best
 
 
-def _forced(op: str, device: str, here: tuple[str, ...], wanted: str) -> str:
-    if device != "cpu":
-        raise ConfigError(f"DSQ_BACKEND={wanted} forces CPU code, and {op} got tensors on {device}; use auto or torch")
-    names = [name for name in reversed(NATIVE) if name in here and wanted in (name, "cpu")]
+def _forced(op: str, device: str, native: tuple[str, ...], wanted: str) -> str:
+    gpu = wanted == TRITON
+    if device != ("cuda" if gpu else "cpu") and not (gpu and device == "cpu" and availability(TRITON).available):
+        kind = "GPU" if gpu else "CPU"
+        raise ConfigError(
+            f"DSQ_BACKEND={wanted} forces {kind} code, and {op} got tensors on {device}; use auto or torch"
+        )
+    names = [name for name in reversed(native) if wanted == name or (wanted == "cpu" and name in ON_CPU)]
     if not names:
         raise ConfigError(f"DSQ_BACKEND={wanted}: {op} has no such code; use auto or torch")
     for name in names:

@@ -64,10 +64,7 @@ def _scaled(level: Tensor, scale: Tensor, offset: Tensor | None, out: Tensor | N
 def quantize_dequantize(x: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels) -> Tensor:
     """Return x_hat in the dtype of x, contiguous: in one native pass, or block by block."""
     if (native := _native(x, scale)) is not None:
-        scale, offset, inner, isa = native.scales(scale, offset)
-        return torch.ops.dsquant.fake_quantize(
-            x.contiguous(), scale, offset, inner, levels.qmin, levels.qmax, levels.shift, isa
-        )
+        return native.forward(x, scale, offset, levels)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for block in blocks(x):
         dequantize(quantize(x[block], scale, offset, levels), scale, offset, levels, out[block])
@@ -75,38 +72,45 @@ def quantize_dequantize(x: Tensor, scale: Tensor, offset: Tensor | None, levels:
 
 
 class _Native(NamedTuple):
-    """Say how a native pass finds the scale of element i: the ((i // inner) % n_groups)-th."""
+    """Run the native passes, in which element i has the ((i // inner) % n_groups)-th scale."""
 
     inner: int
-    isa: int
+    backend: str
 
-    def backward(self, x, grad, scale, offset, levels, sums, d_x, x_hat) -> None:
-        """Do `backward_block` in one pass, into contiguous float32 d_x, which may be grad, and x_hat, or None.
+    def forward(self, x: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels) -> Tensor:
+        """Do `quantize_dequantize`."""
+        run = backends.operator("fake_quantize", self.backend, x.device.type)
+        grid = levels.qmin, levels.qmax, levels.shift
+        return run(x.contiguous(), *self._flat(scale, offset), *grid, backends.isa(self.backend))
 
-        Sums over elements are float64 from the first.
-        """
-        flat_scale, flat_offset, inner, isa = self.scales(scale, offset)
-        found = torch.zeros(2, flat_scale.numel(), dtype=torch.float64)
-        torch.ops.dsquant.fake_quantize_backward(
-            x.contiguous(), grad.contiguous(), flat_scale, flat_offset, inner, levels.qmin, levels.qmax, levels.shift,
-            levels.low, levels.high, levels.elastic, d_x, x_hat, found, isa,
+    def backward(
+        self, x: Tensor, grad: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels, sums: "ScaleGradient",
+        d_x: Tensor, x_hat: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Do `backward_block` in one pass, into contiguous d_x, which may be grad, and x_hat, or None."""
+        run = backends.operator("fake_quantize_backward", self.backend, x.device.type)
+        found = torch.zeros(2, scale.numel(), dtype=torch.float64, device=x.device)
+        run(
+            x.contiguous(), grad.contiguous(), *self._flat(scale, offset), levels.qmin, levels.qmax, levels.shift,
+            levels.low, levels.high, levels.elastic, d_x, x_hat, found, backends.isa(self.backend),
         )  # fmt: skip
         sums.scale += found[0].view_as(sums.scale)
         if offset is not None:
             sums.offset += found[1].view_as(sums.offset)
 
-    def scales(self, scale: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor | None, int, int]:
-        offset = None if offset is None else offset.contiguous().view(-1)
-        return scale.contiguous().view(-1), offset, self.inner, self.isa
+    def _flat(self, scale: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
+        return scale.contiguous().view(-1), None if offset is None else offset.contiguous().view(-1), self.inner
 
 
 def _native(x: Tensor, scale: Tensor) -> _Native | None:
-    """Return how native code takes float32 x with scales that broadcast to it, or None where the definition has to."""
-    if x.dtype is not torch.float32 or x.device.type != "cpu" or not x.numel():
+    """Return how native code takes x with scales that broadcast to it, or None where the definition has to."""
+    if not x.numel():
         return None
-    backend = backends.choose("fake_quantize", "cpu")
+    backend = backends.choose("fake_quantize", x.device.type)
+    if backend in backends.ON_CPU and x.dtype is not torch.float32:
+        return None
     inner = inner_length(tuple(x.shape), tuple(scale.shape))
-    return None if backend == backends.TORCH or inner is None else _Native(inner, backends.NATIVE.index(backend))
+    return None if backend == backends.TORCH or inner is None else _Native(inner, backend)
 
 
 @cache
@@ -219,7 +223,7 @@ def backward_into(
 ) -> None:  # fmt: skip
     """Do `backward_block` for a whole activation: dL/dx into contiguous `d_x`, which may be grad, x_hat into `x_hat`."""
     native = _native(x, scale)
-    if native is not None and grad.dtype is d_x.dtype is torch.float32:
+    if native is not None and (native.backend == backends.TRITON or grad.dtype is d_x.dtype is torch.float32):
         native.backward(x, grad, scale, offset, levels, sums, d_x, x_hat)
         return
     for block in blocks(x):

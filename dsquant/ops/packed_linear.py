@@ -137,7 +137,7 @@ def packed_linear(
     """
     if x.shape[-1] != weight.cols:
         raise ValueError(f"x has {x.shape[-1]} features, the packed weight {weight.cols}")
-    return run(backends.choose("packed_linear", x.device.type), x, weight, bias, quant)
+    return run(backends.choose("packed_linear", x.device.type, backends.ON_CPU), x, weight, bias, quant)
 
 
 def run(backend: str, x: Tensor, weight: PackedMatrix, bias: Tensor | None, quant: QuantArgs | None) -> Tensor:
@@ -157,12 +157,12 @@ def run(backend: str, x: Tensor, weight: PackedMatrix, bias: Tensor | None, quan
 
 
 def _linear(x: Tensor, weight: PackedMatrix, bias: Tensor | None, backend: str) -> Tensor:
-    isa = backends.NATIVE.index(backend)
+    isa = backends.isa(backend)
     return torch.ops.dsquant.packed_linear(x, weight.words, weight.scale, bias, weight.n_bits, weight.shift, isa)
 
 
 def _integer(x: Tensor, weight: PackedMatrix, bias: Tensor | None, quant: QuantArgs, backend: str) -> Tensor:
-    levels, isa = quant.levels, backends.NATIVE.index(backend)
+    levels, isa = quant.levels, backends.isa(backend)
     return torch.ops.dsquant.packed_linear_int(
         x, weight.words, weight.scale, weight.code_sums, bias, quant.scale, quant.offset, weight.n_bits, weight.shift,
         levels.qmin, levels.qmax, levels.shift, isa,

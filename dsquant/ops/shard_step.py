@@ -37,7 +37,7 @@ class TileView:
 
     @property
     def isa(self) -> int:
-        return backends.NATIVE.index(self.backend)
+        return backends.isa(self.backend)
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ def update(
 
 def adamw(w: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamWStep, backend: str) -> None:
     """Step float32 values that nothing quantizes, each tensor one-dimensional."""
-    isa = backends.NATIVE.index(backend)
+    isa = backends.isa(backend)
     torch.ops.dsquant.shard_adamw(w, grad, exp_avg, exp_avg_sq, *step.numbers(), isa)
 
 
 def moments(w: Tensor, groups: Tensor, sums: Tensor, backend: str) -> None:
     """Add to float64 `sums` (n_groups, 3) the sums of |w|, w and w^2 of a tile's rows."""
-    torch.ops.dsquant.shard_moments(w, groups, sums, backends.NATIVE.index(backend))
+    torch.ops.dsquant.shard_moments(w, groups, sums, backends.isa(backend))
 
 
 def image(

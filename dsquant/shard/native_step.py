@@ -25,7 +25,7 @@ def can_step(inner: torch.optim.Optimizer, flats: list[Tensor]) -> bool:
         and all(group["fused"] for group in inner.param_groups)  # others round elsewhere
         and not any(group[name] for group in inner.param_groups for name in VARIANTS)
         and all(flat.device.type == "cpu" and flat.grad.dtype is torch.float32 for flat in flats)
-        and backends.choose("shard_step", "cpu") != backends.TORCH
+        and backends.choose("shard_step", "cpu", backends.ON_CPU) != backends.TORCH
     )
 
 
@@ -70,7 +70,7 @@ class NativeStep:
     """Take one step of an AdamW, with the gradients of quantized weights formed on the way."""
 
     def __init__(self, inner: torch.optim.AdamW):
-        self.inner, self.backend = inner, backends.choose("shard_step", "cpu")
+        self.inner, self.backend = inner, backends.choose("shard_step", "cpu", backends.ON_CPU)
         self._prepared: dict[str, Prepared] = {}
 
     def prepare(self, weight: ShardedWeight, regularizer: Regularizer, bins: Tensor) -> None:

@@ -75,7 +75,7 @@ class ShardedWeight:
         offset, numel = (fragment.offset, fragment.numel) if fragment else (0, 0)
         self.tiles = make_tiles(offset, numel, site.grouping, self.device)
         self.tracker: TrackerState | None = None
-        self.backend = backends.choose("shard_step", self.device.type)
+        self.backend = backends.choose("shard_step", self.device.type, backends.ON_CPU)
 
     def view(self, tile: Tile, scale: Tensor) -> shard_step.TileView:
         """Return what native passes take of a tile, under scales (n_groups,)."""

@@ -6,7 +6,10 @@ from dsquant.ops import backends
 
 
 def require(backend):
-    """Skip where this processor lacks the instructions; fail where native code does not build: a skip would hide that."""
+    """Skip where this processor lacks the instructions; fail where native code does not build: a skip would hide that.
+
+    Triton's kernels run on CPU, interpreted, where there is no GPU (`tests/conftest.py`).
+    """
     built = backends.availability(backends.PORTABLE)
     assert built.available, built.why
     if not (found := backends.availability(backend)).available:

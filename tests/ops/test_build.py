@@ -137,7 +137,7 @@ def test_the_table_of_backends_checks_each_and_names_the_fastest():
     )
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
-    for backend in ("torch", *backends.NATIVE):
+    for backend in ("torch", *backends.ON_CPU):
         (line,) = [x for x in lines if "x of 8 bits, one scale; M 197" in x and f" {backend} " in x]
         held = backends.availability(backend).available
         assert f" {'yes' if held else 'no'} " in line

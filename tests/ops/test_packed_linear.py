@@ -12,7 +12,7 @@ from dsquant.ops.packed_linear import PackedMatrix, image, is_integer, packed_li
 from dsquant.ops.quant_attention import QuantArgs
 from dsquant.spec import Levels
 
-BACKENDS = (backends.TORCH, *backends.NATIVE)
+BACKENDS = (backends.TORCH, *backends.ON_CPU)
 # A row, a prime, around a tile's 3, a panel's 16 and 8, a chunk of 32 to 256 codes and a panel's depth of 512 or 1024.
 SHAPES = [(1, 1, 1), (1, 257, 5), (2, 96, 19), (3, 64, 16), (7, 31, 33), (4, 1030, 17), (5, 768, 8), (1, 2080, 48)]
 X_LEVELS = {
@@ -214,7 +214,7 @@ def test_sums_that_32_bits_cannot_hold_are_not_taken_in_integers(backend):
 
 def operands(backend, with_offset):
     weight, _ = random_matrix(21, 50, 3, 0.5)
-    isa, x, bias = backends.NATIVE.index(backend), torch.randn(2, 3, 50), torch.randn(21)
+    isa, x, bias = backends.ON_CPU.index(backend), torch.randn(2, 3, 50), torch.randn(21)
     offset = torch.tensor([0.1]) if with_offset else None
     rest = (3, 0.5, -8, 7, 0.0, isa)
     return {

@@ -65,7 +65,7 @@ def trained(monkeypatch, backend, quant, steps=6, **how):
     return found | {"scales": quantization.state.values}
 
 
-@pytest.mark.parametrize("backend", backends.NATIVE)
+@pytest.mark.parametrize("backend", backends.ON_CPU)
 @pytest.mark.parametrize("name", CASES)
 def test_native_steps_leave_the_bits_of_the_definition(monkeypatch, name, backend):
     require(backend)
