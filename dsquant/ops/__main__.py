@@ -82,7 +82,7 @@ def report() -> bool:
     row(
         "shard_step",
         "AdamW on CPU",
-        backends.choose("shard_step", "cpu", backends.ON_CPU),
+        backends.choose("shard_step", "cpu"),
         "yes",
         "by tests/shard",
         "",

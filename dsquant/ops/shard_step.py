@@ -7,6 +7,7 @@ once where the definition rounds twice.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +36,14 @@ class TileView:
     levels: Levels
     backend: str
 
-    @property
-    def isa(self) -> int:
-        return backends.isa(self.backend)
+    def call(self, name: str, *arguments: Any) -> None:
+        """Run an operator on the tile by its backend."""
+        call(name, self.backend, self.w.device.type, *arguments)
+
+
+def call(name: str, backend: str, device: str, *arguments: Any) -> None:
+    """Run an operator `dsquant::shard_*` by a backend."""
+    backends.operator(f"shard_{name}", backend, device)(*arguments, backends.isa(backend))
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,9 @@ def gather(
     sum G * level, as for an elastic grid. The gradient is only read.
     """
     levels = tile.levels
-    torch.ops.dsquant.shard_gather(
-        tile.w, grad, codes, frozen, tile.centre, tile.scale, tile.groups, levels.qmin, levels.qmax, levels.shift, levels.low,
-        levels.high, plain, sums, bins, tile.isa,
+    tile.call(
+        "gather", tile.w, grad, codes, frozen, tile.centre, tile.scale, tile.groups, levels.qmin, levels.qmax, levels.shift,
+        levels.low, levels.high, plain, sums, bins,
     )  # fmt: skip
 
 
@@ -85,21 +91,20 @@ def update(
         norms: float64 (2,) to which the squared norms of both gradients are added where there is a regularizer.
     """
     levels, (mean, factor) = tile.levels, tables or (None, None)
-    torch.ops.dsquant.shard_update(
-        tile.w, grad, exp_avg, exp_avg_sq, codes, frozen, tile.centre, tile.scale, tile.groups, levels.qmin, levels.qmax,
-        levels.shift, levels.low, levels.high, pull, mean, factor, *adamw.numbers(), norms, tile.isa,
+    tile.call(
+        "update", tile.w, grad, exp_avg, exp_avg_sq, codes, frozen, tile.centre, tile.scale, tile.groups, levels.qmin,
+        levels.qmax, levels.shift, levels.low, levels.high, pull, mean, factor, *adamw.numbers(), norms,
     )  # fmt: skip
 
 
 def adamw(w: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamWStep, backend: str) -> None:
     """Step float32 values that nothing quantizes, each tensor one-dimensional."""
-    isa = backends.isa(backend)
-    torch.ops.dsquant.shard_adamw(w, grad, exp_avg, exp_avg_sq, *step.numbers(), isa)
+    call("adamw", backend, w.device.type, w, grad, exp_avg, exp_avg_sq, *step.numbers())
 
 
 def moments(w: Tensor, groups: Tensor, sums: Tensor, backend: str) -> None:
     """Add to float64 `sums` (n_groups, 3) the sums of |w|, w and w^2 of a tile's rows."""
-    torch.ops.dsquant.shard_moments(w, groups, sums, backends.isa(backend))
+    call("moments", backend, w.device.type, w, groups, sums)
 
 
 def image(
@@ -108,9 +113,9 @@ def image(
 ) -> None:  # fmt: skip
     """Copy w to `latent`, put its image in its place and record the new codes; weights above `threshold` freeze."""
     levels = tile.levels
-    torch.ops.dsquant.shard_image(
-        tile.w, latent, codes, direction, frequency, code_mean, frozen, tile.centre, tile.scale, tile.groups, levels.qmin,
-        levels.qmax, levels.shift, momentum, -1.0 if threshold is None else threshold, tile.isa,
+    tile.call(
+        "image", tile.w, latent, codes, direction, frequency, code_mean, frozen, tile.centre, tile.scale, tile.groups,
+        levels.qmin, levels.qmax, levels.shift, momentum, -1.0 if threshold is None else threshold,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The shard step by native passes, on CPU and where the inner optimizer is AdamW: the same bits in a fraction of the passes.
+"""The shard step by native passes, where the inner optimizer is AdamW: in a fraction of the passes, and on CPU the same bits.
 
 The definition masks gradients, adds the regularizers' to them, lets the inner optimizer step, and decides codes. Native code
 reads the gradients once for the sums, and once more to do all of the first three, without writing them.
@@ -20,20 +20,21 @@ VARIANTS = ("amsgrad", "maximize", "capturable", "differentiable")  # of AdamW, 
 
 def can_step(inner: torch.optim.Optimizer, flats: list[Tensor]) -> bool:
     """Say whether native code can take the inner optimizer's step of these flats."""
+    devices = {flat.device.type for flat in flats}
     return (
         type(inner) is torch.optim.AdamW
         and all(group["fused"] for group in inner.param_groups)  # others round elsewhere
         and not any(group[name] for group in inner.param_groups for name in VARIANTS)
-        and all(flat.device.type == "cpu" and flat.grad.dtype is torch.float32 for flat in flats)
-        and backends.choose("shard_step", "cpu", backends.ON_CPU) != backends.TORCH
+        and all(flat.grad.dtype is torch.float32 for flat in flats)
+        and all(backends.choose("shard_step", device) != backends.TORCH for device in devices)
     )
 
 
 def gathered(weight: ShardedWeight, spread: bool) -> tuple[Tensor, Tensor]:
     """Return this rank's sums, as `ShardQuantization._gather_sums` defines them; the gradient stays as it is."""
     size, plain = weight.n_groups * weight.n_bins, weight.levels.elastic or not weight.learned
-    groups = torch.zeros(2, weight.n_groups, dtype=torch.float64)
-    bins = torch.zeros(2, size if spread else 0, dtype=torch.float64)
+    groups = torch.zeros(2, weight.n_groups, dtype=torch.float64, device=weight.device)
+    bins = torch.zeros(2, size if spread else 0, dtype=torch.float64, device=weight.device)
     if not (weight.learned or spread):  # a statistic needs no gradient of its scale
         return groups, bins
     gradient, scales = weight.gradient, weight.scales()
@@ -70,7 +71,7 @@ class NativeStep:
     """Take one step of an AdamW, with the gradients of quantized weights formed on the way."""
 
     def __init__(self, inner: torch.optim.AdamW):
-        self.inner, self.backend = inner, backends.choose("shard_step", "cpu", backends.ON_CPU)
+        self.inner = inner
         self._prepared: dict[str, Prepared] = {}
 
     def prepare(self, weight: ShardedWeight, regularizer: Regularizer, bins: Tensor) -> None:
@@ -94,7 +95,9 @@ class NativeStep:
 
     def _step_flat(self, flat: Tensor, group: dict, weights: list[ShardedWeight]) -> None:
         state = self._state(flat)
-        state["step"] += 1
+        state["step"] = (
+            state["step"].cpu() + 1
+        )  # on the host, which needs it; torch's own fused step keeps it on the device
         numbers = shard_step.AdamWStep(
             float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], int(state["step"].numpy())
         )
@@ -116,7 +119,8 @@ class NativeStep:
 
     def _between(self, parts: list[Tensor], start: int, stop: int, numbers: shard_step.AdamWStep) -> None:
         if start < stop:
-            shard_step.adamw(*(part[start:stop] for part in parts), numbers, self.backend)
+            backend = backends.choose("shard_step", parts[0].device.type)
+            shard_step.adamw(*(part[start:stop] for part in parts), numbers, backend)
 
     def _step_weight(self, weight: ShardedWeight, parts: list[Tensor], numbers: shard_step.AdamWStep) -> None:
         known = self._prepared[weight.site.name]

@@ -75,7 +75,7 @@ class ShardedWeight:
         offset, numel = (fragment.offset, fragment.numel) if fragment else (0, 0)
         self.tiles = make_tiles(offset, numel, site.grouping, self.device)
         self.tracker: TrackerState | None = None
-        self.backend = backends.choose("shard_step", self.device.type, backends.ON_CPU)
+        self.backend = backends.choose("shard_step", self.device.type)
 
     def view(self, tile: Tile, scale: Tensor) -> shard_step.TileView:
         """Return what native passes take of a tile, under scales (n_groups,)."""
@@ -137,7 +137,7 @@ class ShardedWeight:
     def moment_sums(self) -> Tensor:
         """Return float64 (n_groups, 3): sums of |w|, w and w^2 over this rank's part."""
         if self.backend != backends.TORCH:
-            sums = torch.zeros(self.n_groups, 3, dtype=torch.float64)
+            sums = torch.zeros(self.n_groups, 3, dtype=torch.float64, device=self.device)
             for tile in self.tiles:
                 shard_step.moments(tile.of(self.fragment.values), tile.groups, sums, self.backend)
             return sums

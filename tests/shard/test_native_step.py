@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from dsquant.ops import backends, shard_step
+from dsquant.shard.regularizers import bin_index
 from dsquant.shard.weight_quantizers import make_tiles
-from dsquant.spec import Grouping, Levels
+from dsquant.spec import Grouping, Levels, QuantSpec
 from tests.ops.conftest import require
 from tests.shard.test_step import BINARY, make
 
@@ -65,17 +66,23 @@ def trained(monkeypatch, backend, quant, steps=6, **how):
     return found | {"scales": quantization.state.values}
 
 
-@pytest.mark.parametrize("backend", backends.ON_CPU)
+@pytest.mark.parametrize("backend", backends.NATIVE)
 @pytest.mark.parametrize("name", CASES)
 def test_native_steps_leave_the_bits_of_the_definition(monkeypatch, name, backend):
     require(backend)
-    wanted, found = (trained(monkeypatch, how, CASES[name]) for how in ("torch", backend))
+    steps = 3 if backend == backends.TRITON else 6  # its interpreter is slow
+    wanted, found = (trained(monkeypatch, how, CASES[name], steps) for how in ("torch", backend))
     assert wanted.keys() == found.keys()
     moved = sum(int((tensor != 0).sum()) for key, tensor in wanted.items() if key.startswith("direction"))
     assert moved > 50
     if "frozen blocks.0.mlp.fc1.weight" in wanted:
         assert any(tensor.any() for key, tensor in wanted.items() if key.startswith("frozen"))
     for key, tensor in wanted.items():
+        if (
+            backend == backends.TRITON and tensor.is_floating_point()
+        ):  # a GPU's AdamW rounds elsewhere, its interpreter's fma twice
+            torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-6)
+            continue
         outside_vectors = tensor.numel() % 8 and key.startswith(("image", "exp_avg"))  # torch rounds these otherwise
         if outside_vectors or key.startswith(("norms", "code_mean")):
             torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-7)
@@ -85,8 +92,37 @@ def test_native_steps_leave_the_bits_of_the_definition(monkeypatch, name, backen
 
 @pytest.mark.parametrize("name", ["lsq by channel, OBR", "bwn"])
 def test_native_passes_serve_other_optimizers_behind_the_inner_step(monkeypatch, name):
-    wanted, found = (trained(monkeypatch, how, CASES[name], optimizer="sgd") for how in ("torch", "portable"))
-    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items() if not key.startswith("norms"))
+    wanted, *others = (
+        trained(monkeypatch, how, CASES[name], optimizer="sgd") for how in ("torch", "portable", "triton")
+    )
+    for found in others:
+        assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items() if not key.startswith("norms"))
+
+
+@pytest.mark.parametrize("backend", backends.NATIVE)
+@pytest.mark.parametrize(("method", "n_bits"), [("seq", 1), ("lsq", 2), ("lsq", 5)])
+def test_sums_are_those_of_float64(backend, method, n_bits):
+    require(backend)
+    generator = torch.Generator().manual_seed(0)
+    w, grad = torch.randn(2, 6, 401, generator=generator)
+    levels, n_bins = QuantSpec(n_bits, method=method).levels, 2**n_bits
+    scale, groups = 2.0 ** torch.arange(-2.0, 1.0), torch.tensor([2, 0, 1, 2, 0, 1])  # powers of two: v is exact
+    v = w / scale[groups, None]
+    codes = (v - levels.shift).clamp(levels.qmin, levels.qmax).round()
+    sums, bins = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 3 * n_bins, dtype=torch.float64)
+    view = shard_step.TileView(w, groups, scale, None, levels, backend)
+    shard_step.gather(view, grad, codes.to(torch.int8), None, False, sums, bins)
+    level, clipped = codes.double() + levels.shift, v.double().clamp(levels.low, levels.high)
+    inside = (v >= levels.low) & (v <= levels.high)
+    expected = (grad.double() * torch.where(inside, level - v, level)).sum(1)
+    index = bin_index(codes.to(torch.int8), groups, levels.qmin, n_bins).view(-1)
+    held = clipped * scale[groups, None].double()
+    assert torch.allclose(sums[0], torch.zeros(3, dtype=torch.float64).index_add_(0, groups, expected), rtol=1e-6)
+    assert torch.allclose(
+        sums[1], torch.zeros(3, dtype=torch.float64).index_add_(0, groups, w.double().abs().sum(1)), rtol=1e-12
+    )
+    assert torch.equal(bins[0], torch.bincount(index, minlength=3 * n_bins).double())
+    assert torch.allclose(bins[1], torch.bincount(index, held.view(-1), minlength=3 * n_bins), rtol=1e-6, atol=1e-9)
 
 
 def test_sums_do_not_depend_on_the_number_of_threads():

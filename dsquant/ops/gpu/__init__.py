@@ -7,10 +7,22 @@ of it without a GPU.
 import torch
 
 from dsquant.ops.gpu import fake_quantize as _activations
+from dsquant.ops.gpu import shard_step as _shards
 from dsquant.ops.gpu.launch import interpreted, recorded
 
-OPERATORS = {f.__name__: f for f in (_activations.fake_quantize, _activations.fake_quantize_backward)}
-SAMPLES = (_activations.samples,)  # what is compiled ahead of time
+OPERATORS = {
+    operator.__name__: operator
+    for operator in (
+        _activations.fake_quantize,
+        _activations.fake_quantize_backward,
+        _shards.shard_gather,
+        _shards.shard_update,
+        _shards.shard_adamw,
+        _shards.shard_moments,
+        _shards.shard_image,
+    )
+}
+SAMPLES = (_activations.samples, _shards.samples)  # what is compiled ahead of time
 
 _LIBRARY = torch.library.Library("dsquant", "IMPL", "CUDA")
 for _name, _operator in OPERATORS.items():

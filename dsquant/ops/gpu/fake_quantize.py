@@ -59,7 +59,7 @@ def round_half_even(v):
 
 
 @triton.jit
-def _tile(rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def tile_of(rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     """Return the rows and columns of this program's tile, where they are, and which of it exists."""
     across = tl.cdiv(cols, BLOCK_COLS)
     row = (tl.program_id(0) // across) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -81,7 +81,7 @@ def _of_groups(values, row, col, rows, cols, n_groups, PER_COLUMN: tl.constexpr)
 @triton.jit
 def _forward(x, out, scale, offset, rows, cols, n_groups, qmin, qmax, shift, HAS_OFFSET: tl.constexpr,
              PER_COLUMN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):  # fmt: skip
-    row, col, where, there = _tile(rows, cols, BLOCK_ROWS, BLOCK_COLS)
+    row, col, where, there = tile_of(rows, cols, BLOCK_ROWS, BLOCK_COLS)
     s = _of_groups(scale, row, col, rows, cols, n_groups, PER_COLUMN)
     v = tl.load(x + where, mask=there, other=0.0).to(tl.float32)
     if HAS_OFFSET:
@@ -98,7 +98,7 @@ def _forward(x, out, scale, offset, rows, cols, n_groups, qmin, qmax, shift, HAS
 def _backward(x, grad, scale, offset, d_x, x_hat, d_scale, d_offset, rows, cols, n_groups, qmin, qmax, shift, low, high,
               HAS_OFFSET: tl.constexpr, HAS_IMAGE: tl.constexpr, ELASTIC: tl.constexpr, ENDS_TOGETHER: tl.constexpr,
               PER_COLUMN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):  # fmt: skip
-    row, col, where, there = _tile(rows, cols, BLOCK_ROWS, BLOCK_COLS)
+    row, col, where, there = tile_of(rows, cols, BLOCK_ROWS, BLOCK_COLS)
     s = _of_groups(scale, row, col, rows, cols, n_groups, PER_COLUMN)
     v = tl.load(x + where, mask=there, other=0.0).to(tl.float32)
     g = tl.load(grad + where, mask=there, other=0.0).to(tl.float32)
