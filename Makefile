@@ -13,7 +13,7 @@ IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench clean
+.PHONY: help venv demo test lint bench gpu clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,13 @@ lint: venv  ## check style and formatting
 
 bench: venv  ## time float against quantized training (BENCH="..." for other arguments)
 	$(IN_VENV) python tools/bench.py $(BENCH)
+
+gpu: venv  ## on a machine with a GPU: check its kernels, and time them into docs/results/gpu-*.json
+	$(IN_VENV) python -m dsquant.ops
+	$(IN_VENV) DSQ_TEST_DEVICE=cuda python -m pytest -q tests/ops/gpu
+	$(IN_VENV) python tools/bench.py ops --device=cuda --out=docs/results/gpu-ops.json
+	for model in deit_small_patch16_224 swin_tiny_patch4_window7_224; do \
+	  $(IN_VENV) python tools/bench.py step --model $$model --batch 64 --out=docs/results/gpu-step-$$model.json || exit 1; done
 
 clean:  ## remove caches and build output; .venv and runs stay
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,8 +1,6 @@
 """Measure what quantization-aware training costs over float training, interleaved in one run."""
 
 import json
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from dsquant.config import ModelConfig, QuantConfig, RunConfig, StageConfig
 from dsquant.engine import Engine, World, init_world
 from dsquant.models import build_model
+from dsquant.ops.timing import interleaved
 from dsquant.quant.calibrate import calibrate
 
 DS_CONFIG = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
@@ -110,26 +109,6 @@ def train_step(engine: Engine, images: Tensor, labels: Tensor) -> None:
     loss = F.cross_entropy(engine.forward(images).float(), labels)
     engine.backward(loss)
     engine.step(engine.stage.lr)
-
-
-def interleaved(runs: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, float]:
-    """Return the median wall-clock seconds of each function, all taking turns in one run."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(warmup + repeats):
-        for name, run in runs.items():
-            synchronize()
-            began = time.perf_counter()
-            run()
-            synchronize()
-            if turn >= warmup:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def synchronize() -> None:
-    """Wait for the accelerator, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _parameters(engine: Engine) -> set[int]:

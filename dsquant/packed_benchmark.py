@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dsquant.benchmark import interleaved
 from dsquant.errors import ConfigError
 from dsquant.ops import backends
 from dsquant.ops.pack import pack
 from dsquant.ops.packed_linear import packed_linear, packed_matrix
 from dsquant.ops.quant_attention import QuantArgs
+from dsquant.ops.timing import interleaved
 from dsquant.spec import Levels, qrange
 
 SHAPES = "768x3072,3072x768,768x2304"  # in x out: fc1, fc2 and qkv of ViT-B

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import torch
 
-from dsquant.benchmark import interleaved
 from dsquant.config import QuantConfig
 from dsquant.ops import backends
+from dsquant.ops.timing import interleaved
 from dsquant.quant.state import QuantState
 from dsquant.shard.fragments import Fragment, ShardMap
 from dsquant.shard.optimizer import ShardOptimizer, ShardQuantization

@@ -19,9 +19,10 @@ if (REPO / ".venv").is_dir():
 
 import torch  # noqa: E402
 
+if os.environ.get("DSQ_TEST_DEVICE") != "cuda":
+    os.environ["TRITON_INTERPRET"] = "1"  # GPU kernels run on CPU tensors, in Triton's interpreter
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run on CPU tensors, in Triton's interpreter
 
 from tests import ranks  # noqa: E402
 

@@ -33,9 +33,9 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make(optimizer="adamw", **quant):
+def make(optimizer="adamw", device="cpu", **quant):
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL).to(device)
     tensor = {"n_bits": 2}
     config = QuantConfig(**{"weight": tensor, "activation": tensor, **quant})
     sites = insert_sites(model, config.policy())
@@ -49,11 +49,11 @@ def make(optimizer="adamw", **quant):
         in_place=True,
         publish=lambda: None,
     )
-    state = QuantState(sites.weights, sites.activations)
+    state = QuantState(sites.weights, sites.activations, torch.device(device))
     quantization = ShardQuantization(shards, sites.weights, state, config)
     quantization.initialize_scales()
     quantization.start()
-    images = torch.randn(8, 3, 16, 16)
+    images = torch.randn(8, 3, 16, 16).to(device)
     with torch.no_grad():
         calibrate(sites.quantizers, state, model.eval(), [images], 1, lambda: sites.bind(state))
     state.set_learning_rates(config.scale_lr, config.scale_lr_mode)
@@ -62,7 +62,7 @@ def make(optimizer="adamw", **quant):
 
 
 def train_step(model, optimizer, quantization, images, progress=0.5, observe=False):
-    loss = F.cross_entropy(model(images), torch.arange(8) % 5)
+    loss = F.cross_entropy(model(images), torch.arange(8, device=images.device) % 5)
     loss.backward()
     quantization.begin_step(progress, 1.0, observe)
     optimizer.step()
