@@ -43,8 +43,9 @@ LAYERS = {
     "engine": ENGINE,
     "benchmark": ENGINE | {"engine"},
     "doctor": ENGINE | {"engine", "data", "run_data", "analysis"},
-    "shard_benchmark": ENGINE | {"benchmark"},
-    "packed_benchmark": KERNELS | {"benchmark"},
+    "shard_benchmark": ENGINE,
+    "packed_benchmark": KERNELS,
+    "ops_benchmark": KERNELS,
     "checkpoint": ENGINE | {"engine"},
     "soft_labels": MODELS | {"config", "engine", "checkpoint", "data", "preemption"},
     "loop": ENGINE

@@ -105,9 +105,9 @@ def lsq_grad_scale(numel: int, qmax: int) -> float:
     return 1.0 / math.sqrt(max(1, numel) * max(1, qmax))
 
 
-def mdq_grad_scale(norm: Tensor, qmax: int) -> Tensor:
+def mdq_grad_scale(norm: Tensor, qmax: int | Tensor) -> Tensor:
     """Return 1 / sqrt(qmax * |w|_1), `norm` being |w|_1 of each group. Quantization Variation (TMLR 2024), its code."""
-    return (norm.clamp(min=1e-12) * max(1, qmax)).rsqrt()
+    return (norm.clamp(min=1e-12) * qmax).rsqrt()
 
 
 class QuantLinear(nn.Linear):

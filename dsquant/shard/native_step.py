@@ -74,12 +74,30 @@ class NativeStep:
         self.inner = inner
         self._prepared: dict[str, Prepared] = {}
 
-    def prepare(self, weight: ShardedWeight, regularizer: Regularizer, bins: Tensor) -> None:
-        """Note a weight's scale before it is stepped, and its regularizers; `bins` are over all shards."""
-        pull, spread = regularizer.pull(weight), regularizer.spread(weight)
-        tables = bin_tables(bins.to(weight.device), spread) if spread else None
-        norms = regularizer.new_norms(weight) if pull or spread else None
-        self._prepared[weight.site.name] = Prepared(weight.scales().clone(), pull, tables, norms)
+    def prepare(self, weights: list[ShardedWeight], bins: list[Tensor], regularizer: Regularizer) -> None:
+        """Note the weights' scales before they are stepped, and their regularizers; `bins` of each are over all shards."""
+        mine = [(weight, held) for weight, held in zip(weights, bins, strict=True) if weight.fragment is not None]
+        if not mine:
+            return
+        device = mine[0][0].device
+        scales = torch.cat([w.replicated_scale for w, _ in mine]).to(device).split([w.n_groups for w, _ in mine])
+        tables = self._tables(mine, regularizer, device)
+        for (weight, _), scale in zip(mine, scales, strict=True):
+            name, pull = weight.site.name, regularizer.pull(weight)
+            norms = regularizer.new_norms(weight) if pull or name in tables else None
+            self._prepared[name] = Prepared(scale, pull, tables.get(name), norms)
+
+    def _tables(
+        self, mine: list[tuple[ShardedWeight, Tensor]], regularizer: Regularizer, device: torch.device
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return `bin_tables` of the weights that OBR has a variance term for, by name; its factor is the same for all."""
+        spread = [(weight, held) for weight, held in mine if regularizer.spread(weight)]
+        if not spread:
+            return {}
+        together = torch.cat([held for _, held in spread], dim=1).to(device)
+        sizes = [held.shape[1] for _, held in spread]
+        mean, factor = (t.split(sizes) for t in bin_tables(together, regularizer.spread(spread[0][0])))
+        return {w.site.name: (mean[i], factor[i]) for i, (w, _) in enumerate(spread)}
 
     @torch.no_grad()
     def step(self, weights: Mapping[int, list[ShardedWeight]] = MappingProxyType({})) -> None:
@@ -95,9 +113,7 @@ class NativeStep:
 
     def _step_flat(self, flat: Tensor, group: dict, weights: list[ShardedWeight]) -> None:
         state = self._state(flat)
-        state["step"] = (
-            state["step"].cpu() + 1
-        )  # on the host, which needs it; torch's own fused step keeps it on the device
+        state["step"] = state["step"].cpu() + 1  # the host needs it; torch's own fused step keeps it on the device
         numbers = shard_step.AdamWStep(
             float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], int(state["step"].numpy())
         )

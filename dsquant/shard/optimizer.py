@@ -111,6 +111,13 @@ class ShardQuantization:
             self.weights.update((w.site.name, w) for w in found)
         if missing := [site.name for site in sites if site.name not in self.weights]:
             raise ShardError(f"{missing[0]} is to be quantized and no optimizer steps it (is it frozen?)")
+        device, entries = state.values.device, state.entries
+        self._places, self._factors = {}, {}  # of a weight's scales in the state, and of their gradients
+        for name, weight in self.weights.items():
+            where = entries[f"{name}:scale"].slice
+            self._places[name] = torch.arange(where.start, where.stop, device=device)
+            factor = self._grad_factor(weight)
+            self._factors[name] = torch.full((weight.n_groups,), factor, dtype=torch.float64, device=device)
         self._latents: dict[str, Tensor] = {}
         self._lr_factor, self._threshold, self._activations_pending = 1.0, None, False
         self._held: dict[str, tuple[Tensor, Tensor]] = {}  # CGA: which weights may move, and where all were
@@ -240,16 +247,15 @@ class ShardQuantization:
             self.state.grads[: self.state.n_activation] = reduced[-1].float()
             self.state.update(slice(0, self.state.n_activation), self._lr_factor, self.betas)
             self._activations_pending = False
-        for weight, total in zip(weights, reduced, strict=False):
-            d_scale, norm = total[: 2 * weight.n_groups].view(2, -1)
-            bins = total[2 * weight.n_groups :].view(2, -1)
-            if self._native is None:
-                self.regularizer.add(weight, bins)
+        groups = [total[: 2 * w.n_groups].view(2, -1) for w, total in zip(weights, reduced, strict=False)]
+        bins = [total[2 * w.n_groups :].view(2, -1) for w, total in zip(weights, reduced, strict=False)]
+        if self._native is not None:
+            self._native.prepare(weights, bins, self.regularizer)
+        else:
+            for weight, held in zip(weights, bins, strict=True):
+                self.regularizer.add(weight, held)
                 self._hold(weight)
-            elif weight.fragment is not None:
-                self._native.prepare(weight, self.regularizer, bins)
-            if weight.learned:
-                self._step_scale(weight, d_scale, norm)
+        self._step_scales(weights, groups)
 
     def _gather_sums(self, weight: ShardedWeight) -> tuple[Tensor, Tensor]:
         """Mask this rank's gradient and return float64 sums over its part of a weight.
@@ -293,16 +299,23 @@ class ShardQuantization:
         weight.gradient.mul_(free)
         self._held[weight.site.name] = free, values.clone()
 
-    def _step_scale(self, weight: ShardedWeight, d_scale: Tensor, norm: Tensor) -> None:
-        where = self.state.entries[f"{weight.site.name}:scale"].slice
-        self.state.grads[where] = (d_scale * self._grad_scale(weight, norm)).float()
+    def _step_scales(self, weights: list[ShardedWeight], sums: list[Tensor]) -> None:
+        """Step the learned scales of weights, all at once; `sums` (2, n_groups) are d scale and |w|_1 of each."""
+        learned = [(w.site.name, total) for w, total in zip(weights, sums, strict=True) if w.learned]
+        if not learned:
+            return
+        d_scale, norm = torch.cat([total for _, total in learned], dim=1)
+        where, factor = (torch.cat([of[name] for name, _ in learned]) for of in (self._places, self._factors))
+        if self.config.grad_scale == "mdq":
+            factor = mdq_grad_scale(norm, factor)
+        self.state.grads[where] = (d_scale * factor).float()
         self.state.update(where, self._lr_factor, self.betas)
 
-    def _grad_scale(self, weight: ShardedWeight, norm: Tensor) -> float | Tensor:
-        """Return the factor of the gradient of a weight's scales; `norm` is |w|_1 of each group."""
+    def _grad_factor(self, weight: ShardedWeight) -> float:
+        """Return the factor of the gradient of a weight's scales, or what mdq's follows from: qmax."""
         per_group, qmax = weight.site.numel // weight.n_groups, weight.site.spec.grad_qmax
         if self.config.grad_scale == "mdq":
-            return mdq_grad_scale(norm, qmax)
+            return float(max(1, qmax))
         return lsq_grad_scale(per_group, qmax) if self.config.grad_scale == "lsq" else 1.0
 
     @torch.no_grad()
