@@ -42,7 +42,7 @@ def gathered(weight: ShardedWeight, spread: bool) -> tuple[Tensor, Tensor]:
         state = weight.tracked(tile)
         histogram = bins if spread else None
         shard_step.gather(
-            weight.view(tile, scales), tile.of(gradient), state.codes, state.frozen, plain, groups, histogram
+            weight.view(tile, scales), tile.run_of(gradient), state.codes, state.frozen, plain, groups, histogram
         )
     return groups, bins
 
@@ -52,7 +52,7 @@ def write_image(weight: ShardedWeight, latent: Tensor, momentum: float, threshol
     scales = weight.scales()
     for tile in weight.tiles:
         shard_step.image(
-            weight.view(tile, scales), tile.of(latent), **vars(weight.tracked(tile)), momentum=momentum,
+            weight.view(tile, scales), tile.run_of(latent), **vars(weight.tracked(tile)), momentum=momentum,
             threshold=threshold,
         )  # fmt: skip
 
@@ -144,6 +144,6 @@ class NativeStep:
         for tile in weight.tiles:
             state = weight.tracked(tile)
             shard_step.update(
-                weight.view(tile, known.scale), *(tile.of(part) for part in beside), state.codes, state.frozen,
+                weight.view(tile, known.scale), *(tile.run_of(part) for part in beside), state.codes, state.frozen,
                 known.pull, known.tables, numbers, known.norms,
             )  # fmt: skip

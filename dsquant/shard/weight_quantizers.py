@@ -32,8 +32,12 @@ class Tile:
 
     def of(self, values: Tensor) -> Tensor:
         """Return the tile of a 1-D tensor laid out like the fragment."""
-        rows, cols = self.shape
-        return values[self.start : self.start + rows * cols].view(rows, cols)
+        return self.run_of(values).view(self.shape)
+
+    def run_of(self, values: Tensor) -> Tensor:
+        """Return the same, 1-D."""
+        numel = self.shape[0] * self.shape[1]
+        return values if values.numel() == numel else values[self.start : self.start + numel]
 
 
 def make_tiles(offset: int, numel: int, grouping: Grouping, device: torch.device) -> list[Tile]:
@@ -79,12 +83,12 @@ class ShardedWeight:
 
     def view(self, tile: Tile, scale: Tensor) -> shard_step.TileView:
         """Return what native passes take of a tile, under scales (n_groups,)."""
-        w = tile.of(self.fragment.values)
+        w = tile.run_of(self.fragment.values)
         return shard_step.TileView(w, tile.groups, scale, self.centres(), self.levels, self.backend)
 
     def tracked(self, tile: Tile) -> TrackerState:
-        """Return the window of the tracker that lies beside a tile."""
-        return self.tracker.view(tile.start, tile.shape)
+        """Return the run of the tracker that lies beside a tile."""
+        return TrackerState(**{name: tile.run_of(t) for name, t in self.tracker.tensors().items()})
 
     def scales(self) -> Tensor:
         """Return the scales on the device of the shard."""
