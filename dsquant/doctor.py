@@ -23,9 +23,10 @@ from dsquant.config import RunConfig, StageConfig, merge_ds_config
 from dsquant.data import ShardSet
 from dsquant.data.digits import make_digits
 from dsquant.engine import World, owned_ds_settings
-from dsquant.errors import ConfigError, DataError, DsquantError, TrainingError
+from dsquant.errors import BuildError, ConfigError, DataError, DsquantError, TrainingError
 from dsquant.models import build_model, insert_sites
 from dsquant.ops import backends
+from dsquant.ops.cases import disagreements
 from dsquant.run_data import images_per_batch
 
 PACKAGES = ("torch", "deepspeed", "timm", "transformers", "webdataset", "wandb")
@@ -222,9 +223,12 @@ class Doctor:
         return build_model(self.config.model)
 
     def native(self) -> str:
-        """Say which native code runs, on CPU alone."""
-        state = backends.availability(backends.AVX2)
-        return "AVX2" if state.available else f"none: {state.why}"
+        """Say which native code runs, and check that it gives what the definitions give, on this rank's device."""
+        device = self.world.device.type
+        backend = backends.choose("fake_quantize", device)
+        if wrong := disagreements(device):
+            raise BuildError(f"{wrong[0]} differs from its definition; run with DSQ_BACKEND=torch, and report this")
+        return f"{backend} on {device}; every op gives what its definition gives"
 
     def wandb(self) -> str:
         """Say where metrics go beside metrics.jsonl."""

@@ -62,3 +62,19 @@ def test_faults_are_named_with_their_ranks_and_a_sound_job_has_none(run_ranks, t
         assert words in faults[case][check], case
     assert set(faults["folders"]) == {"folder of the run"}
     assert not [path for path in tmp_path.rglob(".dsquant-doctor-*")]
+
+
+def wrong_kernel(folder):
+    """Return what the doctor says of native code, where one of its passes is off."""
+    from dsquant import doctor
+    from dsquant.engine import init_world
+
+    doctor.disagreements = lambda device: ["shard_step (image) by avx2"]
+    examined = doctor.Doctor(init_world(), load_config(str(TINY), {}), ZERO1, Path(folder)).examine()
+    return {finding.name: finding.fault for finding in examined}
+
+
+def test_a_kernel_that_gives_something_else_than_its_definition_is_a_fault(run_ranks, tmp_path):
+    (found,) = run_ranks(1, "tests.test_doctor:wrong_kernel", folder=str(tmp_path))
+    (fault,) = [fault for fault in found.values() if fault]
+    assert "shard_step (image) by avx2 differs from its definition; run with DSQ_BACKEND=torch" in fault

@@ -42,6 +42,22 @@ class Case:
         here = backends.ON_CPU if device == "cpu" else (backends.TRITON,)
         return [backends.TORCH, *(name for name in self.native if name in here)]
 
+    def error(self, backend: str, expected: Tensor) -> float:
+        """Return how far a backend is from the definition's result, as a share of its largest value."""
+        return float((self.run(backend) - expected).abs().max() / expected.abs().max())
+
+
+@torch.no_grad()
+def disagreements(device: str) -> list[str]:
+    """Run every case by each backend that can; name those that are further from the definition than tolerated."""
+    found = []
+    for case in all_cases(device):
+        expected = case.run(backends.TORCH)
+        for backend in case.backends(device)[1:]:
+            if backends.availability(backend).available and not case.error(backend, expected) <= case.tolerance:
+                found.append(f"{case.op} ({case.label}) by {backend}")
+    return found
+
 
 def all_cases(device: str) -> list[Case]:
     """Return the cases of every op on a device type, float32, the sizes those of a ViT."""
