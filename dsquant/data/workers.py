@@ -51,10 +51,13 @@ def load_batches(
     )
     with _sigterm_blocked():
         batches = iter(loader)
-    for item in batches:
-        if isinstance(item, DataError):
-            raise item
-        yield item
+    try:
+        for item in batches:
+            if isinstance(item, DataError):
+                raise item
+            yield item
+    finally:
+        batches = item = None  # an error keeps this frame alive, which must not keep workers waiting
 
 
 def _as_is(item: Any) -> Any:
