@@ -87,6 +87,8 @@ class DataConfig(Section):
     of the model, or that of the folder `tokenizer`, and padded to it or to the `longest` of their batch; in the
     latter case the sentences of every `bucket_batches` batches may be put together by length, which leaves less to pad.
     `metric` is what validation reports beside the loss; pearson_spearman is for scores (regression, `model.num_classes: 1`).
+    A rank replaces up to `max_damaged` training samples that cannot be read by others, with a warning for each; the next
+    one is an error. Validation replaces none.
     """
 
     task: Literal["image", "text"] = "image"
@@ -107,6 +109,7 @@ class DataConfig(Section):
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
     num_workers: Count = 4
     shuffle_buffer: Positive = 4096
+    max_damaged: Count = 0
     eval_batch_size: Positive = 256
     soft_labels: SoftLabelsConfig | None = None
 

@@ -186,7 +186,8 @@ class Doctor:
             if data.source == "digits":
                 train, val = make_digits(Path(scratch))
             else:
-                train, val = (ShardSet.open(location, Path(scratch)) for location in (data.train, data.val))
+                train = ShardSet.open(data.train, Path(scratch), damaged=data.max_damaged > 0)
+                val = ShardSet.open(data.val, Path(scratch))
         for name, stage in self.config.stages.items():
             per_rank = images_per_batch(self.config, stage, self.world.size)
             if train.total < per_rank * self.world.size:

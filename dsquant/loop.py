@@ -38,7 +38,7 @@ from dsquant.losses import block_loss, hidden_loss, stage_loss
 from dsquant.models import build_model, insert_sites, model_outputs
 from dsquant.preemption import Stopped, StopRequest
 from dsquant.quant.calibrate import calibrate
-from dsquant.run_data import eval_stream, images_per_batch, open_data, open_tokenizer, train_stream
+from dsquant.run_data import damage_of_all_ranks, eval_stream, images_per_batch, open_data, open_tokenizer, train_stream
 from dsquant.telemetry.console import Console, closing_table
 from dsquant.telemetry.metrics import METRICS_FILE, MetricsLog, write_summary
 from dsquant.telemetry.report import write_report
@@ -176,7 +176,9 @@ class Run:
             self._note(self._evaluate(model.to(self.world.device).eval(), torch.float32), "float_")
         teacher = self._teacher(stage)
         engine = Engine(model, self.config, stage, self.ds_config, self.world, total)
-        stream = train_stream(self.config, stage, self.train_shards, self.stored_crops, self.tokenizer, self.world)
+        self.stream = stream = train_stream(
+            self.config, stage, self.train_shards, self.stored_crops, self.tokenizer, self.world
+        )
         if resumed is not None:
             self.summary |= resumed.manifest.get("results", {})
             restore(engine, resumed)
@@ -369,7 +371,11 @@ class Run:
         return evaluate(model, stream, scores, self.world.device, dtype, poll).result()
 
     def _save(self, name: str, engine: Engine, *, done: bool, owed: Sequence[str] = ()) -> None:
+        damage = damage_of_all_ranks(self.stream)
         if self.metrics:
+            if damage:
+                count = sum(len(entry["samples"]) for entry in damage)
+                self.metrics.write("data", name, engine.step_index, damaged=count, damage=damage)
             self.metrics.flush()
         results = {k: v for k, v in self.summary.items() if k in CARRIED}
         path = save_checkpoint(self.run_dir, self.config, name, engine, done=done, results=results, owed=owed)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dsquant.config import DataConfig, RunConfig, StageConfig
-from dsquant.data import EvalStream, ShardSet, StoredCrops, TrainStream, copy_tokenizer, make_digits
+from dsquant.data import EvalStream, ShardSet, StoredCrops, TrainStream, copy_tokenizer, damage_report, make_digits
 from dsquant.engine import World, micro_batch_size
 from dsquant.errors import ConfigError
 from dsquant.evaluation import transform_of
@@ -21,7 +21,8 @@ def open_data(config: DataConfig, run_dir: Path, rank: int) -> tuple[ShardSet, S
                 shards = make_digits(run_dir / "data")
             else:
                 cache = run_dir / "data"
-                shards = tuple(ShardSet.open(location, cache) for location in (config.train, config.val))
+                train = ShardSet.open(config.train, cache, damaged=config.max_damaged > 0)
+                shards = train, ShardSet.open(config.val, cache)
         dist.barrier()
     return shards
 
@@ -73,7 +74,17 @@ def train_stream(
         shuffle_buffer=data.shuffle_buffer,
         bucket_batches=data.bucket_batches,
         pin_memory=world.device.type == "cuda",
+        max_damaged=data.max_damaged,
     )
+
+
+def damage_of_all_ranks(stream: TrainStream) -> list[dict[str, object]]:
+    """Gather the damaged samples that ranks have met since they started, one entry a shard and cause; every rank calls this."""
+    if stream.damage.limit == 0:
+        return []
+    found: list[dict] = [{}] * stream.world_size
+    dist.all_gather_object(found, stream.damage.found)
+    return damage_report(found)
 
 
 def eval_stream(data: DataConfig, shards: ShardSet, tokenizer: Path | None, world: World) -> EvalStream:

@@ -23,9 +23,10 @@ from torchvision.transforms import functional
 
 from dsquant.checkpoint import load_model, load_run_checkpoint
 from dsquant.config import ModelConfig
-from dsquant.data.shards import ShardSet, begin_set, count_samples, finish_set, shard_name, write_shard, write_whole
+from dsquant.data.reading import Record, decode, read_shard
+from dsquant.data.shard_writing import begin_set, finish_set, write_shard
+from dsquant.data.shards import ShardSet, count_samples, shard_name, write_whole
 from dsquant.data.soft_labels import MEMBER, SETTINGS, SoftLabels, SoftLabelSettings, cut, draw_crops
-from dsquant.data.stream import Record, decode, read_shard
 from dsquant.data.transforms import ToMode
 from dsquant.engine import World
 from dsquant.errors import ConfigError, DataError

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dsquant.config import ModelConfig, RunConfig
 from dsquant.convert import validation_data
 from dsquant.data import EvalStream, ShardSet, Tokenize, TrainStream, build_transform
+from dsquant.data.reading import read_shard
 from dsquant.data.shards import TEXT_MEMBER, content_member
-from dsquant.data.stream import read_shard
 from dsquant.errors import ConfigError, DataError
 from dsquant.evaluation import transform_of
 from dsquant.models import Inputs, build_model, logits_of, move, tokenizer_location

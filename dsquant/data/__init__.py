@@ -1,10 +1,13 @@
 """Stream WebDataset shards: the same steps on every rank, the same order for any number of workers."""
 
+from dsquant.data.checking import verify
+from dsquant.data.damage import damage_report
 from dsquant.data.digits import make_digits
 from dsquant.data.image_folder import shard_image_folder
-from dsquant.data.shards import ShardSet, write_index, write_shards
+from dsquant.data.shard_writing import write_index, write_shards
+from dsquant.data.shards import ShardSet
 from dsquant.data.soft_labels import StoredCrops, read_settings
-from dsquant.data.stream import EvalStream, TrainStream, verify
+from dsquant.data.stream import EvalStream, TrainStream
 from dsquant.data.text import Tokenize, copy_tokenizer
 from dsquant.data.text_table import shard_text_table
 from dsquant.data.transforms import build_transform
@@ -17,6 +20,7 @@ __all__ = [
     "TrainStream",
     "build_transform",
     "copy_tokenizer",
+    "damage_report",
     "make_digits",
     "read_settings",
     "shard_image_folder",

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dsquant.data.shards import INDEX, ShardSet, write_shards
+from dsquant.data.shard_writing import write_shards
+from dsquant.data.shards import INDEX, ShardSet
 from dsquant.errors import DataError
 
 VAL_SAMPLES = 360  # of 1797

@@ -8,7 +8,8 @@ from pathlib import Path
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from dsquant.data.shards import IMAGE_MEMBERS, ShardSet, write_shards, write_whole
+from dsquant.data.shard_writing import write_shards
+from dsquant.data.shards import IMAGE_MEMBERS, ShardSet, write_whole
 from dsquant.errors import DataError
 
 

@@ -1,9 +1,9 @@
-"""Find WebDataset shards, know how many samples each holds, and write them so that a set is whole or absent.
+"""Find WebDataset shards and know how many samples each holds.
 
 A sample is the run of tar members whose names agree up to the first dot of the file name (webdataset's rule);
 dsquant's samples hold one image member (jpg, jpeg, png or webp), or `json` for text, and `cls`, the label as an ASCII
 integer; text may have `score`, a number, instead.
-`index.json` beside the shards has webdataset's wids layout: {"shardlist": [{"url", "nsamples", "filesize"}, ...]}.
+`index.json` beside the shards has webdataset's wids layout: {"shardlist": [{"url", "nsamples", "filesize", "blake2b"}, ...]}.
 """
 
 import fnmatch
@@ -13,13 +13,12 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import chain, islice
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
-from webdataset import TarWriter
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys
@@ -30,6 +29,7 @@ IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 LABEL_MEMBER = "cls"
 TEXT_MEMBER, SCORE_MEMBER = "json", "score"
 FIX = "re-create it with tools/make_shards.py, or remove it"
+FAULT = "__fault__"  # key of a record: what is wrong with the sample as a whole
 INDEX = "index.json"
 PENDING_INDEX = "index.json.partial"  # there while a set is put in place, so half a set is never taken for a whole one
 SHARD_NAME = re.compile(r"[^\s/'\"=]+\.tar")
@@ -38,30 +38,45 @@ SKIPPED_MEMBER = re.compile(r"__[^/]*__($|/)")  # the members that webdataset's 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """Hold the addresses of shards and their sample counts; `len` is the number of shards, `total` that of samples."""
+    """Hold the addresses of shards and their sample counts; `len` is the number of shards, `total` that of samples.
+
+    sizes (bytes) and hashes (blake2b of 16 bytes, in hex) are those of the index, None where it does not tell.
+    """
 
     urls: tuple[str, ...]
     counts: tuple[int, ...]
+    sizes: tuple[int | None, ...] = field(default=(), compare=False)
+    hashes: tuple[str | None, ...] = field(default=(), compare=False)
+
+    def __post_init__(self):
+        for name in ("sizes", "hashes"):
+            if not getattr(self, name):
+                object.__setattr__(self, name, (None,) * len(self.urls))
 
     @classmethod
-    def open(cls, location: str | Path, cache_dir: Path | None = None, index: str | None = None) -> "ShardSet":
+    def open(
+        cls, location: str | Path, cache_dir: Path | None = None, index: str | None = None, *, damaged: bool = False
+    ) -> "ShardSet":
         """Find the shards of `location`, each with its sample count.
 
         location: a folder of *.tar, a glob, a brace pattern (`train-{0000..0019}.tar`), or a brace pattern of
         `http(s)://` or `pipe:` addresses. Counts come from `index` (a path or address; by default index.json beside
         the shards); local shards without one are scanned, tar headers only, and `cache_dir` keeps their counts for as
         long as size and modification time stay. Raises DataError where shards are missing, truncated, corrupt or
-        half-written, lack the image or `cls`, or are remote without an index.
+        half-written, lack the image or `cls`, or are remote without an index. With `damaged`, shards that an index lists
+        may be missing or of another size than it says: reading them finds what is lost.
         """
-        if _is_remote(str(location)):
+        if is_remote(str(location)):
             urls = expand_urls(str(location))
-            counts = _remote_counts(urls, index)
+            entries = _remote_entries(urls, index)
         else:
-            urls = _local_shards(str(location))
-            counts = _local_counts(urls, cache_dir, index)
-        if sum(counts) == 0:
+            urls = local_shards(str(location), damaged)
+            entries = _local_entries(urls, cache_dir, index, damaged)
+        columns = ([entry.get(name) for entry in entries] for name in ("nsamples", "filesize", "blake2b"))
+        found = cls(tuple(urls), *map(tuple, columns))
+        if found.total == 0:
             raise DataError(f"{location}: the shards hold no samples; {FIX}")
-        return cls(tuple(urls), tuple(counts))
+        return found
 
     @property
     def total(self) -> int:
@@ -83,7 +98,9 @@ def image_member(url: str, sample: Mapping[str, object]) -> str:
 
 
 def content_member(url: str, sample: Mapping[str, object]) -> str:
-    """Name the image or text member of a sample; raise DataError where it has neither, or no label."""
+    """Name the image or text member of a sample; raise DataError where it has neither, no label, or a fault."""
+    if FAULT in sample:
+        raise DataError(f"shard {url}, sample {sample['__key__']}: {sample[FAULT]}; {FIX}")
     if TEXT_MEMBER in sample and (LABEL_MEMBER in sample or SCORE_MEMBER in sample):
         return TEXT_MEMBER
     return image_member(url, sample)
@@ -122,21 +139,23 @@ def read_failure(error: Exception) -> str:
 
 def beside(url: str, name: str) -> str:
     """Give the address of the file `name` that lies beside a shard."""
-    return SHARD_NAME.sub(name, url) if _is_remote(url) else os.path.join(os.path.dirname(url), name)
+    return SHARD_NAME.sub(name, url) if is_remote(url) else os.path.join(os.path.dirname(url), name)
 
 
-def _is_remote(location: str) -> bool:
+def is_remote(location: str) -> bool:
+    """Say whether an address has a scheme: http:, pipe: and so on."""
     return re.match(r"[a-z][a-z0-9+]+:", location) is not None
 
 
-def _local_shards(location: str) -> list[str]:
+def local_shards(location: str, damaged: bool = False) -> list[str]:
+    """Find the local shards of a folder, glob or brace pattern; see ShardSet.open."""
     folder = os.path.expanduser(location)
     try:
         patterns = [os.path.join(glob.escape(folder), "*.tar")] if os.path.isdir(folder) else expand_urls(location)
     except ValueError as error:
         raise DataError(f"shard pattern {location}: {error}; correct its braces") from error
     absolute = [os.path.abspath(os.path.expanduser(pattern)) for pattern in patterns]
-    found = list(chain.from_iterable(map(_matches, absolute)))
+    found = list(chain.from_iterable(_matches(pattern, damaged) for pattern in absolute))
     prefixes = sorted({re.sub(r"[-_.]?\d*\.tar$", "", os.path.basename(shard)) for shard in found})
     if os.path.isdir(folder) and len(prefixes) > 1:
         raise DataError(
@@ -145,15 +164,17 @@ def _local_shards(location: str) -> list[str]:
     return found
 
 
-def _matches(pattern: str) -> list[str]:
+def _matches(pattern: str, damaged: bool) -> list[str]:
     found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
-    for folder in {os.path.dirname(shard) for shard in found}:
+    for folder in {os.path.dirname(shard) for shard in found} or {os.path.dirname(pattern)}:
         if os.path.exists(os.path.join(folder, PENDING_INDEX)):
             raise DataError(f"{folder} was left half-written; run the tool that writes it again, or remove it")
-        for name in _read_index(os.path.join(folder, INDEX)) or ():
-            listed = os.path.join(folder, name)
-            if fnmatch.fnmatch(listed, pattern) and not os.path.exists(listed):
-                raise DataError(f"{folder}/{INDEX} lists {name}, which is missing; restore it, or {FIX}")
+        listed = [os.path.join(folder, name) for name in read_index(os.path.join(folder, INDEX)) or ()]
+        missing = [path for path in listed if fnmatch.fnmatch(path, pattern) and not os.path.exists(path)]
+        if missing and not damaged:
+            name = os.path.basename(missing[0])
+            raise DataError(f"{folder}/{INDEX} lists {name}, which is missing; restore it, or {FIX}")
+        found = sorted({*found, *missing})
     if not found:
         folder = os.path.dirname(pattern)
         state = "that folder has no such file" if os.path.isdir(folder) else f"the folder {folder} does not exist"
@@ -161,9 +182,9 @@ def _matches(pattern: str) -> list[str]:
     return found
 
 
-def _read_index(address: str) -> dict[str, dict] | None:
+def read_index(address: str) -> dict[str, dict] | None:
     """Give the entries of an index by shard name, or None where there is none."""
-    if not _is_remote(address) and not os.path.exists(address):
+    if not is_remote(address) and not os.path.exists(address):
         return None
     try:
         stream = gopen(address)
@@ -182,7 +203,7 @@ def _read_index(address: str) -> dict[str, dict] | None:
 
 def shard_name(url: str) -> str:
     """Give the file name in the address of a shard; raise DataError where it has none."""
-    if not _is_remote(url):
+    if not is_remote(url):
         return os.path.basename(url)
     name = SHARD_NAME.search(url)
     if name is None:
@@ -190,33 +211,32 @@ def shard_name(url: str) -> str:
     return name.group()
 
 
-def _remote_counts(urls: list[str], index: str | None) -> list[int]:
+def _remote_entries(urls: list[str], index: str | None) -> list[dict]:
     address = index or beside(urls[0], INDEX)
-    entries = _read_index(address)
+    entries = read_index(address)
     if entries is None:
         raise DataError(f"shard index {address} does not exist; copy it there, or write it with tools/make_shards.py")
     unknown = [url for url in urls if shard_name(url) not in entries]
     if unknown:
         raise DataError(f"{address} does not list {unknown[0]}; write the index anew with tools/make_shards.py index")
-    return [entries[shard_name(url)]["nsamples"] for url in urls]
+    return [entries[shard_name(url)] for url in urls]
 
 
-def _local_counts(paths: list[str], cache_dir: Path | None, index: str | None) -> list[int]:
+def _local_entries(paths: list[str], cache_dir: Path | None, index: str | None, damaged: bool) -> list[dict]:
     addresses = {path: index or beside(path, INDEX) for path in paths}
-    indexes = {address: _read_index(address) for address in set(addresses.values())}
+    indexes = {address: read_index(address) for address in set(addresses.values())}
     if index and indexes[index] is None:
         raise DataError(f"shard index {index} does not exist; write it with tools/make_shards.py index")
     cache = _CountCache(paths, cache_dir)
-    counts = []
+    entries = []
     for path, address in addresses.items():
         entry = (indexes[address] or {}).get(os.path.basename(path))
-        size = os.path.getsize(path)
-        if entry and entry.get("filesize", size) != size:
-            told = f"{address} says {entry['filesize']}"
-            raise DataError(f"shard {path}: {size} bytes, but {told}: truncated or changed; {FIX}")
-        counts.append(entry["nsamples"] if entry else cache.count(path))
+        told = entry and entry.get("filesize")
+        if told is not None and not damaged and told != (size := os.path.getsize(path)):
+            raise DataError(f"shard {path}: {size} bytes, but {address} says {told}: truncated or changed; {FIX}")
+        entries.append(entry or {"nsamples": cache.count(path)})
     cache.save()
-    return counts
+    return entries
 
 
 class _CountCache:
@@ -231,7 +251,10 @@ class _CountCache:
                 self.entries = json.loads(self.path.read_bytes())
 
     def count(self, path: str) -> int:
-        status = os.stat(path)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise DataError(f"shard {path}: {error.strerror}; {FIX}") from error
         stamp = [status.st_size, status.st_mtime_ns]
         if self.entries.get(path, {}).get("stamp") != stamp:
             self.entries[path] = {"stamp": stamp, "nsamples": count_samples(path)}
@@ -252,108 +275,3 @@ def write_whole(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def write_shards(
-    samples: Iterable[tuple[str, dict[str, bytes]]], folder: str | Path, prefix: str, samples_per_shard: int
-) -> ShardSet:
-    """Write samples as `folder/prefix-0000.tar`, ... and index.json, replacing an earlier set of that prefix.
-
-    samples: pairs (key, {member: bytes}); equal samples make equal bytes. Nothing shows under its final name before
-    the last sample is written. Raises DataError for a key with a dot or used twice in a shard, a missing member, or
-    no samples; whatever the iterable raises passes through; in both cases the shards are left as they were.
-    """
-    folder = Path(folder).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(f".{glob.escape(prefix)}-*.tar.partial"):  # of a writer that was killed
-        stale.unlink()
-    samples, partials = iter(samples), {}
-    try:
-        for first in samples:
-            final = folder / f"{prefix}-{len(partials):04d}.tar"
-            partial = folder / f".{final.name}.partial"
-            partials[final] = (partial, 0)
-            partials[final] = (partial, _write_tar(partial, chain([first], islice(samples, samples_per_shard - 1))))
-        if not partials:
-            raise DataError(f"no samples to write to {folder}")
-        _put_in_place(folder, prefix, partials)
-    finally:
-        for partial, _ in partials.values():
-            partial.unlink(missing_ok=True)
-    return ShardSet(tuple(map(str, partials)), tuple(count for _, count in partials.values()))
-
-
-def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
-    """Write one shard of a set that several processes write, between begin_set and finish_set, and count its samples."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        count = _write_tar(partial, samples)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
-
-
-def begin_set(folder: Path) -> None:
-    """Mark a folder as half-written until finish_set."""
-    write_whole(folder / PENDING_INDEX, _index_bytes([]))
-
-
-def finish_set(folder: Path, counts: Mapping[str, int]) -> ShardSet:
-    """Write the index of the shards {file name: samples} of a folder, beside those it lists already."""
-    entries = [_entry(folder / name, name, count) for name, count in counts.items()]
-    entries += [entry for name, entry in (_read_index(str(folder / INDEX)) or {}).items() if name not in counts]
-    write_whole(folder / PENDING_INDEX, _index_bytes(entries))
-    os.replace(folder / PENDING_INDEX, folder / INDEX)
-    return ShardSet(tuple(str(folder / name) for name in counts), tuple(counts.values()))
-
-
-def _write_tar(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
-    keys = set()
-    with open(path, "wb") as file:
-        with TarWriter(file, user="root", group="root", mode=0o644, mtime=0, encoder=False) as tar:
-            for key, members in samples:
-                if not key or "." in os.path.basename(key) or SKIPPED_MEMBER.match(key) or key in keys:
-                    raise DataError(f"sample key {key!r} is empty, has a dot, is reserved, or occurs twice; rename it")
-                keys.add(key)
-                content_member(str(path.parent), {"__key__": key, **members})
-                tar.write({"__key__": key, **members})
-        file.flush()
-        os.fsync(file.fileno())
-    return len(keys)
-
-
-def _put_in_place(folder: Path, prefix: str, partials: dict[Path, tuple[Path, int]]) -> None:
-    old = _read_index(str(folder / INDEX)) or {}
-    superseded = re.compile(re.escape(prefix) + r"-\d+\.tar")
-    entries = [_entry(partial, path.name, count) for path, (partial, count) in partials.items()]
-    entries += [entry for name, entry in old.items() if not superseded.fullmatch(name)]
-    write_whole(folder / PENDING_INDEX, _index_bytes(entries))
-    for path in folder.glob("*.tar"):
-        if superseded.fullmatch(path.name) and path not in partials:
-            path.unlink()
-    for path, (partial, _) in partials.items():
-        os.replace(partial, path)
-    os.replace(folder / PENDING_INDEX, folder / INDEX)
-
-
-def _entry(path: str | Path, name: str, count: int) -> dict:
-    return {"url": name, "nsamples": count, "filesize": os.path.getsize(path)}
-
-
-def _index_bytes(entries: list[dict]) -> bytes:
-    return json.dumps({"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": entries}, indent=1).encode()
-
-
-def write_index(location: str | Path) -> ShardSet:
-    """Scan the local shards of `location`, all in one folder, and write the index.json of that folder anew."""
-    if _is_remote(str(location)):
-        raise DataError(f"{location}: only local shards can be scanned; make the index from a local copy")
-    paths = _local_shards(str(location))
-    folders = {os.path.dirname(path) for path in paths}
-    if len(folders) > 1:
-        raise DataError(f"{location} spans {len(folders)} folders; write one index a folder")
-    counts = [count_samples(path) for path in paths]
-    entries = [_entry(path, os.path.basename(path), count) for path, count in zip(paths, counts, strict=True)]
-    write_whole(Path(folders.pop()) / INDEX, _index_bytes(entries))
-    return ShardSet(tuple(paths), tuple(counts))

@@ -27,8 +27,9 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop, functio
 from webdataset.gopen import gopen
 
 from dsquant.config import SOFT_LABELS, RunConfig
+from dsquant.data.reading import Record, decode
 from dsquant.data.shards import ShardSet, beside
-from dsquant.data.stream import Record, Row, decode
+from dsquant.data.stream import Row
 from dsquant.data.transforms import ToMode
 from dsquant.errors import ConfigError, DataError
 

@@ -8,32 +8,27 @@ Augmentation is a function of (seed, epoch, sample key). Each worker reads the t
 """
 
 import hashlib
-import io
 import math
 import random
-import tarfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from webdataset.filters import shuffle
-from webdataset.gopen import gopen
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from dsquant.data.shards import FIX, LABEL_MEMBER, TEXT_MEMBER, ShardSet, content_member, image_member, read_failure
-from dsquant.data.text import decode_text
+from dsquant.data.damage import Damage, DamageLog
+from dsquant.data.reading import Record, decode, read_shard
+from dsquant.data.shards import TEXT_MEMBER, ShardSet
 from dsquant.data.workers import Batch, load_batches
 from dsquant.errors import DataError
 
-Record = dict[str, Any]
 Row = tuple[Any, ...]
 Transform = Callable[[Any], Any]  # one that has a method `stack` makes batches of its results itself
-READ_BYTES = 1 << 20  # of a pipe or a remote shard at a time
 
 
 class TrainStream:
@@ -62,6 +57,7 @@ class TrainStream:
         shuffle_buffer: int = 4096,
         bucket_batches: int = 1,
         pin_memory: bool = False,
+        max_damaged: int = 0,
     ):
         if (transform is None) == (decode_rows is None):
             raise ValueError("give either transform or decode_rows")
@@ -69,6 +65,7 @@ class TrainStream:
         self.decode_rows = decode_rows or self._one_row
         self.rank, self.world_size, self.seed = _checked_rank(rank, world_size), world_size, seed
         self.shuffle_buffer, self.bucket_batches = shuffle_buffer, bucket_batches
+        self.damage = DamageLog(max_damaged, rank)
         self.loader = {"num_workers": num_workers, "pin_memory": pin_memory}
         self.batches_per_epoch = shards.total // (batch_size * world_size)
         if self.batches_per_epoch == 0:
@@ -87,28 +84,32 @@ class TrainStream:
         """
         if start < 0:
             raise ValueError(f"start must be at least 0, not {start}")
-        return load_batches(partial(self._worker_batches, start), **self.loader)
+        return self._counted(load_batches(partial(self._worker_batches, start), **self.loader))
 
-    def _worker_batches(self, start: int, worker: int, workers: int) -> Iterator[Batch]:
+    def _counted(self, loaded: Iterator[tuple[Batch, int, list[Damage]]]) -> Iterator[Batch]:
+        for batch, worker, damages in loaded:
+            self.damage.add(worker, damages)
+            yield batch
+
+    def _worker_batches(self, start: int, worker: int, workers: int) -> Iterator[tuple[Batch, int, list[Damage]]]:
         index = start + worker
         while True:
             epoch, first = divmod(index, self.batches_per_epoch)
             mine = range(first, self.batches_per_epoch, workers)
-            yield from self._epoch_batches(epoch, mine)
+            for batch, damages in self._epoch_batches(epoch, mine):
+                yield batch, worker, damages
             index += len(mine) * workers
 
-    def _epoch_batches(self, epoch: int, mine: range) -> Iterator[Batch]:
+    def _epoch_batches(self, epoch: int, mine: range) -> Iterator[tuple[Batch, list[Damage]]]:
         size = self.batches_per_epoch * self.batch_size
-        shard_order = list(range(len(self.shards)))
-        random.Random(_hash(self.seed, epoch, "shards")).shuffle(shard_order)
         order = self._order(epoch, size)
         buckets = sorted({batch // self.bucket_batches for batch in mine})
         spans = {b: range(b * self.bucket_batches, (b + 1) * self.bucket_batches) for b in buckets}
         wanted = np.zeros(size, dtype=bool)
         for span in spans.values():
             wanted[order[span.start : span.stop]] = True
-        records = _read_segment(self.shards, shard_order, self.rank * size, wanted)
-        kept: dict[int, Record] = {}  # read, but of a later bucket: never more than the shuffle buffer
+        records = _read_segment(self.shards, self._shard_order(epoch), self.rank * size, wanted)
+        kept: dict[int, Record | Damage] = {}  # read, but of a later bucket: never more than the shuffle buffer
         for bucket, span in spans.items():
             rows = []
             for position in order[span.start : span.stop].ravel().tolist():
@@ -119,13 +120,18 @@ class TrainStream:
             for index in (i for i in mine if i in span):
                 yield self._decoded(batches[index - span.start], epoch)
 
-    def _by_length(self, rows: list[Record], seed: int) -> list[list[Record]]:
+    def _by_length(self, rows: list[Record | Damage], seed: int) -> list[list[Record | Damage]]:
         """Cut the records of a bucket into batches of like length, in a random order; a bucket of one batch stays as it is."""
         if len(rows) > self.batch_size:
-            rows = sorted(rows, key=lambda record: len(record[TEXT_MEMBER]))
+            rows = sorted(rows, key=_text_length)
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         random.Random(seed).shuffle(batches)
         return batches
+
+    def _shard_order(self, epoch: int) -> list[int]:
+        order = list(range(len(self.shards)))
+        random.Random(_hash(self.seed, epoch, "shards")).shuffle(order)
+        return order
 
     def _order(self, epoch: int, size: int) -> np.ndarray:
         """Give the positions in the segment, (batches_per_epoch, batch_size), that make up each batch."""
@@ -133,13 +139,43 @@ class TrainStream:
         positions = shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng)(iter(range(size)))
         return np.fromiter(positions, dtype=np.int64, count=size).reshape(-1, self.batch_size)
 
-    def _decoded(self, rows: list[Record], epoch: int) -> Batch:
-        decoded = []
+    def _decoded(self, records: list[Record | Damage], epoch: int) -> tuple[Batch, list[Damage]]:
+        """Decode a batch; in place of a damaged sample comes another of the batch, or of the rank's share, augmented anew."""
+        rows, damages = [], []
         with _preserved_rng():
-            for row in rows:
-                _seed_rng(_hash(self.seed, epoch, row["__key__"]))
-                decoded += self.decode_rows(row)
-        return _stacked(decoded, self.transform)
+            for record in records:
+                try:
+                    rows.append(self._rows(record, epoch))
+                except DataError as error:
+                    if self.damage.limit == 0:
+                        raise
+                    rows.append(None)
+                    damages.append(_damage_of(record, str(error)))
+            if damages:
+                good = [record for record, made in zip(records, rows, strict=True) if made]
+                good = good or self._readable(epoch) or _fail(damages[0])
+                for place in (place for place, made in enumerate(rows) if not made):
+                    rows[place] = self._rows(good[place % len(good)], epoch, f"in place of {place}")
+        return _stacked([row for made in rows for row in made], self.transform), damages
+
+    def _rows(self, record: Record | Damage, epoch: int, place: str = "") -> list[Row]:
+        if isinstance(record, Damage):
+            _fail(record)
+        _seed_rng(_hash(self.seed, epoch, record["__key__"] + place))
+        return self.decode_rows(record)
+
+    def _readable(self, epoch: int) -> list[Record]:
+        """Find up to a batch of samples in the rank's share of an epoch that can be decoded, the first there are."""
+        size = self.batches_per_epoch * self.batch_size
+        found: list[Record] = []
+        segment = _read_segment(self.shards, self._shard_order(epoch), self.rank * size, np.ones(size, dtype=bool))
+        for _, record in segment:
+            with suppress(DataError):
+                self._rows(record, epoch)
+                found.append(record)
+            if len(found) == self.batch_size:
+                break
+        return found
 
     def _one_row(self, record: Record) -> list[Row]:
         return [decode(record, self.transform)]
@@ -181,7 +217,7 @@ class EvalStream:
         records = _read_segment(self.shards, range(len(self.shards)), self.first, wanted)
         for batch in mine:
             present = int(wanted[batch * self.batch_size : (batch + 1) * self.batch_size].sum())
-            rows = [decode(next(records)[1], self.transform) for _ in range(present)]
+            rows = [self._row(next(records)[1]) for _ in range(present)]
             if present < self.batch_size:
                 sample, label = rows[0] if rows else self._any_sample()
                 blank = torch.zeros_like(sample) if isinstance(sample, Tensor) else sample
@@ -190,103 +226,51 @@ class EvalStream:
 
     def _any_sample(self) -> tuple[Any, int | float]:
         """Give a sample of the set, for the shape of a batch that is all padding."""
-        _, record = next(_read_segment(self.shards, range(len(self.shards)), 0, np.ones(1, dtype=bool)))
+        return self._row(next(_read_segment(self.shards, range(len(self.shards)), 0, np.ones(1, dtype=bool)))[1])
+
+    def _row(self, record: Record | Damage) -> tuple[Any, int | float]:
+        if isinstance(record, Damage):  # a score over fewer samples would be another score
+            _fail(record)
         return decode(record, self.transform)
-
-
-def verify(shards: ShardSet, progress: Callable[[int], None] = lambda samples: None) -> dict[int | float, int]:
-    """Decode every sample; give the number of samples of each label or score.
-
-    progress is called with the number of samples done since the last call. Raises DataError at the first shard or
-    sample that cannot be read.
-    """
-    labels: dict[int | float, int] = {}
-    for url, count in zip(shards.urls, shards.counts, strict=True):
-        for record in read_shard(url, count):
-            _, label = decode(record, lambda content: content)
-            labels[label] = labels.get(label, 0) + 1
-            progress(1)
-    return dict(sorted(labels.items()))
-
-
-def read_shard(url: str, count: int) -> Iterator[Record]:
-    """Yield the undecoded samples of a shard: {"__key__", "__url__", member: bytes}.
-
-    Raises DataError where the shard cannot be read, or read to its end does not hold `count` samples: a tar cut
-    between two members looks whole to tarfile.
-    """
-    stream, held, done = None, None, 0  # one sample is held back: of a cut shard the last may lack a member
-    try:
-        stream = gopen(url, bufsize=READ_BYTES)
-        for done, record in enumerate(group_by_keys(tar_file_expander([{"url": url, "stream": stream}])), 1):
-            if done > count:
-                break
-            if held is not None:
-                yield held
-            held = record
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise DataError(f"shard {url}: {read_failure(error)}, after {done} of {count} samples; {FIX}") from error
-    finally:
-        if stream is not None:
-            with suppress(OSError):  # a pipe that is closed before its end says so with its exit status
-                stream.close()
-    if done != count:
-        found = f"{done} samples" if done < count else f"more than {count} samples"
-        raise DataError(f"shard {url}: {found} where {count} were counted: truncated or changed; {FIX}")
-    if held is not None:
-        yield held
-
-
-def decode(record: Record, transform: Transform) -> tuple[Any, int | float]:
-    """Decode and transform the image or the text of a record, and read its label; raise DataError with shard, key and cause."""
-    if content_member(record["__url__"], record) == TEXT_MEMBER:
-        return decode_text(record, transform)
-    return _decode_image(record, transform)
-
-
-def _decode_image(record: Record, transform: Transform) -> tuple[Any, int]:
-    url, key = record["__url__"], record["__key__"]
-    member = image_member(url, record)
-    try:
-        label = int(record[LABEL_MEMBER])
-    except ValueError:
-        label = -1
-    if label < 0:
-        content = record[LABEL_MEMBER][:20]
-        raise DataError(f"shard {url}, sample {key}: {LABEL_MEMBER} holds {content!r}, not a label (0, 1, ...); {FIX}")
-    try:
-        image = Image.open(io.BytesIO(record[member]))
-        image.load()
-    except Exception as error:  # Pillow's plugins raise almost anything on damaged bytes
-        raise DataError(f"shard {url}, sample {key}: cannot decode {member} ({_cause(error)}); {FIX}") from error
-    try:
-        return transform(image), label
-    except Exception as error:
-        message = f"shard {url}, sample {key}: cannot transform the {image.mode} image of size {image.size}"
-        raise DataError(f"{message} ({_cause(error)}); check data.image_size, channels and augment") from error
-
-
-def _cause(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _read_segment(
     shards: ShardSet, shard_order: Sequence[int], first: int, wanted: np.ndarray
-) -> Iterator[tuple[int, Record]]:
+) -> Iterator[tuple[int, Record | Damage]]:
     """Yield (position, record) where `wanted`, in the segment that starts at sample `first` of the ordered shards."""
     begin = -first  # position of the shard's first sample in the segment
     for index in shard_order:
-        url, count = shards.urls[index], shards.counts[index]
-        low, high = max(begin, 0), max(begin + count, 0)
+        low, high = max(begin, 0), max(begin + shards.counts[index], 0)
         positions = np.flatnonzero(wanted[low:high]) + low
         if len(positions):
-            last = int(positions[-1])
-            for position, record in enumerate(read_shard(url, count), begin):
-                if position >= 0 and wanted[position]:
-                    yield position, record
-                if position == last and last < begin + count - 1:
-                    break
-        begin += count
+            yield from zip(positions.tolist(), _read_samples(shards, index, (positions - begin).tolist()), strict=False)
+        begin += shards.counts[index]
+
+
+def _read_samples(shards: ShardSet, index: int, numbers: list[int]) -> Iterator[Record | Damage]:
+    """Yield the samples of a shard that have these numbers, in order; once it cannot be read, what is lost of them."""
+    url, wanted = shards.urls[index], deque(numbers)
+    try:
+        for number, record in enumerate(read_shard(url, shards.counts[index], shards.sizes[index])):
+            if number == wanted[0]:
+                wanted.popleft()
+                yield record
+                if not wanted:
+                    return
+    except DataError as error:
+        yield from (Damage(url, number, str(error)) for number in wanted)
+
+
+def _text_length(record: Record | Damage) -> int:
+    return 0 if isinstance(record, Damage) else len(record.get(TEXT_MEMBER, b""))
+
+
+def _damage_of(record: Record | Damage, cause: str) -> Damage:
+    return record if isinstance(record, Damage) else Damage(record["__url__"], record["__number__"], cause)
+
+
+def _fail(damage: Damage) -> NoReturn:
+    raise DataError(damage.cause)
 
 
 def _stacked(rows: list[Row], transform: Transform | None) -> Batch:

@@ -87,12 +87,16 @@ def decode_text(record: dict[str, Any], transform: Callable[[dict[str, str]], An
     where = f"shard {record['__url__']}, sample {record['__key__']}"
     try:
         sample = json.loads(record[TEXT_MEMBER])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise DataError(f"{where}: no readable {TEXT_MEMBER} member ({type(error).__name__}: {error}); {FIX}") from None
     texts = [sample.get("text"), sample.get("text_pair", "")] if isinstance(sample, dict) else [None]
     if not all(isinstance(text, str) for text in texts):
         raise DataError(f"{where}: {TEXT_MEMBER} must hold a text, and may hold a text_pair, both strings; {FIX}")
-    return transform(sample), _label(record, where)
+    label = _label(record, where)
+    try:
+        return transform(sample), label
+    except Exception as error:  # tokenizers raise their own on text that is no valid Unicode
+        raise DataError(f"{where}: cannot tokenize it ({type(error).__name__}: {error}); {FIX}") from error
 
 
 def _label(record: dict[str, Any], where: str) -> int | float:
@@ -101,6 +105,6 @@ def _label(record: dict[str, Any], where: str) -> int | float:
         label = int(record[member]) if member == LABEL_MEMBER else float(record[member])
     except ValueError:
         label = -1 if member == LABEL_MEMBER else math.nan
-    if (member == LABEL_MEMBER and label < 0) or not math.isfinite(label):
+    if (member == LABEL_MEMBER and not 0 <= label < 1 << 63) or not math.isfinite(label):
         raise DataError(f"{where}: {member} holds {record[member][:20]!r}, which is no label; {FIX}")
     return label

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dsquant.data.image_folder import write_classes
-from dsquant.data.shards import LABEL_MEMBER, SCORE_MEMBER, TEXT_MEMBER, ShardSet, write_shards
+from dsquant.data.shard_writing import write_shards
+from dsquant.data.shards import LABEL_MEMBER, SCORE_MEMBER, TEXT_MEMBER, ShardSet
 from dsquant.errors import DataError
 
 Row = dict[str, Any]

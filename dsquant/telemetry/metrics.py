@@ -20,7 +20,7 @@ from dsquant.errors import DsquantError
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
-KINDS = ("train", "eval", "oscillation", "stage", "checkpoint", "summary")
+KINDS = ("train", "eval", "oscillation", "stage", "checkpoint", "data", "summary")
 RESERVED = ("time", "nonfinite")
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dsquant.data import make_digits
-from dsquant.data.stream import read_shard
+from dsquant.data.reading import read_shard
 from dsquant.errors import DataError
 
 

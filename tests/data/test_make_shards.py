@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dsquant.data import ShardSet, shard_image_folder, verify
-from dsquant.data.stream import read_shard
+from dsquant.data.reading import read_shard
 from dsquant.errors import DataError
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_shards.py"

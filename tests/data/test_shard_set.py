@@ -247,7 +247,7 @@ def test_http_shards_are_read_with_their_index(make_set, tmp_path):
     from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
     from threading import Thread
 
-    from dsquant.data.stream import read_shard
+    from dsquant.data.reading import read_shard
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args):

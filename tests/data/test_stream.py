@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import random
 import signal
@@ -117,7 +118,7 @@ def test_a_resume_decodes_and_opens_nothing_of_the_past(make_set, monkeypatch):
     decoded, opened = [], []
     decode, read_shard = stream_module.decode, stream_module.read_shard
     monkeypatch.setattr(stream_module, "decode", lambda row, *rest: decoded.append(row) or decode(row, *rest))
-    monkeypatch.setattr(stream_module, "read_shard", lambda url, count: opened.append(url) or read_shard(url, count))
+    monkeypatch.setattr(stream_module, "read_shard", lambda url, *rest: opened.append(url) or read_shard(url, *rest))
     stream = train_stream(shards, shuffle_buffer=4)
     next(stream.batches(10))
     assert len(decoded) == 4
@@ -208,6 +209,14 @@ def test_a_bad_sample_is_named_once_and_plainly(make_set, workers, members, caus
             list(islice(stream.batches(), 11))
         assert str(raised.value).startswith(f"shard {shards.urls[2]}, sample sample0017: {cause}")
         assert "Traceback" not in str(raised.value)
+
+
+def test_workers_end_as_soon_as_one_has_met_an_error(make_set):
+    shards, others = break_sample(make_set(), 17, cls=b"cat"), set(multiprocessing.active_children())
+    with pytest.raises(DataError, match="sample0017") as raised:
+        list(eval_stream(shards, num_workers=2).batches())
+    assert raised.tb is not None  # it holds the frames that held the workers
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_a_damaged_image_is_named(make_set, samples):

@@ -20,7 +20,7 @@ from dsquant.data import (
     verify,
     write_shards,
 )
-from dsquant.data.stream import read_shard
+from dsquant.data.reading import read_shard
 from dsquant.data.text import decode_text
 from dsquant.errors import ConfigError, DataError
 

@@ -1,0 +1,99 @@
+"""Read the samples of one shard, and decode them; whatever is wrong is a DataError that names shard, sample and cause."""
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+from PIL import Image
+from webdataset.gopen import gopen
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from dsquant.data.shards import (
+    FAULT,
+    FIX,
+    LABEL_MEMBER,
+    TEXT_MEMBER,
+    content_member,
+    image_member,
+    is_remote,
+    read_failure,
+)
+from dsquant.data.text import decode_text
+from dsquant.errors import DataError
+
+READ_BYTES = 1 << 20  # of a pipe or a remote shard at a time
+
+Record = dict[str, Any]
+
+
+def read_shard(url: str, count: int, size: int | None = None) -> Iterator[Record]:
+    """Yield the undecoded samples of a shard: {"__key__", "__url__", "__number__", member: bytes}.
+
+    size: bytes of a local shard, where they are known. Raises DataError where the shard cannot be read, or read to its end
+    does not hold `count` samples or is not of that size: a tar cut between two members looks whole to tarfile. A sample
+    with a member twice is yielded, and refused when it is decoded.
+    """
+    stream, held, done, faults = None, None, 0, []  # one sample is held back: the last of a cut shard may lack a member
+    try:
+        stream = gopen(url, bufsize=READ_BYTES)
+        members = tar_file_expander([{"url": url, "stream": stream}])
+        for done, record in enumerate(group_by_keys(members, handler=lambda error: faults.append(error) is None), 1):
+            if done > count:
+                break
+            record["__number__"] = done - 1
+            if faults:
+                record[FAULT] = read_failure(faults.pop())
+            if held is not None:
+                yield held
+            held = record
+        found = size if size is None or is_remote(url) else os.fstat(stream.fileno()).st_size
+    except Exception as error:  # tarfile and its decompressors raise almost anything on damaged bytes
+        if held is not None:  # another came after it, so it is whole
+            yield held
+        raise DataError(f"shard {url}: {read_failure(error)}, after {done} of {count} samples; {FIX}") from error
+    finally:
+        if stream is not None:
+            with suppress(OSError):  # a pipe that is closed before its end says so with its exit status
+                stream.close()
+    if done != count:
+        held_there = f"{done} samples" if done < count else f"more than {count} samples"
+        raise DataError(f"shard {url}: {held_there} where {count} were counted: truncated or changed; {FIX}")
+    if found != size:
+        raise DataError(f"shard {url}: {found} bytes, but its index says {size}: truncated or changed; {FIX}")
+    if held is not None:
+        yield held
+
+
+def decode(record: Record, transform: Callable[[Any], Any]) -> tuple[Any, int | float]:
+    """Decode and transform the image or the text of a record, and read its label; raise DataError with shard, key and cause."""
+    if content_member(record["__url__"], record) == TEXT_MEMBER:
+        return decode_text(record, transform)
+    return _decode_image(record, transform)
+
+
+def _decode_image(record: Record, transform: Callable[[Any], Any]) -> tuple[Any, int]:
+    url, key = record["__url__"], record["__key__"]
+    member = image_member(url, record)
+    try:
+        label = int(record[LABEL_MEMBER])
+    except ValueError:
+        label = -1
+    if not 0 <= label < 1 << 63:
+        content = record[LABEL_MEMBER][:20]
+        raise DataError(f"shard {url}, sample {key}: {LABEL_MEMBER} holds {content!r}, not a label (0, 1, ...); {FIX}")
+    try:
+        image = Image.open(io.BytesIO(record[member]))
+        image.load()
+    except Exception as error:  # Pillow's plugins raise almost anything on damaged bytes
+        raise DataError(f"shard {url}, sample {key}: cannot decode {member} ({_cause(error)}); {FIX}") from error
+    try:
+        return transform(image), label
+    except Exception as error:
+        message = f"shard {url}, sample {key}: cannot transform the {image.mode} image of size {image.size}"
+        raise DataError(f"{message} ({_cause(error)}); check data.image_size, channels and augment") from error
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
