@@ -88,7 +88,8 @@ class DataConfig(Section):
     latter case the sentences of every `bucket_batches` batches may be put together by length, which leaves less to pad.
     `metric` is what validation reports beside the loss; pearson_spearman is for scores (regression, `model.num_classes: 1`).
     A rank replaces up to `max_damaged` training samples that cannot be read by others, with a warning for each; the next
-    one is an error. Validation replaces none.
+    one is an error. Validation replaces none. Shards of remote addresses are kept in the folder `cache_dir`, the least
+    recently used leaving beyond `cache_gib` GiB; it should lie on a disk of the node, whose ranks share it.
     """
 
     task: Literal["image", "text"] = "image"
@@ -110,6 +111,8 @@ class DataConfig(Section):
     num_workers: Count = 4
     shuffle_buffer: Positive = 4096
     max_damaged: Count = 0
+    cache_dir: str | None = None
+    cache_gib: Annotated[float, Field(gt=0)] = 64.0
     eval_batch_size: Positive = 256
     soft_labels: SoftLabelsConfig | None = None
 

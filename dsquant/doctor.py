@@ -20,14 +20,13 @@ from torch import nn
 
 from dsquant.analysis.variants import weight_images
 from dsquant.config import RunConfig, StageConfig, merge_ds_config
-from dsquant.data import ShardSet
 from dsquant.data.digits import make_digits
 from dsquant.engine import World, owned_ds_settings
 from dsquant.errors import BuildError, ConfigError, DataError, DsquantError, TrainingError
 from dsquant.models import build_model, insert_sites
 from dsquant.ops import backends
 from dsquant.ops.cases import disagreements
-from dsquant.run_data import images_per_batch
+from dsquant.run_data import images_per_batch, open_shards
 
 PACKAGES = ("torch", "deepspeed", "timm", "transformers", "webdataset", "wandb")
 STATE_BYTES = 18  # of a weight in a checkpoint: latent, two moments, codes, direction, frequency
@@ -186,8 +185,7 @@ class Doctor:
             if data.source == "digits":
                 train, val = make_digits(Path(scratch))
             else:
-                train = ShardSet.open(data.train, Path(scratch), damaged=data.max_damaged > 0)
-                val = ShardSet.open(data.val, Path(scratch))
+                train, val = open_shards(data, Path(scratch))
         for name, stage in self.config.stages.items():
             per_rank = images_per_batch(self.config, stage, self.world.size)
             if train.total < per_rank * self.world.size:

@@ -5,7 +5,16 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dsquant.config import DataConfig, RunConfig, StageConfig
-from dsquant.data import EvalStream, ShardSet, StoredCrops, TrainStream, copy_tokenizer, damage_report, make_digits
+from dsquant.data import (
+    EvalStream,
+    ShardCache,
+    ShardSet,
+    StoredCrops,
+    TrainStream,
+    copy_tokenizer,
+    damage_report,
+    make_digits,
+)
 from dsquant.engine import World, micro_batch_size
 from dsquant.errors import ConfigError
 from dsquant.evaluation import transform_of
@@ -20,11 +29,16 @@ def open_data(config: DataConfig, run_dir: Path, rank: int) -> tuple[ShardSet, S
             if config.source == "digits":
                 shards = make_digits(run_dir / "data")
             else:
-                cache = run_dir / "data"
-                train = ShardSet.open(config.train, cache, damaged=config.max_damaged > 0)
-                shards = train, ShardSet.open(config.val, cache)
+                shards = open_shards(config, run_dir / "data")
         dist.barrier()
     return shards
+
+
+def open_shards(config: DataConfig, counts: Path) -> tuple[ShardSet, ShardSet]:
+    """Open the shards that a recipe names; `counts` is a folder that keeps the counts of those without an index."""
+    cache = ShardCache(config.cache_dir, int(config.cache_gib * 2**30)) if config.cache_dir else None
+    train = ShardSet.open(config.train, counts, damaged=config.max_damaged > 0, cache=cache)
+    return train, ShardSet.open(config.val, counts, cache=cache)
 
 
 def open_tokenizer(config: RunConfig, run_dir: Path, rank: int) -> Path | None:

@@ -4,6 +4,7 @@ from dsquant.data.checking import verify
 from dsquant.data.damage import damage_report
 from dsquant.data.digits import make_digits
 from dsquant.data.image_folder import shard_image_folder
+from dsquant.data.shard_cache import ShardCache
 from dsquant.data.shard_writing import write_index, write_shards
 from dsquant.data.shards import ShardSet
 from dsquant.data.soft_labels import StoredCrops, read_settings
@@ -14,6 +15,7 @@ from dsquant.data.transforms import build_transform
 
 __all__ = [
     "EvalStream",
+    "ShardCache",
     "ShardSet",
     "StoredCrops",
     "Tokenize",

@@ -7,9 +7,10 @@ from contextlib import suppress
 from typing import Any
 
 from PIL import Image
-from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from dsquant.data.remote import open_url
+from dsquant.data.shard_cache import ShardCache
 from dsquant.data.shards import (
     FAULT,
     FIX,
@@ -23,21 +24,22 @@ from dsquant.data.shards import (
 from dsquant.data.text import decode_text
 from dsquant.errors import DataError
 
-READ_BYTES = 1 << 20  # of a pipe or a remote shard at a time
-
 Record = dict[str, Any]
 
 
-def read_shard(url: str, count: int, size: int | None = None) -> Iterator[Record]:
+def read_shard(
+    url: str, count: int, size: int | None = None, digest: str | None = None, cache: ShardCache | None = None
+) -> Iterator[Record]:
     """Yield the undecoded samples of a shard: {"__key__", "__url__", "__number__", member: bytes}.
 
-    size: bytes of a local shard, where they are known. Raises DataError where the shard cannot be read, or read to its end
-    does not hold `count` samples or is not of that size: a tar cut between two members looks whole to tarfile. A sample
-    with a member twice is yielded, and refused when it is decoded.
+    size, digest: what its index says, where it does. A remote shard is read through `cache`, where there is one.
+    Raises DataError where the shard cannot be read, or read to its end does not hold `count` samples or is not of that
+    size: a tar cut between two members looks whole to tarfile. A sample with a member twice is yielded, and refused when
+    it is decoded.
     """
     stream, held, done, faults = None, None, 0, []  # one sample is held back: the last of a cut shard may lack a member
     try:
-        stream = gopen(url, bufsize=READ_BYTES)
+        stream = cache.open(url, size, digest) if cache and is_remote(url) else open_url(url)
         members = tar_file_expander([{"url": url, "stream": stream}])
         for done, record in enumerate(group_by_keys(members, handler=lambda error: faults.append(error) is None), 1):
             if done > count:

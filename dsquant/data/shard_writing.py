@@ -1,7 +1,6 @@
 """Write WebDataset shards, with their index, so that a set is whole or absent."""
 
 import glob
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from dsquant.data.shards import (
     ShardSet,
     content_member,
     count_samples,
+    file_hash,
     is_remote,
     local_shards,
     read_index,
@@ -27,12 +27,6 @@ from dsquant.data.shards import (
 from dsquant.errors import DataError
 
 Sample = tuple[str, dict[str, bytes]]  # key, and bytes by member
-
-
-def file_hash(path: str | Path) -> str:
-    """Return the blake2b of a file, 16 bytes in hex, as index.json holds it."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def write_shards(samples: Iterable[Sample], folder: str | Path, prefix: str, samples_per_shard: int) -> ShardSet:

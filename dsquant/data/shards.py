@@ -18,12 +18,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys
 
+from dsquant.data.remote import open_url
 from dsquant.errors import DataError
+
+if TYPE_CHECKING:
+    from dsquant.data.shard_cache import ShardCache
 
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 LABEL_MEMBER = "cls"
@@ -40,13 +44,15 @@ SKIPPED_MEMBER = re.compile(r"__[^/]*__($|/)")  # the members that webdataset's 
 class ShardSet:
     """Hold the addresses of shards and their sample counts; `len` is the number of shards, `total` that of samples.
 
-    sizes (bytes) and hashes (blake2b of 16 bytes, in hex) are those of the index, None where it does not tell.
+    sizes (bytes) and hashes (blake2b of 16 bytes, in hex) are those of the index, None where it does not tell. Remote
+    shards are read through `cache`, where there is one.
     """
 
     urls: tuple[str, ...]
     counts: tuple[int, ...]
     sizes: tuple[int | None, ...] = field(default=(), compare=False)
     hashes: tuple[str | None, ...] = field(default=(), compare=False)
+    cache: "ShardCache | None" = field(default=None, compare=False)
 
     def __post_init__(self):
         for name in ("sizes", "hashes"):
@@ -55,8 +61,9 @@ class ShardSet:
 
     @classmethod
     def open(
-        cls, location: str | Path, cache_dir: Path | None = None, index: str | None = None, *, damaged: bool = False
-    ) -> "ShardSet":
+        cls, location: str | Path, cache_dir: Path | None = None, index: str | None = None, *, damaged: bool = False,
+        cache: "ShardCache | None" = None,
+    ) -> "ShardSet":  # fmt: skip
         """Find the shards of `location`, each with its sample count.
 
         location: a folder of *.tar, a glob, a brace pattern (`train-{0000..0019}.tar`), or a brace pattern of
@@ -69,11 +76,13 @@ class ShardSet:
         if is_remote(str(location)):
             urls = expand_urls(str(location))
             entries = _remote_entries(urls, index)
+            if cache:
+                cache.check(urls, [entry.get("filesize") for entry in entries])
         else:
             urls = local_shards(str(location), damaged)
             entries = _local_entries(urls, cache_dir, index, damaged)
         columns = ([entry.get(name) for entry in entries] for name in ("nsamples", "filesize", "blake2b"))
-        found = cls(tuple(urls), *map(tuple, columns))
+        found = cls(tuple(urls), *map(tuple, columns), cache=cache)
         if found.total == 0:
             raise DataError(f"{location}: the shards hold no samples; {FIX}")
         return found
@@ -85,6 +94,16 @@ class ShardSet:
 
     def __len__(self) -> int:
         return len(self.urls)
+
+    def row(self, index: int) -> tuple[str, int, int | None, str | None]:
+        """Give address, count, size and hash of one shard."""
+        return self.urls[index], self.counts[index], self.sizes[index], self.hashes[index]
+
+    def prefetch(self, index: int) -> None:
+        """Start to bring a remote shard into the cache, where there is one."""
+        url, _, size, digest = self.row(index)
+        if self.cache and is_remote(url):
+            self.cache.prefetch(url, size, digest)
 
 
 def image_member(url: str, sample: Mapping[str, object]) -> str:
@@ -187,7 +206,7 @@ def read_index(address: str) -> dict[str, dict] | None:
     if not is_remote(address) and not os.path.exists(address):
         return None
     try:
-        stream = gopen(address)
+        stream = open_url(address)
         try:
             entries = json.loads(stream.read())["shardlist"]
         finally:
@@ -265,6 +284,12 @@ class _CountCache:
         if self.path and self.changed:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, json.dumps(self.entries).encode())
+
+
+def file_hash(path: str | Path) -> str:
+    """Return the blake2b of a file, 16 bytes in hex, as index.json holds it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def write_whole(path: Path, content: bytes) -> None:

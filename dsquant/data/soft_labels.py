@@ -24,10 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, functional
-from webdataset.gopen import gopen
 
 from dsquant.config import SOFT_LABELS, RunConfig
 from dsquant.data.reading import Record, decode
+from dsquant.data.remote import open_url
 from dsquant.data.shards import ShardSet, beside
 from dsquant.data.stream import Row
 from dsquant.data.transforms import ToMode
@@ -251,7 +251,7 @@ def read_settings(shards: ShardSet) -> SoftLabelSettings:
     for address in dict.fromkeys(beside(url, SETTINGS) for url in shards.urls):
         content = b""
         with suppress(OSError):  # an address without settings is named below
-            stream = gopen(address)
+            stream = open_url(address)
             try:
                 content = stream.read()
             finally:

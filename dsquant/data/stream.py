@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import zip_longest
 from typing import Any, NoReturn
 
 import numpy as np
@@ -239,19 +240,24 @@ def _read_segment(
 ) -> Iterator[tuple[int, Record | Damage]]:
     """Yield (position, record) where `wanted`, in the segment that starts at sample `first` of the ordered shards."""
     begin = -first  # position of the shard's first sample in the segment
+    parts = []
     for index in shard_order:
         low, high = max(begin, 0), max(begin + shards.counts[index], 0)
         positions = np.flatnonzero(wanted[low:high]) + low
         if len(positions):
-            yield from zip(positions.tolist(), _read_samples(shards, index, (positions - begin).tolist()), strict=False)
+            parts.append((index, positions.tolist(), (positions - begin).tolist()))
         begin += shards.counts[index]
+    for (index, positions, numbers), following in zip_longest(parts, parts[1:]):
+        if following:
+            shards.prefetch(following[0])
+        yield from zip(positions, _read_samples(shards, index, numbers), strict=False)
 
 
 def _read_samples(shards: ShardSet, index: int, numbers: list[int]) -> Iterator[Record | Damage]:
     """Yield the samples of a shard that have these numbers, in order; once it cannot be read, what is lost of them."""
     url, wanted = shards.urls[index], deque(numbers)
     try:
-        for number, record in enumerate(read_shard(url, shards.counts[index], shards.sizes[index])):
+        for number, record in enumerate(read_shard(*shards.row(index), shards.cache)):
             if number == wanted[0]:
                 wanted.popleft()
                 yield record

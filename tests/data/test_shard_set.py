@@ -1,7 +1,6 @@
 import io
 import json
 import os
-import subprocess
 import tarfile
 from pathlib import Path
 
@@ -241,8 +240,6 @@ def test_remote_shards_take_their_counts_from_the_index_beside_them(make_set, tm
 
 
 def test_http_shards_are_read_with_their_index(make_set, tmp_path):
-    if subprocess.run(["curl", "--version"], capture_output=True).returncode:
-        pytest.skip("webdataset reads http with curl, which is not installed")
     from functools import partial
     from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
     from threading import Thread

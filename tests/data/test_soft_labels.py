@@ -13,7 +13,6 @@ from torchvision.transforms import RandomResizedCrop, functional
 
 from dsquant.config import parse_config
 from dsquant.data import ShardSet, StoredCrops, TrainStream, read_settings, write_shards
-from dsquant.data import stream as stream_module
 from dsquant.data.soft_labels import MEMBER, SETTINGS, SoftLabels, SoftLabelSettings, cut, draw_crops
 from dsquant.errors import ConfigError, DataError
 
@@ -250,7 +249,7 @@ def test_all_crops_may_be_asked_for_and_no_more(soft_set):
 def test_an_image_is_decoded_once_a_visit(soft_set, monkeypatch):
     shards, settings = soft_set()
     opened, open_image = [], Image.open
-    monkeypatch.setattr(stream_module.Image, "open", lambda file: opened.append(file) or open_image(file))
+    monkeypatch.setattr(Image, "open", lambda file: opened.append(file) or open_image(file))
     images, *_ = next(soft_stream(shards, settings, m=5).batches())
     assert (len(images), len(opened)) == (20, 4)
 
