@@ -1,9 +1,10 @@
 """Stream WebDataset shards: the same steps on every rank, the same order for any number of workers."""
 
-from dsquant.data.checking import verify
+from dsquant.data.checking import check_shards
 from dsquant.data.damage import damage_report
 from dsquant.data.digits import make_digits
 from dsquant.data.image_folder import shard_image_folder
+from dsquant.data.image_table import shard_image_table
 from dsquant.data.shard_cache import ShardCache
 from dsquant.data.shard_writing import write_index, write_shards
 from dsquant.data.shards import ShardSet
@@ -21,13 +22,14 @@ __all__ = [
     "Tokenize",
     "TrainStream",
     "build_transform",
+    "check_shards",
     "copy_tokenizer",
     "damage_report",
     "make_digits",
     "read_settings",
     "shard_image_folder",
+    "shard_image_table",
     "shard_text_table",
-    "verify",
     "write_index",
     "write_shards",
 ]

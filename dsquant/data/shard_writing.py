@@ -49,7 +49,7 @@ def write_shards(samples: Iterable[Sample], folder: str | Path, prefix: str, sam
             partials[final] = (partial, _write_tar(partial, chain([first], islice(samples, samples_per_shard - 1))))
         if not partials:
             raise DataError(f"no samples to write to {folder}")
-        entries = [_entry(partial, final.name, count) for final, (partial, count) in partials.items()]
+        entries = [index_entry(partial, final.name, count) for final, (partial, count) in partials.items()]
         return put_in_place(folder, prefix, entries, [partial for partial, _ in partials.values()])
     finally:
         for partial, _ in partials.values():
@@ -74,7 +74,7 @@ def begin_set(folder: Path) -> None:
 
 def finish_set(folder: Path, counts: Mapping[str, int]) -> ShardSet:
     """Write the index of the shards {file name: samples} of a folder, beside those it lists already."""
-    entries = [_entry(folder / name, name, count) for name, count in counts.items()]
+    entries = [index_entry(folder / name, name, count) for name, count in counts.items()]
     others = [entry for name, entry in (read_index(str(folder / INDEX)) or {}).items() if name not in counts]
     write_whole(folder / PENDING_INDEX, _index_bytes(entries + others))
     os.replace(folder / PENDING_INDEX, folder / INDEX)
@@ -90,7 +90,7 @@ def write_index(location: str | Path) -> ShardSet:
     if len(folders) > 1:
         raise DataError(f"{location} spans {len(folders)} folders; write one index a folder")
     folder = Path(folders.pop())
-    entries = [_entry(path, os.path.basename(path), count_samples(path)) for path in paths]
+    entries = [index_entry(path, os.path.basename(path), count_samples(path)) for path in paths]
     write_whole(folder / INDEX, _index_bytes(entries))
     return _set_of(folder, entries)
 
@@ -125,7 +125,8 @@ def _write_tar(path: Path, samples: Iterable[Sample]) -> int:
     return len(keys)
 
 
-def _entry(path: str | Path, name: str, count: int) -> dict[str, Any]:
+def index_entry(path: str | Path, name: str, count: int) -> dict[str, Any]:
+    """Describe a whole shard as index.json does."""
     return {"url": name, "nsamples": count, "filesize": os.path.getsize(path), "blake2b": file_hash(path)}
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys
 
-from dsquant.data.remote import open_url
+from dsquant.data.remote import READ_BYTES, open_url
 from dsquant.errors import DataError
 
 if TYPE_CHECKING:
@@ -141,6 +141,9 @@ def count_samples(path: str) -> int:
             block = file.read(tarfile.BLOCKSIZE)
             if block != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("corrupt header" if len(block) == tarfile.BLOCKSIZE else "the tar is truncated")
+            while block := file.read(READ_BYTES):  # a reader would take zeros among the samples for the end
+                if block.strip(b"\0"):
+                    raise tarfile.ReadError("more lies behind what looks like its end")
         samples = list(group_by_keys({"fname": name, "data": b"", "__url__": path} for name in names))
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         size = os.path.getsize(path) if os.path.exists(path) else 0

@@ -5,11 +5,12 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsquant.data.image_folder import write_classes
-from dsquant.data.shard_writing import write_shards
+from dsquant.data.shard_jobs import write_sources
 from dsquant.data.shards import LABEL_MEMBER, SCORE_MEMBER, TEXT_MEMBER, ShardSet
 from dsquant.errors import DataError
 
@@ -27,6 +28,7 @@ def shard_text_table(
     prefix: str = "train",
     samples_per_shard: int = 10000,
     seed: int = 0,
+    workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ShardSet:
     """Write the rows of a table as shards `out/prefix-*.tar`, index.json and, without `regression`, classes.txt.
@@ -34,11 +36,12 @@ def shard_text_table(
     src: a .tsv or .csv whose columns are named by its first line, or numbered from 0 where every column given is a number
     (then there is no such line); a .jsonl of objects; or the folder of one split of a Hugging Face data set (`save_to_disk`).
     Labels that are all whole numbers from 0 are taken as they are; others are classes, numbered in sorted order. With
-    `regression` a label is a number and becomes the member `score`. Rows are shuffled by `seed`. Raises DataError naming
-    the row at fault, for an absent column, and for classes other than those of a classes.txt already in `out`.
+    `regression` a label is a number and becomes the member `score`. Rows are shuffled by `seed` and written by `workers`
+    processes; a call that was killed goes on with the shards that it had finished. Raises DataError naming the row at fault,
+    for an absent column, and for classes other than those of a classes.txt already in `out`.
     """
     columns = [text_column, label_column] + ([] if text_pair_column is None else [text_pair_column])
-    rows = list(_rows(Path(src), columns))
+    rows = list(table_rows(Path(src), columns))
     if not rows:
         raise DataError(f"{src} holds no rows")
     samples = [_sample(row, columns, f"{src}, row {number}") for number, row in enumerate(rows, 1)]
@@ -47,27 +50,39 @@ def shard_text_table(
         labels = [_score(label, f"{src}, row {number}") for number, (_, label) in enumerate(samples, 1)]
         member = SCORE_MEMBER
     else:
-        labels, classes = _classes([label for _, label in samples], out / "classes.txt")
+        labels, classes = class_numbers([label for _, label in samples], out / "classes.txt")
         out.mkdir(parents=True, exist_ok=True)
         write_classes(out / "classes.txt", classes)
         member = LABEL_MEMBER
-    pairs = [(sample, {member: str(label).encode()}) for (sample, _), label in zip(samples, labels, strict=True)]
-    random.Random(seed).shuffle(pairs)
-    return write_shards(_members(pairs, prefix, progress), out, prefix, samples_per_shard)
+    texts = [
+        TextRow(json.dumps(sample, ensure_ascii=False), member, str(label))
+        for (sample, _), label in zip(samples, labels, strict=True)
+    ]
+    random.Random(seed).shuffle(texts)
+    return write_sources(texts, out, prefix, samples_per_shard=samples_per_shard, workers=workers, progress=progress)
 
 
-def _members(
-    pairs: list[tuple[dict[str, str], dict[str, bytes]]], prefix: str, progress: Callable[[int, int], None]
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    for number, (sample, label) in enumerate(pairs):
-        content = json.dumps(sample, ensure_ascii=False).encode()
-        yield f"{prefix}{number:08d}", {TEXT_MEMBER: content, **label}
-        progress(number + 1, len(pairs))
+@dataclass(frozen=True)
+class TextRow:
+    """Stand for a row to be packed: its JSON, and its label under the name of its member."""
+
+    content: str
+    label_member: str
+    label: str
+
+    def identity(self) -> str:
+        """Give all of the row."""
+        return repr(self)
+
+    def members(self) -> dict[str, bytes]:
+        """Encode the row."""
+        return {TEXT_MEMBER: self.content.encode(), self.label_member: self.label.encode()}
 
 
-def _rows(src: Path, columns: list[str | int]) -> Iterator[Row]:
+def table_rows(src: Path, columns: list[str | int]) -> Iterator[Row]:
+    """Yield the rows of a .tsv, .csv or .jsonl, or of a saved data set, by column; see shard_text_table."""
     if src.is_dir():
-        yield from _saved_dataset(src)
+        yield from open_saved(src)
         return
     if not src.is_file():
         raise DataError(f"{src} does not exist; give a .tsv, .csv or .jsonl file, or a saved data set's folder")
@@ -86,7 +101,8 @@ def _rows(src: Path, columns: list[str | int]) -> Iterator[Row]:
         raise DataError(f"{src} cannot be read as a table: {error}") from None
 
 
-def _saved_dataset(src: Path) -> Iterator[Row]:
+def open_saved(src: Path) -> Any:
+    """Open one split of a data set that `datasets` has saved. Raises DataError without `datasets`, or where it is none."""
     try:
         from datasets import DatasetDict, load_from_disk
     except ImportError as error:
@@ -97,7 +113,7 @@ def _saved_dataset(src: Path) -> Iterator[Row]:
         raise DataError(f"{src} holds no data set that `save_to_disk` has written: {error}") from None
     if isinstance(found, DatasetDict):
         raise DataError(f"{src} holds the splits {', '.join(found)}; name one: {src}/{next(iter(found))}")
-    yield from found
+    return found
 
 
 def _sample(row: Row, columns: list[str | int], where: str) -> tuple[dict[str, str], str]:
@@ -122,7 +138,7 @@ def _score(label: str, where: str) -> float:
     return score
 
 
-def _classes(labels: list[str], known: Path) -> tuple[list[int], list[str]]:
+def class_numbers(labels: list[str], known: Path) -> tuple[list[int], list[str]]:
     """Return class numbers and names; a classes.txt of an earlier split decides which names there are."""
     if known.exists():
         names = known.read_text(encoding="utf-8").splitlines()

@@ -1,17 +1,22 @@
 """Load batches in worker processes: in order, with their errors, and deaf to the signals that a training process listens to."""
 
+import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dsquant.errors import DataError
 
+J, R = TypeVar("J"), TypeVar("R")
 Batch = tuple[Any, ...]  # inputs (a tensor of images, or a dict of tensors), labels, and what else a row has
 
 
@@ -58,6 +63,33 @@ def load_batches(
             yield item
     finally:
         batches = item = None  # an error keeps this frame alive, which must not keep workers waiting
+
+
+def map_in_processes(function: Callable[[J], R], jobs: Sequence[J], workers: int) -> Iterator[R]:
+    """Yield `function(job)` of each job in order, from so many processes, 1: from this one.
+
+    What the function raises ends all. Processes end with this one, however it ends. Raises DataError where one is killed.
+    """
+    if workers == 1:
+        yield from map(function, jobs)
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=_end_with_parent)
+    try:
+        yield from pool.map(function, jobs)
+    except BrokenProcessPool:
+        raise DataError("a worker process was killed, for want of memory perhaps; use fewer workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    def watch() -> None:
+        wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
+    torch.set_num_threads(1)
 
 
 def _as_is(item: Any) -> Any:

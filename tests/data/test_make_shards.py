@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsquant.data import ShardSet, shard_image_folder, verify
+from dsquant.data import ShardSet, check_shards, shard_image_folder
 from dsquant.data.reading import read_shard
 from dsquant.errors import DataError
 
@@ -53,12 +53,12 @@ def test_an_image_folder_becomes_shuffled_shards_with_class_names(pictures, tmp_
         pictures, tmp_path / "out", samples_per_shard=5, progress=lambda done, total: seen.append((done, total))
     )
     assert shards.counts == (5, 5, 2)
-    assert seen == [(done, 12) for done in range(1, 13)]
+    assert seen == [(5, 12), (10, 12), (12, 12)]
     assert (tmp_path / "out" / "classes.txt").read_text() == "ant\nbee\ncow\n"
     found = list(records(shards))
     labels = [int(record["cls"]) for record in found]
     assert sorted(labels) == [0] * 4 + [1] * 4 + [2] * 4 != labels
-    assert verify(shards) == {0: 4, 1: 4, 2: 4}
+    assert check_shards(tmp_path / "out").labels == {0: 4, 1: 4, 2: 4}
     jpegs = {(record["jpg"], record["cls"]) for record in found if "jpg" in record}
     assert jpegs == {((pictures / name / "x.jpg").read_bytes(), str(label).encode())
                      for label, name in enumerate(("ant", "bee", "cow"))}  # fmt: skip

@@ -15,9 +15,9 @@ from dsquant.data import (
     ShardSet,
     Tokenize,
     TrainStream,
+    check_shards,
     copy_tokenizer,
     shard_text_table,
-    verify,
     write_shards,
 )
 from dsquant.data.reading import read_shard
@@ -68,7 +68,7 @@ def test_a_tsv_becomes_shuffled_shards_with_an_index_and_classes(table, shards, 
     assert found != rows
     again = shard_text_table(table, tmp_path / "again", text_column=0, label_column=1, samples_per_shard=11)
     assert [Path(url).read_bytes() for url in again.urls] == [Path(url).read_bytes() for url in shards.urls]
-    assert verify(shards) == {0: 14, 1: 13, 2: 13}
+    assert check_shards(tmp_path / "out").labels == {0: 14, 1: 13, 2: 13}
 
 
 def test_pairs_scores_names_and_quotes_survive(tmp_path):
