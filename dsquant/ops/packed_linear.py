@@ -137,33 +137,36 @@ def packed_linear(
     """
     if x.shape[-1] != weight.cols:
         raise ValueError(f"x has {x.shape[-1]} features, the packed weight {weight.cols}")
-    return run(backends.choose("packed_linear", x.device.type, backends.ON_CPU), x, weight, bias, quant)
+    return run(backends.choose("packed_linear", x.device.type), x, weight, bias, quant)
 
 
 def run(backend: str, x: Tensor, weight: PackedMatrix, bias: Tensor | None, quant: QuantArgs | None) -> Tensor:
     """Compute `packed_linear` by one backend that is available, with none chosen for it."""
-    source = x if x.dtype is torch.float32 else x.float()
-    bias = bias if bias is None or bias.dtype is torch.float32 else bias.float()
+    if backend != backends.TRITON:  # whose kernels read and write any float dtype
+        bias = bias if bias is None or bias.dtype is torch.float32 else bias.float()
+    source = x if x.dtype is torch.float32 or backend == backends.TRITON else x.float()
     plain = backend == backends.TORCH
     if quant is None or not is_integer(weight, quant):
         if quant is not None:
-            source = quantize_dequantize(source, quant.scale, quant.offset, quant.levels)
+            source = quantize_dequantize(source.float(), quant.scale, quant.offset, quant.levels)
         y = linear_definition(source, weight, bias) if plain else _linear(source, weight, bias, backend)
     elif plain:
         y = integer_definition(source, weight, bias, quant)
     else:
         y = _integer(source, weight, bias, quant, backend)
-    return y if x.dtype is torch.float32 else y.to(x.dtype)
+    return y if y.dtype is x.dtype else y.to(x.dtype)
 
 
 def _linear(x: Tensor, weight: PackedMatrix, bias: Tensor | None, backend: str) -> Tensor:
+    multiply = backends.operator("packed_linear", backend, x.device.type)
     isa = backends.isa(backend)
-    return torch.ops.dsquant.packed_linear(x, weight.words, weight.scale, bias, weight.n_bits, weight.shift, isa)
+    return multiply(x, weight.words, weight.scale, bias, weight.n_bits, weight.shift, isa)
 
 
 def _integer(x: Tensor, weight: PackedMatrix, bias: Tensor | None, quant: QuantArgs, backend: str) -> Tensor:
+    multiply = backends.operator("packed_linear_int", backend, x.device.type)
     levels, isa = quant.levels, backends.isa(backend)
-    return torch.ops.dsquant.packed_linear_int(
+    return multiply(
         x, weight.words, weight.scale, weight.code_sums, bias, quant.scale, quant.offset, weight.n_bits, weight.shift,
         levels.qmin, levels.qmax, levels.shift, isa,
     )  # fmt: skip
@@ -173,7 +176,7 @@ def _fake(x: Tensor, words: Tensor, *_) -> Tensor:
     return x.new_empty((*x.shape[:-1], words.shape[0]))
 
 
-# The schemas are here and their kernels in csrc/, attached when the library is loaded: tracing needs no compiler.
+# The schemas are here, their kernels in csrc/ and gpu/, attached when these are loaded: tracing needs no compiler.
 _LIBRARY = torch.library.Library("dsquant", "FRAGMENT")
 _INPUT, _GRID = "Tensor x, Tensor words, Tensor scale", "int n_bits, float shift"
 _LIBRARY.define(f"packed_linear({_INPUT}, Tensor? bias, {_GRID}, int isa) -> Tensor")

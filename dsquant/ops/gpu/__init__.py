@@ -6,23 +6,12 @@ of it without a GPU.
 
 import torch
 
-from dsquant.ops.gpu import fake_quantize as _activations
-from dsquant.ops.gpu import shard_step as _shards
+from dsquant.ops.gpu import fake_quantize, packed_linear, shard_step
 from dsquant.ops.gpu.launch import interpreted, recorded
 
-OPERATORS = {
-    operator.__name__: operator
-    for operator in (
-        _activations.fake_quantize,
-        _activations.fake_quantize_backward,
-        _shards.shard_gather,
-        _shards.shard_update,
-        _shards.shard_adamw,
-        _shards.shard_moments,
-        _shards.shard_image,
-    )
-}
-SAMPLES = (_activations.samples, _shards.samples)  # what is compiled ahead of time
+_MODULES = (fake_quantize, packed_linear, shard_step)
+OPERATORS = {operator.__name__: operator for module in _MODULES for operator in module.OPERATORS}
+SAMPLES = tuple(module.samples for module in _MODULES)  # what is compiled ahead of time
 
 _LIBRARY = torch.library.Library("dsquant", "IMPL", "CUDA")
 for _name, _operator in OPERATORS.items():

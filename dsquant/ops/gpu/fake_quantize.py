@@ -164,6 +164,9 @@ def fake_quantize_backward(
     sums[: len(partial)] += by_group.sum(dim=1 if layout.per_column else (1, 3), dtype=torch.float64)
 
 
+OPERATORS = (fake_quantize, fake_quantize_backward)
+
+
 def samples() -> None:
     """Launch each kernel in the kinds that differ once compiled."""
     for dtype in (torch.float32, torch.bfloat16):

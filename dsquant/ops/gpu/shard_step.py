@@ -267,6 +267,9 @@ def shard_image(
     )  # fmt: skip
 
 
+OPERATORS = (shard_gather, shard_update, shard_adamw, shard_moments, shard_image)
+
+
 def samples() -> None:
     """Launch each kernel in the kinds that differ once compiled."""
     adam = (0.999, 0.9, 0.999, 0.1, 1e-8, 1e-3)

@@ -1,0 +1,229 @@
+"""Products with packed weights as Triton kernels: codes are decoded in registers, beside the product that takes them.
+
+A program reads whole words of the weight, each once. One row of x goes over a few rows of the weight lane by lane, its input
+quantized on the way; more rows take tensor cores, thin tiles up to 16 rows. Codes, and half integers, are exact in every
+operand dtype (int8, float16, bfloat16, float32) and sums are int32 or float32: the scale comes once, at the end.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsquant.ops.gpu.fake_quantize import clip, round_half_even
+from dsquant.ops.gpu.launch import interpreted, launch
+
+FEW_ROWS = 16
+ROW_TILE = {"BLOCK_N": 4, "BLOCK_K": 512}
+QUANTIZE_TILE = {"BLOCK_K": 1024}
+
+
+def _tile(rows: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the tile of a program that multiplies several rows, and its warps. float32 has no tensor cores: small ones."""
+    few, cores = rows <= FEW_ROWS, dtype is not torch.float32
+    shape = ((16, 16, 128) if few else (64, 64, 64)) if cores else (16, 16, 32) if few else (32, 32, 32)
+    return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), shape, strict=True)), {"num_warps": 4 if few else 8}
+
+
+@triton.jit
+def _codes(words, n, first, outs, row_words, BITS: tl.constexpr, LANES: tl.constexpr, BLOCK_N: tl.constexpr,
+           BLOCK_K: tl.constexpr):  # fmt: skip
+    """Return int32 codes (BLOCK_N, BLOCK_K) of the rows n of a weight, from element `first` on: LANES codes fill whole words."""
+    WORDS: tl.constexpr = BITS * LANES // 32
+    GROUPS: tl.constexpr = BLOCK_K // LANES
+    begin = words + n.to(tl.int64)[:, None] * row_words
+    unsigned = tl.zeros((BLOCK_N, GROUPS, LANES), tl.uint32)
+    for i in tl.static_range(WORDS):
+        place = (first // LANES + tl.arange(0, GROUPS)) * WORDS + i
+        word = tl.load(begin + place[None, :], mask=(n < outs)[:, None] & (place < row_words)[None, :], other=0)
+        word = word.to(tl.uint32, bitcast=True)[:, :, None]
+        bit = (tl.arange(0, LANES) * BITS - 32 * i)[None, None, :]  # where a lane's code begins in this word
+        part = word >> (bit & 31).to(tl.uint32)
+        if WORDS > 1:  # a code that began in the word before goes on here, and one of another word has no part here
+            rest = tl.where(bit > -BITS, word << (-bit & 31).to(tl.uint32), 0)
+            part = tl.where(bit < 0, rest, tl.where(bit < 32, part, 0))
+        unsigned |= part
+    return (tl.reshape(unsigned, (BLOCK_N, BLOCK_K)) & (2**BITS - 1)).to(tl.int32) - 2 ** (BITS - 1)
+
+
+@triton.jit
+def _quantized(v, there, in_scale, in_offset, qmin, qmax, in_shift, zero):
+    """Return int32 `code - zero` of each value, 0 where there is none, and whether it is NaN."""
+    v = v.to(tl.float32)
+    if in_offset is not None:
+        v = v - tl.load(in_offset)
+    v = tl.math.div_rn(v, tl.load(in_scale) + tl.zeros_like(v)) - in_shift
+    nan = v != v
+    code = round_half_even(clip(tl.where(nan, qmin, v), qmin, qmax)).to(tl.int32)
+    return tl.where(there, code - zero, 0), nan & there
+
+
+@triton.jit
+def _finish(y, sums, m, n, rows, outs, cols, scale, bias, code_sums, x_sum, nan, in_scale, in_offset, x_level,
+            P: tl.constexpr, Q: tl.constexpr):  # fmt: skip
+    """Scale a tile of sums and write it. For integers this is the arithmetic of `integer_definition`.
+
+    With a = code_x - zero and code_w, p and q that make levels whole, x_level = p (zero + shift_x) and q shift_w = q - 1:
+        sum X W = p q sum a code_w + x_level q sum code_w + (q - 1) (p sum a + x_level cols)
+    """
+    there = n < outs
+    s = tl.load(scale + n, mask=there, other=0.0)
+    if code_sums is None:
+        out = sums * s[None, :]
+        if bias is not None:
+            out = out + tl.load(bias + n, mask=there, other=0.0).to(tl.float32)[None, :]
+    else:
+        of_codes = tl.load(code_sums + n, mask=there, other=0)
+        total = sums * (P * Q) + (of_codes * x_level * Q)[None, :] + ((x_sum * P + x_level * cols) * (Q - 1))[:, None]
+        constant = tl.zeros_like(s).to(tl.float64)
+        if in_offset is not None:
+            levels = of_codes.to(tl.float64) + cols * (0.5 * (Q - 1))
+            constant = tl.load(in_offset).to(tl.float64) * s.to(tl.float64) * levels
+        if bias is not None:
+            constant = constant + tl.load(bias + n, mask=there, other=0.0).to(tl.float64)
+        factor = tl.load(in_scale) * s * (1.0 / (P * Q))
+        out = total.to(tl.float32) * factor[None, :] + constant.to(tl.float32)[None, :]
+        out = tl.where(nan[:, None], float("nan"), out)
+    where = m.to(tl.int64)[:, None] * outs + n[None, :]
+    tl.store(y + where, out.to(y.dtype.element_ty), mask=(m < rows)[:, None] & there[None, :])
+
+
+@triton.jit
+def _quantize_rows(x, codes, x_sum, nan, cols, in_scale, in_offset, qmin, qmax, in_shift, zero, BLOCK_K: tl.constexpr):
+    """Write int8 `code - zero` of a row of x, their sum, and whether the row holds a NaN."""
+    row = tl.program_id(0).to(tl.int64)
+    total, found = tl.zeros((BLOCK_K,), tl.int32), tl.zeros((BLOCK_K,), tl.int32)
+    for first in range(0, cols, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        v = tl.load(x + row * cols + k, mask=k < cols, other=0.0)
+        code, bad = _quantized(v, k < cols, in_scale, in_offset, qmin, qmax, in_shift, zero)
+        tl.store(codes + row * cols + k, code.to(tl.int8), mask=k < cols)
+        total += code
+        found |= bad.to(tl.int32)
+    tl.store(x_sum + row, tl.sum(total, axis=0))
+    tl.store(nan + row, tl.max(found, axis=0))
+
+
+@triton.jit
+def _one_row(x, words, scale, bias, code_sums, in_scale, in_offset, y, outs, cols, row_words, qmin, qmax, in_shift, zero,
+             x_level, BITS: tl.constexpr, LANES: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr,
+             BLOCK_K: tl.constexpr):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    SUM: tl.constexpr = tl.float32 if code_sums is None else tl.int32
+    sums = tl.zeros((BLOCK_N, BLOCK_K), SUM)
+    total, found = tl.zeros((BLOCK_K,), tl.int32), tl.zeros((BLOCK_K,), tl.int32)
+    for first in range(0, cols, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        v = tl.load(x + k, mask=k < cols, other=0.0)
+        code = _codes(words, n, first, outs, row_words, BITS, LANES, BLOCK_N, BLOCK_K)
+        if code_sums is None:
+            sums += v.to(tl.float32)[None, :] * (code.to(tl.float32) + 0.5 * (Q - 1))
+        else:
+            a, bad = _quantized(v, k < cols, in_scale, in_offset, qmin, qmax, in_shift, zero)
+            sums += a[None, :] * code
+            total += a
+            found |= bad.to(tl.int32)
+    one = tl.zeros((1,), tl.int32)
+    x_sum, nan = one + tl.sum(total, axis=0), one + tl.max(found, axis=0) > 0
+    _finish(y, tl.sum(sums, axis=1)[None, :], one, n, 1, outs, cols, scale, bias, code_sums, x_sum, nan, in_scale, in_offset,
+            x_level, P, Q)  # fmt: skip
+
+
+@triton.jit
+def _tiles(x, words, scale, bias, code_sums, x_sum, nan, in_scale, in_offset, y, rows, outs, cols, row_words, x_level,
+           BITS: tl.constexpr, LANES: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, BLOCK_M: tl.constexpr,
+           BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    down = tl.cdiv(rows, BLOCK_M)  # programs that follow each other share a part of the weight
+    m = (tl.program_id(0) % down) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (tl.program_id(0) // down) * BLOCK_N + tl.arange(0, BLOCK_N)
+    SUM: tl.constexpr = tl.float32 if code_sums is None else tl.int32
+    sums = tl.zeros((BLOCK_M, BLOCK_N), SUM)
+    for first in range(0, cols, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        there = (m < rows)[:, None] & (k < cols)[None, :]
+        a = tl.load(x + m.to(tl.int64)[:, None] * cols + k[None, :], mask=there, other=0)
+        level = _codes(words, n, first, outs, row_words, BITS, LANES, BLOCK_N, BLOCK_K)
+        if code_sums is None:
+            level = level.to(tl.float32) + 0.5 * (Q - 1)
+        sums = tl.dot(a, tl.trans(level.to(a.dtype)), sums, input_precision="ieee", out_dtype=SUM)
+    row_sum, bad = m, m < 0
+    if code_sums is not None:
+        row_sum = tl.load(x_sum + m, mask=m < rows, other=0)
+        bad = tl.load(nan + m, mask=m < rows, other=0) > 0
+    _finish(y, sums, m, n, rows, outs, cols, scale, bias, code_sums, row_sum, bad, in_scale, in_offset, x_level, P, Q)
+
+
+def packed_linear(
+    x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None, n_bits: int, shift: float, isa: int = 0
+) -> Tensor:
+    """Return `x @ w_hat.T + bias` in the dtype of x (..., in), float16, bfloat16 or float32, summed in float32."""
+    weight = {"words": words, "scale": scale, "bias": bias, "code_sums": None}
+    return _multiply(x, weight, n_bits, shift, {"in_scale": None, "in_offset": None}, 0.0, 0.0, 0.0)
+
+
+def packed_linear_int(
+    x: Tensor, words: Tensor, scale: Tensor, code_sums: Tensor, bias: Tensor | None, in_scale: Tensor,
+    in_offset: Tensor | None, n_bits: int, shift: float, qmin: int, qmax: int, in_shift: float, isa: int = 0,
+) -> Tensor:  # fmt: skip
+    """Return what `integer_definition` does, bit for bit, rounded once to the dtype of x."""
+    weight = {"words": words, "scale": scale, "bias": bias, "code_sums": code_sums}
+    quant = {"in_scale": in_scale, "in_offset": in_offset}
+    return _multiply(x, weight, n_bits, shift, quant, float(qmin), float(qmax), in_shift)
+
+
+def _multiply(
+    x: Tensor, weight: dict[str, Tensor | None], n_bits: int, shift: float, quant: dict[str, Tensor | None], qmin: float,
+    qmax: float, in_shift: float,
+) -> Tensor:  # fmt: skip
+    """Launch what multiplies x by the weight: one kernel, after that which quantizes several rows."""
+    (outs, row_words), cols = weight["words"].shape, x.shape[-1]
+    if row_words != -(-cols * n_bits // 32):
+        raise ValueError(f"words do not hold rows of {cols} codes: {row_words} words of {n_bits} bits")
+    dtype = x.dtype
+    if dtype is torch.bfloat16 and interpreted():
+        x = x.float()  # the interpreter neither multiplies nor rounds bfloat16 as a GPU does
+    y = x.new_empty((*x.shape[:-1], outs))
+    if not y.numel():
+        return y.to(dtype)
+    x, rows = x.contiguous(), y.numel() // outs
+    zero = int(qmin) + 128  # less it, codes fill int8
+    p, q = 2 if in_shift else 1, 2 if shift else 1
+    grid = {"qmin": qmin, "qmax": qmax, "in_shift": float(in_shift), "zero": zero}
+    common: dict[str, Any] = weight | quant
+    common |= {"y": y, "outs": outs, "cols": cols, "row_words": row_words, "x_level": int(p * (zero + in_shift)),
+               "BITS": n_bits, "LANES": 32 // math.gcd(32, n_bits), "P": p, "Q": q}  # fmt: skip
+    if rows == 1:
+        launch(_one_row, (triton.cdiv(outs, ROW_TILE["BLOCK_N"]),), x=x, **common, **grid, **ROW_TILE)
+        return y.to(dtype)
+    x_sum = nan = None
+    if weight["code_sums"] is not None:
+        codes = torch.empty_like(x, dtype=torch.int8)
+        x_sum, nan = torch.empty(2, rows, dtype=torch.int32, device=x.device)
+        launch(
+            _quantize_rows, (rows,), x=x, codes=codes, x_sum=x_sum, nan=nan, cols=cols, **quant, **grid, **QUANTIZE_TILE
+        )
+        x = codes
+    tile, options = _tile(rows, x.dtype)
+    programs = triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(outs, tile["BLOCK_N"])
+    launch(_tiles, (programs,), options, x=x, x_sum=x_sum, nan=nan, rows=rows, **common, **tile)
+    return y.to(dtype)
+
+
+OPERATORS = (packed_linear, packed_linear_int)
+
+
+def samples() -> None:
+    """Launch each kernel in the kinds that differ once compiled."""
+    cols, outs = 768, 768
+    scale, sums, one = torch.ones(outs), torch.zeros(outs, dtype=torch.int32), torch.ones(1)
+    for n_bits in (1, 2, 3, 4, 8):
+        words = torch.zeros(outs, cols * n_bits // 32, dtype=torch.int32)
+        for rows in (1, 16, 197):
+            for dtype in (torch.float16, torch.bfloat16, torch.float32):
+                packed_linear(torch.zeros(rows, cols, dtype=dtype), words, scale, scale, n_bits, 0.5)
+            x = torch.zeros(rows, cols)
+            packed_linear_int(x, words, scale, sums, scale, one, one, n_bits, 0.0, -128, 127, 0.0)
+    packed_linear_int(x.bfloat16(), words, scale, sums, None, one, None, n_bits, 0.5, -1, 0, 0.5)
