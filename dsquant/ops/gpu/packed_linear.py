@@ -6,7 +6,7 @@ operand dtype (int8, float16, bfloat16, float32) and sums are int32 or float32: 
 """
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,16 +15,17 @@ from torch import Tensor
 
 from dsquant.ops.gpu.fake_quantize import clip, round_half_even
 from dsquant.ops.gpu.launch import interpreted, launch
+from dsquant.ops.pack import packed_words
 
 FEW_ROWS = 16
-ROW_TILE = {"BLOCK_N": 4, "BLOCK_K": 512}
+ROW_TILE = {"BLOCK_N": 4, "BLOCK_K": 1024}
 QUANTIZE_TILE = {"BLOCK_K": 1024}
 
 
 def _tile(rows: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
     """Return the tile of a program that multiplies several rows, and its warps. float32 has no tensor cores: small ones."""
     few, cores = rows <= FEW_ROWS, dtype is not torch.float32
-    shape = ((16, 16, 128) if few else (64, 64, 64)) if cores else (16, 16, 32) if few else (32, 32, 32)
+    shape = ((16, 16, 256) if few else (64, 64, 64)) if cores else (16, 16, 32) if few else (32, 32, 32)
     return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), shape, strict=True)), {"num_warps": 4 if few else 8}
 
 
@@ -33,19 +34,20 @@ def _codes(words, n, first, outs, row_words, BITS: tl.constexpr, LANES: tl.const
            BLOCK_K: tl.constexpr):  # fmt: skip
     """Return int32 codes (BLOCK_N, BLOCK_K) of the rows n of a weight, from element `first` on: LANES codes fill whole words."""
     WORDS: tl.constexpr = BITS * LANES // 32
-    GROUPS: tl.constexpr = BLOCK_K // LANES
-    begin = words + n.to(tl.int64)[:, None] * row_words
-    unsigned = tl.zeros((BLOCK_N, GROUPS, LANES), tl.uint32)
+    place = (first // LANES + tl.arange(0, BLOCK_K // LANES)) * WORDS
+    begin = words + n.to(tl.int64)[:, None] * row_words + place[None, :]
+    bit = (tl.arange(0, LANES) * BITS)[None, None, :]  # where a lane's code begins
+    there = (n < outs)[:, None]
     for i in tl.static_range(WORDS):
-        place = (first // LANES + tl.arange(0, GROUPS)) * WORDS + i
-        word = tl.load(begin + place[None, :], mask=(n < outs)[:, None] & (place < row_words)[None, :], other=0)
+        word = tl.load(begin + i, mask=there & (place < row_words - i)[None, :], other=0)
         word = word.to(tl.uint32, bitcast=True)[:, :, None]
-        bit = (tl.arange(0, LANES) * BITS - 32 * i)[None, None, :]  # where a lane's code begins in this word
-        part = word >> (bit & 31).to(tl.uint32)
-        if WORDS > 1:  # a code that began in the word before goes on here, and one of another word has no part here
-            rest = tl.where(bit > -BITS, word << (-bit & 31).to(tl.uint32), 0)
-            part = tl.where(bit < 0, rest, tl.where(bit < 32, part, 0))
-        unsigned |= part
+        if WORDS == 1:
+            unsigned = word >> bit.to(tl.uint32)
+        else:  # a lane takes the bits that its code has in this word, which may be none, or the rest of a code
+            at = bit - 32 * i
+            low = tl.where((at >= 0) & (at < 32), word >> (at & 31).to(tl.uint32), 0)
+            high = tl.where((at < 0) & (at > -BITS), word << (-at & 31).to(tl.uint32), 0)
+            unsigned = low if i == 0 else unsigned | low | high
     return (tl.reshape(unsigned, (BLOCK_N, BLOCK_K)) & (2**BITS - 1)).to(tl.int32) - 2 ** (BITS - 1)
 
 
@@ -156,12 +158,22 @@ def _tiles(x, words, scale, bias, code_sums, x_sum, nan, in_scale, in_offset, y,
     _finish(y, sums, m, n, rows, outs, cols, scale, bias, code_sums, row_sum, bad, in_scale, in_offset, x_level, P, Q)
 
 
+class InputGrid(NamedTuple):
+    """Say how x is quantized: `code = round(clip((x - in_offset) / in_scale - in_shift, qmin, qmax))`, kept less `zero`."""
+
+    in_scale: Tensor | None = None
+    in_offset: Tensor | None = None
+    qmin: float = 0.0
+    qmax: float = 0.0
+    in_shift: float = 0.0
+    zero: int = 0
+
+
 def packed_linear(
     x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None, n_bits: int, shift: float, isa: int = 0
 ) -> Tensor:
     """Return `x @ w_hat.T + bias` in the dtype of x (..., in), float16, bfloat16 or float32, summed in float32."""
-    weight = {"words": words, "scale": scale, "bias": bias, "code_sums": None}
-    return _multiply(x, weight, n_bits, shift, {"in_scale": None, "in_offset": None}, 0.0, 0.0, 0.0)
+    return _multiply(x, InputGrid(), n_bits, shift, words=words, scale=scale, bias=bias, code_sums=None)
 
 
 def packed_linear_int(
@@ -169,47 +181,44 @@ def packed_linear_int(
     in_offset: Tensor | None, n_bits: int, shift: float, qmin: int, qmax: int, in_shift: float, isa: int = 0,
 ) -> Tensor:  # fmt: skip
     """Return what `integer_definition` does, bit for bit, rounded once to the dtype of x."""
-    weight = {"words": words, "scale": scale, "bias": bias, "code_sums": code_sums}
-    quant = {"in_scale": in_scale, "in_offset": in_offset}
-    return _multiply(x, weight, n_bits, shift, quant, float(qmin), float(qmax), in_shift)
+    grid = InputGrid(in_scale, in_offset, float(qmin), float(qmax), float(in_shift), qmin + 128)  # so codes fill int8
+    return _multiply(x, grid, n_bits, shift, words=words, scale=scale, bias=bias, code_sums=code_sums)
 
 
-def _multiply(
-    x: Tensor, weight: dict[str, Tensor | None], n_bits: int, shift: float, quant: dict[str, Tensor | None], qmin: float,
-    qmax: float, in_shift: float,
-) -> Tensor:  # fmt: skip
-    """Launch what multiplies x by the weight: one kernel, after that which quantizes several rows."""
-    (outs, row_words), cols = weight["words"].shape, x.shape[-1]
-    if row_words != -(-cols * n_bits // 32):
+def _multiply(x: Tensor, grid: InputGrid, n_bits: int, shift: float, **weight: Tensor | None) -> Tensor:
+    """Launch the kernel that multiplies x by the weight, after that which quantizes several rows."""
+    (outs, row_words), cols, dtype = weight["words"].shape, x.shape[-1], x.dtype
+    if row_words != packed_words(cols, n_bits):
         raise ValueError(f"words do not hold rows of {cols} codes: {row_words} words of {n_bits} bits")
-    dtype = x.dtype
     if dtype is torch.bfloat16 and interpreted():
         x = x.float()  # the interpreter neither multiplies nor rounds bfloat16 as a GPU does
     y = x.new_empty((*x.shape[:-1], outs))
     if not y.numel():
         return y.to(dtype)
     x, rows = x.contiguous(), y.numel() // outs
-    zero = int(qmin) + 128  # less it, codes fill int8
-    p, q = 2 if in_shift else 1, 2 if shift else 1
-    grid = {"qmin": qmin, "qmax": qmax, "in_shift": float(in_shift), "zero": zero}
-    common: dict[str, Any] = weight | quant
-    common |= {"y": y, "outs": outs, "cols": cols, "row_words": row_words, "x_level": int(p * (zero + in_shift)),
-               "BITS": n_bits, "LANES": 32 // math.gcd(32, n_bits), "P": p, "Q": q}  # fmt: skip
+    p, q = 2 if grid.in_shift else 1, 2 if shift else 1
+    shared = {**weight, "y": y, "outs": outs, "cols": cols, "row_words": row_words, "P": p, "Q": q, "BITS": n_bits,
+              "x_level": int(p * (grid.zero + grid.in_shift)), "LANES": 32 // math.gcd(32, n_bits)}  # fmt: skip
     if rows == 1:
-        launch(_one_row, (triton.cdiv(outs, ROW_TILE["BLOCK_N"]),), x=x, **common, **grid, **ROW_TILE)
+        launch(_one_row, (triton.cdiv(outs, ROW_TILE["BLOCK_N"]),), x=x, **shared, **grid._asdict(), **ROW_TILE)
         return y.to(dtype)
     x_sum = nan = None
     if weight["code_sums"] is not None:
-        codes = torch.empty_like(x, dtype=torch.int8)
-        x_sum, nan = torch.empty(2, rows, dtype=torch.int32, device=x.device)
-        launch(
-            _quantize_rows, (rows,), x=x, codes=codes, x_sum=x_sum, nan=nan, cols=cols, **quant, **grid, **QUANTIZE_TILE
-        )
-        x = codes
+        x, x_sum, nan = _quantize(x, rows, grid)
     tile, options = _tile(rows, x.dtype)
     programs = triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(outs, tile["BLOCK_N"])
-    launch(_tiles, (programs,), options, x=x, x_sum=x_sum, nan=nan, rows=rows, **common, **tile)
+    of_x = {"x": x, "x_sum": x_sum, "nan": nan, "in_scale": grid.in_scale, "in_offset": grid.in_offset}
+    launch(_tiles, (programs,), options, rows=rows, **of_x, **shared, **tile)
     return y.to(dtype)
+
+
+def _quantize(x: Tensor, rows: int, grid: InputGrid) -> tuple[Tensor, Tensor, Tensor]:
+    """Return int8 `code - zero`, and for each row their sum and whether it holds a NaN."""
+    codes = torch.empty_like(x, dtype=torch.int8)
+    x_sum, nan = torch.empty(2, rows, dtype=torch.int32, device=x.device)
+    found = {"codes": codes, "x_sum": x_sum, "nan": nan, "cols": x.shape[-1]}
+    launch(_quantize_rows, (rows,), x=x, **found, **grid._asdict(), **QUANTIZE_TILE)
+    return codes, x_sum, nan
 
 
 OPERATORS = (packed_linear, packed_linear_int)
@@ -221,8 +230,8 @@ def samples() -> None:
     scale, sums, one = torch.ones(outs), torch.zeros(outs, dtype=torch.int32), torch.ones(1)
     for n_bits in (1, 2, 3, 4, 8):
         words = torch.zeros(outs, cols * n_bits // 32, dtype=torch.int32)
-        for rows in (1, 16, 197):
-            for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for rows in (1, 16, 197) if n_bits in (2, 3) else (1, 197):  # codes that straddle words, and that do not
+            for dtype in (torch.bfloat16, torch.float32) if n_bits in (2, 3) else (torch.float16,):
                 packed_linear(torch.zeros(rows, cols, dtype=dtype), words, scale, scale, n_bits, 0.5)
             x = torch.zeros(rows, cols)
             packed_linear_int(x, words, scale, sums, scale, one, one, n_bits, 0.0, -128, 127, 0.0)

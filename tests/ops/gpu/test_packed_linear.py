@@ -1,0 +1,60 @@
+"""Triton kernels of products with packed weights, interpreted: what `tests/ops/test_packed_linear.py` does not say of them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dsquant.ops import backends, gpu
+from dsquant.ops.pack import pack
+from dsquant.ops.packed_linear import image, packed_matrix, run
+from dsquant.ops.quant_attention import QuantArgs
+from dsquant.spec import Levels
+
+ROWS = (1, 16, 67)  # a row, a thin tile, a tile and more
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IN, OUT = 263, 67  # primes, behind the blocks of a tile
+
+
+def matrix(n_bits, shift):
+    generator, half = torch.Generator().manual_seed(n_bits), 2 ** (n_bits - 1)
+    codes = torch.randint(-half, half, (OUT, IN), generator=generator).to(torch.int8)
+    return packed_matrix(pack(codes, n_bits), 0.1 + torch.rand(OUT, generator=generator), n_bits, IN, shift)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n_bits", "shift"), [(2, 0.0), (3, 0.5), (8, 0.5)])
+def test_products_of_any_dtype_are_those_of_float64_rounded_once(n_bits, shift, dtype):
+    weight, generator = matrix(n_bits, shift), torch.Generator().manual_seed(1)
+    bias = torch.randn(OUT, generator=generator).to(dtype)
+    for rows in ROWS:
+        x = torch.randn(rows, IN, generator=generator).to(dtype)
+        y = run(backends.TRITON, x, weight, bias, None)
+        oracle = F.linear(x.double(), image(weight).double(), bias.double())
+        assert y.dtype is dtype
+        rounding = oracle.abs() * torch.finfo(dtype).eps / 2 * 1.01
+        assert ((y.double() - oracle).abs() <= rounding + 1e-6 * oracle.abs().max()).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("levels", [Levels(-128, 127), Levels(0, 255, 0.5), Levels(-1, 0, 0.5)], ids=str)
+def test_integer_products_of_any_dtype_and_number_of_rows_are_the_definition_s(levels, dtype):
+    weight, generator = matrix(3, 0.5), torch.Generator().manual_seed(2)
+    quant = QuantArgs(torch.tensor([0.03]), torch.tensor([0.4]), levels)
+    bias = torch.randn(OUT, generator=generator)
+    for rows in ROWS:
+        x = torch.randn(rows, IN, generator=generator).to(dtype)
+        assert torch.equal(run(backends.TRITON, x, weight, bias, quant), run(backends.TORCH, x, weight, bias, quant))
+
+
+def test_a_row_is_quantized_on_the_way_and_several_by_one_kernel_more():
+    weight, quant = matrix(2, 0.0), QuantArgs(torch.ones(1), None, Levels(-8, 7))
+    for rows, args, expected in ((1, None, 1), (1, quant, 1), (5, None, 1), (5, quant, 2)):
+        with gpu.recorded() as launches:
+            run(backends.TRITON, torch.zeros(rows, IN), weight, None, args)
+        assert len(launches) == expected
+
+
+def test_on_gpus_the_dispatcher_finds_the_kernels():
+    for name in ("packed_linear", "packed_linear_int"):
+        assert name in gpu.OPERATORS
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dsquant::{name}", "CUDA")
