@@ -46,6 +46,7 @@ LAYERS = {
     "shard_benchmark": ENGINE,
     "packed_benchmark": KERNELS,
     "ops_benchmark": KERNELS,
+    "loader_benchmark": VOCABULARY | {"data"},
     "checkpoint": ENGINE | {"engine"},
     "soft_labels": MODELS | {"config", "engine", "checkpoint", "data", "preemption"},
     "loop": ENGINE
@@ -73,7 +74,7 @@ LAYERS["tools"] = set(LAYERS)  # tools/*.py: thin command lines over any layer
 DEPENDENCIES = {
     "deepspeed": {"engine", "checkpoint", "shard"},
     "wandb": {"telemetry"},
-    "webdataset": {"data"},
+    "webdataset": {"data", "loader_benchmark"},
     "timm": {"models", "export", "data"},
     "transformers": {"models", "export", "data"},
     "triton": {"ops"},

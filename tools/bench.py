@@ -4,6 +4,7 @@ python tools/bench.py step --model deit_tiny_patch16_224 --batch 16 --n_bits 2  
 python tools/bench.py shard --threads 2                                            the shard step against fused AdamW
 python tools/bench.py ops                                                          each op by each backend
 python tools/bench.py packed --threads 1,2                                         linear layers on packed weights
+python tools/bench.py loader --shards 'val-*.tar'                                  the data stream against other loaders
 """
 
 import sys
@@ -12,12 +13,13 @@ import fire
 
 from dsquant.benchmark import step
 from dsquant.errors import DsquantError
+from dsquant.loader_benchmark import loader
 from dsquant.ops_benchmark import ops
 from dsquant.packed_benchmark import packed
 from dsquant.shard_benchmark import shard
 
 if __name__ == "__main__":
     try:
-        fire.Fire({"step": step, "shard": shard, "ops": ops, "packed": packed})
+        fire.Fire({"step": step, "shard": shard, "ops": ops, "packed": packed, "loader": loader})
     except DsquantError as error:
         sys.exit(f"dsquant: {error}")

@@ -2,12 +2,13 @@
 
 import io
 import os
-from collections.abc import Callable, Iterator
+import tarfile
+from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from dsquant.data.remote import open_url
 from dsquant.data.shard_cache import ShardCache
@@ -15,6 +16,7 @@ from dsquant.data.shards import (
     FAULT,
     FIX,
     LABEL_MEMBER,
+    SKIPPED_MEMBER,
     TEXT_MEMBER,
     content_member,
     image_member,
@@ -28,19 +30,23 @@ Record = dict[str, Any]
 
 
 def read_shard(
-    url: str, count: int, size: int | None = None, digest: str | None = None, cache: ShardCache | None = None
-) -> Iterator[Record]:
+    url: str, count: int, size: int | None = None, digest: str | None = None, cache: ShardCache | None = None,
+    wanted: Container[int] | None = None,
+) -> Iterator[Record]:  # fmt: skip
     """Yield the undecoded samples of a shard: {"__key__", "__url__", "__number__", member: bytes}.
 
     size, digest: what its index says, where it does. A remote shard is read through `cache`, where there is one.
     Raises DataError where the shard cannot be read, or read to its end does not hold `count` samples or is not of that
     size: a tar cut between two members looks whole to tarfile. A sample with a member twice is yielded, and refused when
-    it is decoded.
+    it is decoded. Of samples that are not `wanted` the members may be empty: they are not read where they can be skipped.
     """
     stream, held, done, faults = None, None, 0, []  # one sample is held back: the last of a cut shard may lack a member
     try:
         stream = cache.open(url, size, digest) if cache and is_remote(url) else open_url(url)
-        members = tar_file_expander([{"url": url, "stream": stream}])
+        if _can_skip(stream):
+            members = _members(stream, url, wanted)
+        else:
+            members = tar_file_expander([{"url": url, "stream": stream}])
         for done, record in enumerate(group_by_keys(members, handler=lambda error: faults.append(error) is None), 1):
             if done > count:
                 break
@@ -66,6 +72,40 @@ def read_shard(
         raise DataError(f"shard {url}: {found} bytes, but its index says {size}: truncated or changed; {FIX}")
     if held is not None:
         yield held
+
+
+def _can_skip(stream: BinaryIO) -> bool:
+    """Say whether a stream is an uncompressed tar in a file."""
+    return isinstance(stream, io.BufferedReader) and stream.seekable() and stream.peek(512)[257:262] == b"ustar"
+
+
+def _members(stream: BinaryIO, url: str, wanted: Container[int] | None) -> Iterator[dict[str, Any]]:
+    """Yield the members that webdataset's tar_file_expander would, with the bytes of wanted samples alone.
+
+    What is lost must not depend on what is wanted, which differs from worker to worker: a tar ends before the first member
+    that is cut, read or not, and bytes that the disk does not give are a fault of their sample alone.
+    """
+    size, number, last = os.fstat(stream.fileno()).st_size, -1, None
+    with tarfile.open(fileobj=stream, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members = []  # tarfile keeps every header otherwise
+            if not member.isreg() or SKIPPED_MEMBER.match(member.name):
+                continue
+            if member.offset_data + member.size > size:
+                raise tarfile.ReadError("unexpected end of data")
+            key, _ = base_plus_ext(member.name)
+            if key is None:
+                continue
+            number, last = number + (key != last), key
+            data, fault = b"", None
+            if wanted is None or number in wanted:
+                try:
+                    data = tar.extractfile(member).read()
+                except OSError as error:
+                    fault = read_failure(error)
+            yield {"fname": member.name, "data": data, "__url__": url}
+            if fault is not None:
+                yield {"fname": f"{key}.{FAULT}", "data": fault, "__url__": url}
 
 
 def decode(record: Record, transform: Callable[[Any], Any]) -> tuple[Any, int | float]:

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 from webdataset.filters import shuffle
 
 from dsquant.data.damage import Damage, DamageLog
@@ -257,7 +258,7 @@ def _read_samples(shards: ShardSet, index: int, numbers: list[int]) -> Iterator[
     """Yield the samples of a shard that have these numbers, in order; once it cannot be read, what is lost of them."""
     url, wanted = shards.urls[index], deque(numbers)
     try:
-        for number, record in enumerate(read_shard(*shards.row(index), shards.cache)):
+        for number, record in enumerate(read_shard(*shards.row(index), shards.cache, frozenset(numbers))):
             if number == wanted[0]:
                 wanted.popleft()
                 yield record
@@ -283,7 +284,10 @@ def _stacked(rows: list[Row], transform: Transform | None) -> Batch:
     if hasattr(transform, "stack"):
         return transform.stack(rows)
     columns = zip(*rows, strict=True)
-    return tuple(torch.stack(c) if isinstance(c[0], Tensor) else torch.tensor(c, dtype=torch.int64) for c in columns)
+    # default_collate stacks where the main process will read: of torch.stack's result a worker sends a copy
+    return tuple(
+        default_collate(list(c)) if isinstance(c[0], Tensor) else torch.tensor(c, dtype=torch.int64) for c in columns
+    )
 
 
 def _checked_rank(rank: int, world_size: int) -> int:

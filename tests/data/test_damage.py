@@ -257,7 +257,7 @@ def test_one_sample_more_than_allowed_is_an_error_that_names_it_and_the_limit(da
         list(EvalStream(shards, transform=transform(), batch_size=4, rank=0, world_size=1).batches())
 
 
-@pytest.mark.parametrize("kind", ["truncated in a label", "a truncated JPEG", "missing"])
+@pytest.mark.parametrize("kind", ["truncated in an image", "truncated in a label", "a truncated JPEG", "missing"])
 def test_damage_changes_neither_steps_nor_order_for_any_number_of_ranks_workers_and_resumes(damaged_set, kind):
     folder, lost, _ = damaged_set(kind)
     shards, intact = ShardSet.open(folder, damaged=True), set(range(COUNT)) - lost
@@ -295,6 +295,23 @@ def test_a_set_without_a_readable_sample_is_an_error(make_set):
         os.truncate(url, 0)
     with pytest.raises(DataError, match=r"shard .*train-000\d.tar: .*after 0 of 4 samples"):
         next(train_stream(ShardSet.open(Path(shards.urls[0]).parent, damaged=True), max_damaged=100).batches())
+
+
+def test_bytes_that_the_disk_does_not_give_cost_their_sample_alone(make_set, monkeypatch):
+    shards = make_set(COUNT, PER_SHARD)
+    extract = tarfile.TarFile.extractfile
+
+    def failing(tar, member):
+        if member.name == "sample0008.cls":
+            raise OSError(5, "Input/output error")
+        return extract(tar, member)
+
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", failing)
+    for workers in (0, 2):
+        with pytest.raises(DataError, match=r"train-0001.tar, sample sample0008: \[Errno 5\] Input/output error"):
+            list(islice(train_stream(shards, num_workers=workers).batches(), 6))
+        stream = train_stream(shards, max_damaged=1, num_workers=workers)
+        assert set(labels_of(islice(stream.batches(), 6))) == set(range(COUNT)) - {8}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -349,7 +366,7 @@ def test_damaged_text_is_named_or_worked_around_in_buckets_too(tmp_path, kind):
 
 
 def test_every_byte_of_a_shard_may_be_hit_and_nothing_but_a_data_error_comes_of_it(make_set):
-    """Overwrite a block at random places: samples are either those of the whole shard or named."""
+    """Overwrite a block at random places: samples are either those of the whole shard or named, for any worker the same."""
     shards = make_set(12, 6)
     path = Path(shards.urls[0])
     whole, rng = path.read_bytes(), np.random.default_rng(0)
@@ -357,7 +374,12 @@ def test_every_byte_of_a_shard_may_be_hit_and_nothing_but_a_data_error_comes_of_
         place, length = int(rng.integers(len(whole))), int(rng.integers(1, 600))
         path.write_bytes(whole[:place] + rng.bytes(length) + whole[place + length :][: len(whole)])
         stream = train_stream(shards, max_damaged=12)
-        seen = set(labels_of(islice(stream.batches(), 3)))
+        batches = [labels.tolist() for _, labels in islice(stream.batches(), 3)]
+        by_worker = [list(islice(stream._worker_batches(0, worker, 3), 1)) for worker in range(3)]
+        assert [batch[1].tolist() for ((batch, *_),) in by_worker] == batches
+        lost = {(damage.shard, damage.number) for ((*_, damages),) in by_worker for damage in damages}
+        assert lost == set(stream.damage.found)
+        seen = {label for batch in batches for label in batch}
         named = {number for _, number in stream.damage.found}
         assert set(range(6, 12)) <= seen, zlib.crc32(path.read_bytes())
         assert len(set(range(6)) - seen) <= len(named)
