@@ -51,19 +51,9 @@ def loader(
         out: also write the lines to this file.
     """
     found = ShardSet.open(shards)
-    transform = build_transform(train=True, augment="rrc", interpolation="bicubic", crop_pct=0.875, **LOOK)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of more workers than cores, and of webdataset's own
-        samples = _extract(found, Path(folder))
-        starts = {
-            OURS: lambda: TrainStream(
-                found, transform=transform, batch_size=batch, rank=0, world_size=1, seed=0, num_workers=workers,
-                shuffle_buffer=shuffle_buffer,
-            ).batches(),
-            "webdataset": lambda: _webdataset(found, transform, batch, workers, shuffle_buffer),
-            "torchvision ImageFolder": lambda: _image_folder(folder, transform, batch, workers),
-            ALONE: lambda: _loaded(_InMemory(samples, transform, batch), workers),
-        }  # fmt: skip
+        starts = _starts(found, Path(folder), batch, workers, shuffle_buffer)
         cases = {name: _Case(start) for name, start in starts.items()}
         taken = _measure(cases, batches, turns, warmup=2 * PREFETCHED * workers)
         del cases
@@ -71,6 +61,20 @@ def loader(
     print("\n".join(lines))
     if out:
         Path(out).write_text("\n".join(lines) + "\n")
+
+
+def _starts(
+    shards: ShardSet, folder: Path, batch: int, workers: int, shuffle_buffer: int
+) -> dict[str, Callable[[], Iterator[Any]]]:
+    transform = build_transform(train=True, augment="rrc", interpolation="bicubic", crop_pct=0.875, **LOOK)
+    ours = {"transform": transform, "batch_size": batch, "num_workers": workers, "shuffle_buffer": shuffle_buffer}
+    samples = _extract(shards, folder)
+    return {
+        OURS: lambda: TrainStream(shards, **ours, rank=0, world_size=1, seed=0).batches(),
+        "webdataset": lambda: _webdataset(shards, transform, batch, workers, shuffle_buffer),
+        "torchvision ImageFolder": lambda: _image_folder(str(folder), transform, batch, workers),
+        ALONE: lambda: _loaded(_InMemory(samples, transform, batch), workers),
+    }
 
 
 def _extract(shards: ShardSet, folder: Path) -> list[tuple[bytes, int]]:

@@ -36,17 +36,14 @@ def read_shard(
     """Yield the undecoded samples of a shard: {"__key__", "__url__", "__number__", member: bytes}.
 
     size, digest: what its index says, where it does. A remote shard is read through `cache`, where there is one.
-    Raises DataError where the shard cannot be read, or read to its end does not hold `count` samples or is not of that
-    size: a tar cut between two members looks whole to tarfile. A sample with a member twice is yielded, and refused when
-    it is decoded. Of samples that are not `wanted` the members may be empty: they are not read where they can be skipped.
+    A sample with a member twice is yielded, and refused when it is decoded; of one that is not `wanted` the members may be
+    empty. Raises DataError where the shard cannot be read, or read to its end does not hold `count` samples or is not of
+    that size: a tar cut between two members looks whole to tarfile.
     """
     stream, held, done, faults = None, None, 0, []  # one sample is held back: the last of a cut shard may lack a member
     try:
         stream = cache.open(url, size, digest) if cache and is_remote(url) else open_url(url)
-        if _can_skip(stream):
-            members = _members(stream, url, wanted)
-        else:
-            members = tar_file_expander([{"url": url, "stream": stream}])
+        members = _members(stream, url, wanted)
         for done, record in enumerate(group_by_keys(members, handler=lambda error: faults.append(error) is None), 1):
             if done > count:
                 break
@@ -74,12 +71,15 @@ def read_shard(
         yield held
 
 
-def _can_skip(stream: BinaryIO) -> bool:
-    """Say whether a stream is an uncompressed tar in a file."""
-    return isinstance(stream, io.BufferedReader) and stream.seekable() and stream.peek(512)[257:262] == b"ustar"
-
-
 def _members(stream: BinaryIO, url: str, wanted: Container[int] | None) -> Iterator[dict[str, Any]]:
+    """Yield the members as webdataset does: of an uncompressed tar in a file those alone that are wanted, else all."""
+    in_file = isinstance(stream, io.BufferedReader) and stream.seekable()
+    if in_file and stream.peek(tarfile.BLOCKSIZE)[257:262] == b"ustar":
+        return _wanted_members(stream, url, wanted)
+    return tar_file_expander([{"url": url, "stream": stream}])
+
+
+def _wanted_members(stream: BinaryIO, url: str, wanted: Container[int] | None) -> Iterator[dict[str, Any]]:
     """Yield the members that webdataset's tar_file_expander would, with the bytes of wanted samples alone.
 
     What is lost must not depend on what is wanted, which differs from worker to worker: a tar ends before the first member
