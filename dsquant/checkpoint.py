@@ -3,13 +3,12 @@
 Each rank saves the fragments it owns (latents, optimizer moments, tracker state) in one safetensors file, keyed
 `part/weight@offset`; rank 0 adds the replicated quantizer state and the buffers. A fragment says what it is without
 reference to ranks, so any layout can be put together from any other, and nothing is unpickled. The folder gets its final
-name only after every file and the manifest are on disk: a checkpoint is there whole or not at all.
+name only after every file and the manifest are on disk (`files.py`): a checkpoint is there whole or not at all.
 """
 
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections import defaultdict
@@ -27,12 +26,13 @@ from torch import Tensor, nn
 from dsquant.config import RunConfig, parse_config
 from dsquant.engine import Engine
 from dsquant.errors import CheckpointError, TrainingError
+from dsquant.files import discard, put_in_place, sync, versions, write_synced
 from dsquant.models.registry import build_model, insert_sites, load_strict
 from dsquant.ops.fake_quantize import dequantize
 from dsquant.quant.state import QuantState
 
 logger = logging.getLogger(__name__)
-FORMAT, VERSION, MANIFEST = "dsquant-checkpoint", 1, "manifest.json"
+FORMAT, VERSION, MANIFEST, STEPS = "dsquant-checkpoint", 1, "manifest.json", "step_*"
 
 
 def checkpoint_dir(run_dir: Path, stage: str, step: int) -> Path:
@@ -46,9 +46,11 @@ def save_checkpoint(
 ) -> Path:  # fmt: skip
     """Save an engine between optimizer steps; every rank calls this.
 
+    Killed at any moment, it leaves this checkpoint or those there were before, whole.
+
     `done` marks the end of the stage; `results` (top-1 and the like so far) travel in the manifest, as does `owed`: the kinds
     of record that this step was to get and that a resumed run has yet to make.
-    Raises TrainingError, and writes nothing, where a latent is not finite.
+    Raises TrainingError, and writes nothing, where a latent, a moment or a scale is not finite.
     """
     _check_finite(engine)
     engine.average_statistics()
@@ -68,25 +70,25 @@ def save_checkpoint(
     manifest = _manifest(config, stage, engine, done) | {"results": results or {}, "owed": list(owed)}
     if engine.world.rank == 0:
         manifest["files"] = {name: facts for part in gathered for name, facts in part.items()}
-        _write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
-        if final.exists():  # the same step saved again: the whole new one takes its place
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        _sync_folder(final.parent)
+        write_synced(partial / MANIFEST, json.dumps(manifest, indent=1))
+        for folder in (partial, run_dir / "checkpoints", run_dir):  # the names in them
+            sync(folder)
+        put_in_place(partial, final)  # the same step may be there already, from before a resume
         _rotate(final.parent, config.checkpoint.keep_last)
     dist.barrier()
     return final
 
 
 def _check_finite(engine: Engine) -> None:
-    finite = torch.stack(
-        [f.values.isfinite().all() for fs in engine.shards.fragments for f in fs] or [torch.tensor(True)]
-    )
-    together = finite.all().int().to(engine.world.device)
+    held = [tensor for flat in engine.shards.flats for tensor in (flat, *engine.optimizer.state.get(flat, {}).values())]
+    held += [engine.state.values, engine.state.exp_avg, engine.state.exp_avg_sq] if engine.state else []
+    finite = [t.isfinite().all().to(engine.world.device) for t in held if isinstance(t, Tensor)]
+    together = torch.stack(finite).all().int()
     dist.all_reduce(together, op=dist.ReduceOp.MIN)
     if not together.item():
         raise TrainingError(
-            f"step {engine.step_index}: a weight is not finite; nothing was saved, resume from the last checkpoint"
+            f"step {engine.step_index}: a weight, a moment or a scale is not finite; nothing was saved, resume from the "
+            "last checkpoint"
         )
 
 
@@ -161,9 +163,12 @@ class _Shape:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
-    save_file({k: t.detach().to("cpu").clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}, path)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    held = {k: t.detach().to("cpu").clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
+    try:
+        save_file(held, path)
+        sync(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be written: {error}; the last checkpoint is untouched") from None
     return {path.name: {"bytes": path.stat().st_size, "blake2b": _hash(path)}}
 
 
@@ -172,27 +177,12 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _rotate(folder: Path, keep: int) -> None:
     """Delete all but the last `keep` checkpoints of a stage; leftovers of saves that were killed go too."""
-    for old in sorted(folder.glob("step_*"))[:-keep]:
-        shutil.rmtree(old)
-    for leftover in folder.glob(".*.partial"):
+    for leftover in set(folder.glob(f".{STEPS}")) - set(versions(folder, STEPS)):
         shutil.rmtree(leftover, ignore_errors=True)
+    for old in versions(folder, STEPS)[:-keep]:
+        discard(old)
 
 
 @dataclass
@@ -352,7 +342,7 @@ def latest_checkpoint(run_dir: Path, stages: list[str], stage: str | None = None
     """Return the newest whole checkpoint of a run, or of one stage; one that fails verification yields to the one before."""
     problems = []
     for name in reversed([stage] if stage else stages):
-        for path in sorted((run_dir / "checkpoints" / name).glob("step_*"), reverse=True):
+        for path in reversed(versions(run_dir / "checkpoints" / name, STEPS)):
             try:
                 found = Checkpoint.open(path)
             except CheckpointError as error:
@@ -379,11 +369,12 @@ def load_run_checkpoint(run_dir: Path, stage: str | None = None) -> Checkpoint:
 
 def stages_on_disk(run_dir: Path) -> list[str]:
     """Return the stages that have a checkpoint folder, in the order of the recipe."""
-    folders = {p.name: p for p in (run_dir / "checkpoints").glob("*") if any(p.glob(f"step_*/{MANIFEST}"))}
-    if not folders:
+    found = [path / MANIFEST for folder in (run_dir / "checkpoints").glob("*") for path in versions(folder, STEPS)]
+    found = [path for path in found if path.is_file()]
+    if not found:
         return []
-    newest = max(folders.values(), key=lambda p: max(m.stat().st_mtime for m in p.glob(f"step_*/{MANIFEST}")))
-    manifest = json.loads(next(newest.glob(f"step_*/{MANIFEST}")).read_text())
+    manifest = json.loads(max(found, key=lambda path: path.stat().st_mtime).read_text())
+    folders = {path.parent.parent.name for path in found}
     return [name for name in manifest["config"]["stages"] if name in folders]
 
 

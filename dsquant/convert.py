@@ -13,6 +13,7 @@ from dsquant.errors import ConfigError, ExportError
 from dsquant.evaluation import Scores, evaluate, transform_of
 from dsquant.export import PackedInfo, load_packed, read_packed, write_packed
 from dsquant.export.layout import data_keys
+from dsquant.files import sync
 from dsquant.models import Sites, build_model, insert_sites, portable
 from dsquant.quant.reparam import encode_product
 from dsquant.run_folder import RECIPE_FILE, TOKENIZER
@@ -44,7 +45,9 @@ def export_float(run_dir: str | Path, out: str | Path, stage: str | None = None)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
+    sync(partial)
     partial.replace(path)
+    sync(path.parent)
     return path
 
 

@@ -10,6 +10,7 @@ import yaml
 
 from dsquant.config import DEFAULT_RECIPE, RunConfig, load_config, parse_config
 from dsquant.errors import ConfigError, DsquantError
+from dsquant.files import write_atomically
 
 RECIPE_FILE = "recipe.yaml"
 TOKENIZER = "tokenizer"  # folder
@@ -56,11 +57,7 @@ def _new(recipe: str | None, overrides: dict[str, Any], out_dir: str | None) -> 
         if _has_begun(run_dir):
             raise ConfigError(f"{run_dir} already holds a run; pass --resume to continue it, or another --out_dir")
     run_dir = run_dir.resolve()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    partial = run_dir / f".{RECIPE_FILE}.partial"
-    partial.write_text(text)
-    partial.replace(run_dir / RECIPE_FILE)
+    write_atomically(run_dir / RECIPE_FILE, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     return config, run_dir
 
 

@@ -16,13 +16,14 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 
 # layer (a file or package directly in dsquant/) -> the other layers it may import. Nothing else: imports point down.
-VOCABULARY = {"spec", "errors", "config"}
+VOCABULARY = {"spec", "errors", "config", "files"}
 KERNELS = VOCABULARY | {"ops"}
 MODELS = KERNELS | {"quant", "models"}
 ENGINE = MODELS | {"shard", "launcher"}
 LAYERS = {
     "dsquant": {"models"},  # dsquant/__init__.py, in functions alone
     "errors": set(),
+    "files": set(),
     "launcher": {"errors"},
     "spec": {"errors"},
     "config": {"spec", "errors"},
@@ -37,7 +38,7 @@ LAYERS = {
     "data": VOCABULARY,
     "telemetry": VOCABULARY,
     "analysis": ENGINE | {"checkpoint", "data", "evaluation", "run_folder", "telemetry", "convert"},
-    "export": MODELS | {"config"},
+    "export": MODELS | {"config", "files"},
     "evaluation": VOCABULARY | {"models", "data"},
     "convert": MODELS | {"config", "checkpoint", "evaluation", "export", "data", "run_folder"},
     "engine": ENGINE,

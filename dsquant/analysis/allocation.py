@@ -17,8 +17,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from dsquant.config import QuantConfig, RunConfig, StageConfig
 from dsquant.errors import ConfigError, DsquantError
+from dsquant.files import write_atomically
 from dsquant.spec import check_bits
-from dsquant.telemetry.metrics import write_atomically
 
 CANDIDATES = (2, 3, 4, 8)
 

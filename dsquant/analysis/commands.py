@@ -19,9 +19,9 @@ from dsquant.analysis.subject import Samples, Subject, open_model, open_run
 from dsquant.analysis.variants import post_training, trained, uniform_policy
 from dsquant.config import ModelConfig, RunConfig, load_config
 from dsquant.errors import ConfigError
+from dsquant.files import write_atomically
 from dsquant.models import text_model
 from dsquant.run_folder import RECIPE_FILE
-from dsquant.telemetry.metrics import write_atomically
 
 DEFAULT_BITS = 4
 IMAGENET_CLASSES = 1000

@@ -31,6 +31,7 @@ from dsquant.export.layout import (
     site_tensors,
     weight_site,
 )
+from dsquant.files import sync
 from dsquant.ops.pack import pack, unpack
 from dsquant.spec import ActivationSite, WeightSite
 
@@ -230,6 +231,7 @@ def _write_whole(path: Path, tensors: dict[str, Tensor], header: dict[str, str])
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        sync(path.parent)
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error}") from error
     finally:

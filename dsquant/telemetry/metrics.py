@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dsquant.errors import DsquantError
+from dsquant.files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -198,20 +199,6 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
         raise DsquantError(f"{path} is not JSON ({error}); restore it or run again") from None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a UTF-8 file so that readers see the old one or the new one, whole, even across a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _plain(value: Any, name: str, nonfinite: list[str]) -> Any:
     """Return `value` as JSON types; `nonfinite` collects the dotted names of floats replaced by None."""
     if value is None or isinstance(value, str | bool):
@@ -271,7 +258,8 @@ def _happened_by(record: dict[str, Any], stages: Sequence[str], after: tuple[str
 
 def _append(path: Path, records: Iterable[dict[str, Any]]) -> None:
     with path.open("ab") as file:
-        file.write("".join(map(_line, records)).encode())
+        torn = file.tell() and not path.read_bytes().endswith(b"\n")  # by a resume that was killed here
+        file.write((b"\n" if torn else b"") + "".join(map(_line, records)).encode())
         file.flush()
         os.fsync(file.fileno())
 

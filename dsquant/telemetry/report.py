@@ -8,6 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from dsquant.files import write_atomically
 from dsquant.telemetry.charts import Series, legend, line_chart, smooth, sparkline, thin
 from dsquant.telemetry.metrics import (
     METRICS_FILE,
@@ -17,7 +18,6 @@ from dsquant.telemetry.metrics import (
     read_summary,
     stage_offsets,
     stage_totals,
-    write_atomically,
 )
 
 SMOOTHING = 50  # a smoothed curve averages over about 1/50 of a stage

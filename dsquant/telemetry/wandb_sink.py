@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsquant.errors import ConfigError, DsquantError
+from dsquant.files import write_atomically
 from dsquant.telemetry.metrics import (
     METRICS_FILE,
     SUMMARY_FILE,
@@ -20,7 +21,6 @@ from dsquant.telemetry.metrics import (
     read_summary,
     stage_offsets,
     stage_totals,
-    write_atomically,
 )
 
 MODES = ("auto", "online", "offline", "disabled")
