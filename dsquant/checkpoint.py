@@ -135,6 +135,7 @@ def _manifest(config: RunConfig, stage: str, engine: Engine, done: bool) -> dict
         "stage": stage,
         "step": engine.step_index,
         "done": done,
+        "skipped_in_a_row": engine.skipped_in_a_row,
         "world_size": engine.world.size,
         "zero_stage": engine.zero_stage,
         "optimizer_scalars": scalars,
@@ -315,6 +316,7 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
         engine.optimizer.state[flat] = state | {key: torch.tensor(value) for key, value in scalars.items()}
     _restore_replicated(engine, checkpoint)
     engine.step_index = checkpoint.step
+    engine.skipped_in_a_row = checkpoint.manifest.get("skipped_in_a_row", 0)
 
 
 def _restore_replicated(engine: Engine, checkpoint: Checkpoint) -> None:

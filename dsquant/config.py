@@ -417,13 +417,15 @@ class Target(Section):
 class RunConfig(Section):
     """Hold one run: model, data, an ordered set of stages, and how it is watched and kept.
 
-    `max_steps` caps the optimizer steps of each stage; schedules end there. `cpu_threads` are those of a rank that
+    `max_steps` caps the optimizer steps of each stage; schedules end there. Up to `max_skipped` steps in a row whose loss or
+    gradient is not finite are skipped; one more ends the run (0: the first does). `cpu_threads` are those of a rank that
     trains on a CPU (default: the cores shared out over the ranks of a node; OMP_NUM_THREADS, where set, decides).
     """
 
     recipe: str
     seed: Count = 0
     max_steps: Positive | None = None
+    max_skipped: Count = 10
     cpu_threads: Positive | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     model: ModelConfig

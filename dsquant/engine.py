@@ -7,7 +7,7 @@ the same engine with nothing attached, so that both run the same loop.
 import logging
 import os
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +162,12 @@ class Engine:
         )
         _unlink_shared_buffer()
         self.shards: ShardMap = map_shards(self.ds)
+        self.optimizer.checks_finite = self.shards.in_place
         self._restore_masters(exact)
         self.state: QuantState | None = None
         self.quantization: ShardQuantization | None = None
-        self.step_index = 0
+        self.step_index = self.skipped_in_a_row = 0
+        self._statistics: list[Tensor] = []  # BatchNorm's, before the step that is being taken
         if stage.quant is not None:
             self._attach(stage.quant)
 
@@ -259,13 +261,15 @@ class Engine:
         return move(inputs, self.world.device, self.dtype)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of a micro-batch."""
-        self.ds.backward(loss)
+        """Accumulate the gradients of a micro-batch; all are nan where the loss is not finite, so that its step is skipped."""
+        self.ds.backward(loss * (1 + 0 * loss.detach()))
 
-    def step(self, lr: float, observe: bool = False) -> None:
-        """Take an optimizer step if this micro-batch completes one; `lr` is the learning rate it uses.
+    def step(self, lr: float, observe: bool = False) -> bool:
+        """Take an optimizer step if this micro-batch completes one; return whether one was skipped. `lr` is its learning rate.
 
-        `observe` has a quantized stage measure its regularizers' gradient against the task's.
+        `observe` has a quantized stage measure its regularizers' gradient against the task's. A step whose gradient, over all
+        ranks, is not finite is counted and changes nothing else. The decision is that of DeepSpeed, from the norm of the
+        gradient that it reduces over ranks and reads before it steps; at ZeRO 0 in float32, that of `ShardOptimizer`.
         """
         boundary = self.ds.is_gradient_accumulation_boundary()
         if boundary:
@@ -274,16 +278,16 @@ class Engine:
             if self.quantization is not None:
                 self.quantization.begin_step(self.step_index / self.total_steps, lr / self.stage.lr, observe)
         self.ds.step()
-        if boundary:
-            if not self.ds.was_step_applied():
-                raise TrainingError(
-                    f"step {self.step_index + 1}: a gradient is not finite; lower the learning rate ({self.stage.lr}) or "
-                    "clip gradients (gradient_clipping); the last checkpoint is untouched"
-                )
-            self.step_index += 1
-            if self.quantization is not None:
-                self.quantization.finish_step()
-                self.state.zero_grad()
+        if not boundary:
+            return False
+        skipped = not self.ds.was_step_applied()
+        self.step_index += 1
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.quantization is not None:
+            self.quantization.finish_step()
+            self.state.zero_grad()
+        self._keep_statistics(put_back=skipped)
+        return skipped
 
     @torch.no_grad()
     def evaluate_logits(self, inputs: Inputs) -> Tensor:
@@ -296,6 +300,22 @@ class Engine:
 
     def train(self) -> None:
         self.ds.train()
+        self._keep_statistics()
+
+    @torch.no_grad()
+    def _keep_statistics(self, put_back: bool = False) -> None:
+        """Note BatchNorm's running statistics, which the next forward pass changes, or put back what was noted."""
+        if put_back:
+            for tensor, kept in zip(self._running, self._statistics, strict=True):
+                tensor.copy_(kept)
+        else:
+            self._statistics = [tensor.clone() for tensor in self._running]
+
+    @cached_property
+    def _running(self) -> list[Tensor]:
+        """Return BatchNorm's running statistics."""
+        norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        return [t for norm in norms for t in (norm.running_mean, norm.running_var, norm.num_batches_tracked)]
 
     @torch.no_grad()
     def average_statistics(self) -> None:
@@ -304,15 +324,15 @@ class Engine:
         Every rank calls this before the statistics are used or saved, so that all ranks evaluate, and a checkpoint holds,
         one model. Summed in float64.
         """
-        norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-        if not norms or self.world.size == 1:
+        running = [tensor for tensor in self._running if tensor.is_floating_point()]
+        if not running or self.world.size == 1:
             return
-        running = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
         together = torch.cat([tensor.double() for tensor in running])
         dist.all_reduce(together)
         together /= self.world.size
         for tensor, mean in zip(running, together.split([tensor.numel() for tensor in running]), strict=True):
             tensor.copy_(mean)
+        self._keep_statistics()
 
     def destroy(self) -> None:
         """Free DeepSpeed's buffers and hooks, so that the next stage starts clean."""

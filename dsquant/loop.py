@@ -8,7 +8,7 @@ run continues bit for bit without saving the state of any generator.
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -34,8 +34,10 @@ from dsquant.data import StoredCrops, TrainStream
 from dsquant.engine import Engine, World
 from dsquant.errors import CheckpointError, TrainingError
 from dsquant.evaluation import METRICS, Scores, evaluate, score_name
+from dsquant.heartbeat import Heartbeat
 from dsquant.losses import block_loss, hidden_loss, stage_loss
 from dsquant.models import build_model, insert_sites, model_outputs
+from dsquant.nonfinite import first_nonfinite
 from dsquant.preemption import Stopped, StopRequest
 from dsquant.quant.calibrate import calibrate
 from dsquant.run_data import damage_of_all_ranks, eval_stream, images_per_batch, open_data, open_tokenizer, train_stream
@@ -46,7 +48,7 @@ from dsquant.telemetry.wandb_sink import WandbSink
 
 PACKED_FILE = "model.packed.safetensors"
 RESULTS = ("float_top1", "top1", "oscillating_pct", "oscillating_peak_pct")
-CARRIED = (*RESULTS, *METRICS, *(f"float_{metric}" for metric in METRICS))
+CARRIED = ("skipped_steps", *RESULTS, *METRICS, *(f"float_{metric}" for metric in METRICS))
 
 
 def learning_rate(stage: StageConfig, step: int, total: int) -> float:
@@ -69,12 +71,12 @@ class StepBuffer:
     """Keep per-step sums on the device until they are recorded: loss, right answers, images."""
 
     rows: list[Tensor]
-    meta: list[tuple[int, float]]
+    meta: list[tuple[int, float, bool]]
     began: float
 
-    def add(self, step: int, lr: float, sums: Tensor) -> None:
+    def add(self, step: int, lr: float, skipped: bool, sums: Tensor) -> None:
         self.rows.append(sums)
-        self.meta.append((step, lr))
+        self.meta.append((step, lr, skipped))
 
 
 class Run:
@@ -88,16 +90,18 @@ class Run:
         resume: continue from the newest whole checkpoint.
         stop: what has this run stop at the end of a step, of a batch of an evaluation or of a calibration; it then raises
             Stopped on every rank, and a run that resumes ends as one that was never stopped.
+        heartbeat: learns where this rank is.
     """
 
     def __init__(
         self, config: RunConfig, ds_config: dict[str, Any], run_dir: Path, world: World, *, resume: bool = False,
-        stop: StopRequest | None = None,
+        stop: StopRequest | None = None, heartbeat: Heartbeat | None = None,
     ):  # fmt: skip
         self.config, self.ds_config, self.run_dir, self.world = config, ds_config, run_dir, world
         self.main = world.rank == 0
         self.stop = stop or StopRequest()
         self.stop.join(world.size)
+        self.heartbeat = heartbeat or Heartbeat()
         self._check_stages()
         self.train_shards, self.val_shards = open_data(config.data, run_dir, world.rank)
         self.stored_crops = StoredCrops.of_recipe(config, self.train_shards)
@@ -109,7 +113,7 @@ class Run:
             raise CheckpointError(
                 f"{self.start.path} is of another model: {self.start.config.model} there and {config.model} here"
             )
-        self.summary: dict[str, Any] = {}
+        self.summary: dict[str, Any] = {"skipped_steps": 0}
         self.began = time.monotonic()
 
     def _check_stages(self) -> None:
@@ -171,6 +175,7 @@ class Run:
     def _stage(self, name: str, resumed: Checkpoint | None) -> None:
         """Train one stage from its beginning or from a checkpoint, evaluate it, and keep its end."""
         stage, total = self.config.stages[name], self.totals[name]
+        self.heartbeat.where = f"the start of stage {name}"
         model = self._initial_model(name, stage)
         if stage.quant is not None and f"float_{self.score}" not in self.summary:
             self._note(self._evaluate(model.to(self.world.device).eval(), torch.float32), "float_")
@@ -251,10 +256,15 @@ class Run:
             lr = learning_rate(stage, engine.step_index, total)
             step = engine.step_index + 1
             last = step == total
+            self.heartbeat.where = f"stage {name}, step {step}"
             evaluates = last or step % eval_every == 0
             observes = bool(engine.quantization) and (last or step % self.config.telemetry.oscillation_every == 0)
-            sums = self._step(name, stage, engine, batches, teacher, lr, observes)
-            buffer.add(step, lr, sums)
+            taken = list(islice(batches, stage.gradient_accumulation))
+            sums, skipped = self._step(name, stage, engine, taken, teacher, lr, observes)
+            buffer.add(step, lr, skipped, sums)
+            if engine.skipped_in_a_row > self.config.max_skipped:
+                self._flush(name, stage, buffer)
+                raise self._not_finite(name, stage, engine, taken, teacher, lr)
             if step % every == 0 or self._saves(step, total) or evaluates or observes:
                 self._flush(name, stage, buffer)
             if observes:
@@ -286,49 +296,88 @@ class Run:
             buffer.began = time.monotonic()
 
     def _step(
-        self, name: str, stage: StageConfig, engine: Engine, batches: Iterator[tuple[Any, ...]],
-        teacher: nn.Module | None, lr: float, observe: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """Take one optimizer step and return float64 (loss, right answers, samples) of this rank, on its device."""
-        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
-        for micro in range(stage.gradient_accumulation):
-            inputs, labels, *soft_labels = next(batches)
-            soft_labels = [tensor.to(self.world.device, non_blocking=True) for tensor in soft_labels]
-            inputs, labels = engine.cast(inputs), labels.to(self.world.device, non_blocking=True)
-            teacher_logits, distills_hidden = None, stage.distill is not None and stage.distill.hidden > 0
-            if teacher is not None:
-                with torch.no_grad():
-                    teacher_logits, taught = model_outputs(teacher, inputs, hidden=distills_hidden)
-            seed_step(self.config.seed, name, engine.step_index, micro, self.world.rank)
-            logits, hidden = engine.outputs(inputs, hidden=distills_hidden)
-            loss = stage_loss(logits, labels, teacher_logits, stage.distill, stage.label_smoothing, soft_labels)
-            if distills_hidden:
-                text = isinstance(inputs, dict)
-                loss = loss + stage.distill.hidden * (
-                    hidden_loss(hidden, taught, inputs["attention_mask"]) if text else block_loss(hidden, taught)
-                )
+        self, name: str, stage: StageConfig, engine: Engine, taken: list[tuple[Any, ...]], teacher: nn.Module | None,
+        lr: float, observe: bool = False,
+    ) -> tuple[Tensor, bool]:  # fmt: skip
+        """Take one optimizer step on `taken`, its micro-batches.
+
+        Returns float64 (loss, right answers, samples) of this rank, on its device, and whether the step was skipped.
+        """
+        sums, step = torch.zeros(3, dtype=torch.float64, device=self.world.device), engine.step_index
+        for micro, batch in enumerate(taken):
+            loss, logits, labels = self._forward(name, stage, engine, batch, teacher, (step, micro))
             engine.backward(loss)
             with torch.no_grad():
                 right = (logits.argmax(dim=-1) == labels).sum()
                 sums += torch.stack(
                     [loss.detach().double() * len(labels), right.double(), right.new_tensor(len(labels))]
                 )
-            engine.step(lr, observe)
-        return sums
+            skipped = engine.step(lr, observe)
+        return sums, skipped
+
+    def _forward(
+        self, name: str, stage: StageConfig, engine: Engine, batch: tuple[Any, ...], teacher: nn.Module | None,
+        at: tuple[int, int],
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Return loss, logits and labels of a micro-batch; `at` is its step (from 0) and its number in it."""
+        inputs, labels, *soft_labels = batch
+        soft_labels = [tensor.to(self.world.device, non_blocking=True) for tensor in soft_labels]
+        inputs, labels = engine.cast(inputs), labels.to(self.world.device, non_blocking=True)
+        teacher_logits, distills_hidden = None, stage.distill is not None and stage.distill.hidden > 0
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_logits, taught = model_outputs(teacher, inputs, hidden=distills_hidden)
+        seed_step(self.config.seed, name, *at, self.world.rank)
+        logits, hidden = engine.outputs(inputs, hidden=distills_hidden)
+        loss = stage_loss(logits, labels, teacher_logits, stage.distill, stage.label_smoothing, soft_labels)
+        if distills_hidden:
+            text = isinstance(inputs, dict)
+            loss = loss + stage.distill.hidden * (
+                hidden_loss(hidden, taught, inputs["attention_mask"]) if text else block_loss(hidden, taught)
+            )
+        return loss, logits, labels
+
+    def _not_finite(
+        self, name: str, stage: StageConfig, engine: Engine, taken: list[tuple[Any, ...]], teacher: nn.Module | None,
+        lr: float,
+    ) -> TrainingError:  # fmt: skip
+        """Take a skipped step again, watched, and return the error that says where what is not finite begins."""
+        step, where = engine.step_index, "nowhere when the step was taken again"
+        for micro, batch in enumerate(taken):
+            forward = partial(self._forward, name, stage, engine, batch, teacher, (step - 1, micro))
+            mine = first_nonfinite(engine.module, batch[0], lambda run=forward: run()[0], engine.backward)
+            found: list[str | None] = [None] * self.world.size
+            dist.all_gather_object(found, mine)
+            if ranks := [rank for rank, what in enumerate(found) if what]:
+                size = stage.batch_size // self.world.size // stage.gradient_accumulation
+                first = ((step - 1) * stage.gradient_accumulation + micro) * size
+                where = f"in {found[ranks[0]]}, on rank {ranks[0]}, in samples {first} to {first + size - 1} that it has drawn"
+                break
+            engine.step(lr)
+        return TrainingError(
+            f"stage {name}: the loss or a gradient was not finite in {engine.skipped_in_a_row} steps in a row, the last of "
+            f"them step {step} (max_skipped: {self.config.max_skipped}). It begins {where}. Look at these samples, or lower "
+            f"lr ({stage.lr}) or scale_lr, or clip gradients (gradient_clipping); the last checkpoint is untouched"
+        )
 
     def _flush(self, name: str, stage: StageConfig, buffer: StepBuffer) -> None:
-        """Reduce the buffered steps over ranks and record them. Raises TrainingError at a loss that is not finite."""
+        """Reduce the buffered steps over ranks and record them.
+
+        Raises TrainingError where a loss is not finite and its step was taken.
+        """
         if not buffer.rows:
             return
         together = torch.stack(buffer.rows)
         dist.all_reduce(together)
         seconds = time.monotonic() - buffer.began
         rate = len(buffer.rows) * stage.batch_size / max(seconds, 1e-9)
-        for (step, lr), (loss, right, images) in zip(buffer.meta, together.tolist(), strict=True):
+        for (step, lr, skipped), (loss, right, images) in zip(buffer.meta, together.tolist(), strict=True):
             loss, top1 = loss / images, None if self.score == "pearson_spearman" else 100 * right / images
             if self.metrics:
-                self.metrics.write("train", name, step, loss=loss, lr=lr, top1=top1, images_per_second=rate)
-            if not math.isfinite(loss):
+                mark = {"skipped": True} if skipped else {}
+                self.metrics.write("train", name, step, loss=loss, lr=lr, top1=top1, images_per_second=rate, **mark)
+            self.summary["skipped_steps"] += skipped
+            if not math.isfinite(loss) and not skipped:
                 raise TrainingError(
                     f"stage {name}: the loss of step {step} is {loss}; lower its lr ({stage.lr}) or scale_lr; "
                     "the last checkpoint is untouched"
@@ -348,6 +397,7 @@ class Run:
             self.metrics.write("oscillation", name, engine.step_index, sites=sites, **totals)
 
     def _record_evaluation(self, name: str, engine: Engine) -> None:
+        self.heartbeat.where = f"stage {name}, the evaluation of step {engine.step_index}"
         engine.eval()
         found = self._evaluate(engine.module, engine.dtype)
         engine.train()
@@ -372,6 +422,7 @@ class Run:
 
     def _save(self, name: str, engine: Engine, *, done: bool, owed: Sequence[str] = ()) -> None:
         damage = damage_of_all_ranks(self.stream)
+        self.heartbeat.where = f"stage {name}, the checkpoint of step {engine.step_index}"
         if self.metrics:
             if damage:
                 count = sum(len(entry["samples"]) for entry in damage)

@@ -14,7 +14,7 @@ from dsquant.files import write_atomically
 
 RECIPE_FILE = "recipe.yaml"
 TOKENIZER = "tokenizer"  # folder
-FREE_TO_CHANGE = ("telemetry", "checkpoint")  # sections that a resumed run may have otherwise
+FREE_TO_CHANGE = ("telemetry", "checkpoint", "max_skipped")  # what a resumed run may have otherwise
 
 
 def prepare_run(

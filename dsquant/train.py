@@ -12,10 +12,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import fire  # noqa: E402
 
 from dsquant.errors import DsquantError  # noqa: E402
+from dsquant.heartbeat import Heartbeat  # noqa: E402
 from dsquant.preemption import EXIT_STOPPED, Stopped, StopRequest, leave_together  # noqa: E402
 
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
-STOP = StopRequest()
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
+STOP, HEARTBEAT = StopRequest(), Heartbeat()
 NO_DS_CONFIG = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
 
 
@@ -53,12 +54,14 @@ def train(
     del local_rank
     ds = load_ds_config(ds_config) if ds_config else dict(NO_DS_CONFIG)
     world = init_world()
+    HEARTBEAT.start(world.rank, world.size)
     if max_steps is not None:
         overrides["max_steps"] = max_steps
     config, run_dir = prepare_run(recipe, overrides, out_dir, resume)
     world.use_precision(config.precision)
     world.use_threads(config.cpu_threads)
-    Run(config, ds, run_dir, world, resume=resume, stop=STOP).execute()
+    Run(config, ds, run_dir, world, resume=resume, stop=STOP, heartbeat=HEARTBEAT).execute()
+    HEARTBEAT.stop()
 
 
 def main() -> None:
@@ -67,11 +70,13 @@ def main() -> None:
     try:
         fire.Fire(train, ["--", "--help"] if wants_help else None, name="train.py")
     except Stopped as stopped:
+        HEARTBEAT.stop()
         leave_together()
         if os.environ.get("RANK", "0") == "0":
             print(f"dsquant: {stopped}; --resume goes on from there", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
     except DsquantError as error:
+        HEARTBEAT.stop(error=True)
         if os.environ.get("RANK", "0") != "0":
             STOP.release()
             time.sleep(5)  # what every rank meets, rank 0 reports; the launcher then ends the others
@@ -80,7 +85,7 @@ def main() -> None:
         if not any(sign in str(error) for sign in LOST_PEER):
             raise
         STOP.release()
-        time.sleep(5)  # the rank that ended says why; the launcher ends this one meanwhile
+        HEARTBEAT.verdict()  # ends this process with the rank that is lost; a launcher may do so before
         sys.exit("dsquant: another rank has ended; its message says why")
 
 

@@ -24,6 +24,8 @@ LAYERS = {
     "dsquant": {"models"},  # dsquant/__init__.py, in functions alone
     "errors": set(),
     "files": set(),
+    "nonfinite": set(),
+    "heartbeat": set(),
     "launcher": {"errors"},
     "spec": {"errors"},
     "config": {"spec", "errors"},
@@ -64,10 +66,12 @@ LAYERS = {
         "run_folder",
         "run_data",
         "preemption",
+        "nonfinite",
+        "heartbeat",
     },
     "train": ENGINE
     | {"engine", "checkpoint", "losses", "data", "telemetry", "analysis", "export", "convert", "loop", "run_folder"}
-    | {"preemption"},
+    | {"preemption", "heartbeat"},
 }
 LAYERS["tools"] = set(LAYERS)  # tools/*.py: thin command lines over any layer
 

@@ -28,13 +28,16 @@ from dsquant.spec import WeightSite
 class ShardOptimizer(torch.optim.Optimizer):
     """Wrap any torch optimizer so that its step quantizes weights, once `quantization` is attached.
 
-    DeepSpeed reads and writes `param_groups` and `state`; both are the inner optimizer's own.
+    DeepSpeed reads and writes `param_groups` and `state`; both are the inner optimizer's own. It takes no step whose gradient
+    is not finite, but at ZeRO 0 in float32: with `checks_finite` this optimizer does so, and says it in `overflow`, which
+    DeepSpeed reads. The norm is that of the reduced gradient, the same on every rank.
     """
 
     def __init__(self, inner: torch.optim.Optimizer):
         self.inner = inner
         self.defaults = inner.defaults
         self.quantization: ShardQuantization | None = None
+        self.checks_finite, self.overflow = False, False
 
     @property
     def param_groups(self):
@@ -57,6 +60,10 @@ class ShardOptimizer(torch.optim.Optimizer):
         if closure is not None:
             raise ShardError("sharded quantization takes no closure")
         flats = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.checks_finite:
+            self.overflow = not bool(torch.nn.utils.get_total_norm([p.grad for p in flats]).isfinite())
+            if self.overflow:
+                return
         if self.quantization is not None:
             self.quantization.step(flats, self.inner)
         elif can_step(self.inner, flats):
