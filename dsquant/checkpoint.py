@@ -74,7 +74,8 @@ def save_checkpoint(
         for folder in (partial, run_dir / "checkpoints", run_dir):  # the names in them
             sync(folder)
         put_in_place(partial, final)  # the same step may be there already, from before a resume
-        _rotate(final.parent, config.checkpoint.keep_last)
+        best = results.get("best_step") if results and config.checkpoint.keep_best else None
+        _rotate(final.parent, config.checkpoint.keep_last, checkpoint_dir(run_dir, stage, best or 0).name)
     dist.barrier()
     return final
 
@@ -178,12 +179,13 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _rotate(folder: Path, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints of a stage; leftovers of saves that were killed go too."""
+def _rotate(folder: Path, keep: int, best: str) -> None:
+    """Delete all but the last `keep` checkpoints of a stage and the one named `best`; leftovers of killed saves go too."""
     for leftover in set(folder.glob(f".{STEPS}")) - set(versions(folder, STEPS)):
         shutil.rmtree(leftover, ignore_errors=True)
     for old in versions(folder, STEPS)[:-keep]:
-        discard(old)
+        if best not in old.name:
+            discard(old)
 
 
 @dataclass
@@ -358,11 +360,17 @@ def latest_checkpoint(run_dir: Path, stages: list[str], stage: str | None = None
     return None
 
 
-def load_run_checkpoint(run_dir: Path, stage: str | None = None) -> Checkpoint:
-    """Return the newest checkpoint of a run or of one of its stages. Raises CheckpointError where there is none."""
+def load_run_checkpoint(run_dir: Path, stage: str | None = None, step: int | None = None) -> Checkpoint:
+    """Return the newest checkpoint of a run or of one of its stages, or a step's. Raises CheckpointError where there is none."""
     stages = stages_on_disk(run_dir)
     if stage is not None and stage not in stages:
         raise CheckpointError(f"{run_dir} has no checkpoint of stage {stage!r}; it has {stages}")
+    if step is not None and stages:
+        path = checkpoint_dir(run_dir, stage or stages[-1], step)
+        if not path.is_dir():
+            there = [other.name for other in versions(path.parent, STEPS)]
+            raise CheckpointError(f"{path} does not exist; there are {there}")
+        return Checkpoint.open(path)
     found = latest_checkpoint(run_dir, stages, stage)
     if found is None:
         raise CheckpointError(f"{run_dir} holds no checkpoint; give the --out_dir of a run")

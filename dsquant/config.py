@@ -399,10 +399,15 @@ class TelemetryConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Save every so many optimizer steps of a stage (0: only at its end) and keep the last few."""
+    """Save every so many optimizer steps of a stage (0: only at its end) and keep the last few.
+
+    `keep_best`: save, too, where an evaluation gives the stage's best validation score, and keep the best beside the last;
+    `summary.json` names its step (`best_step`), which tools/convert.py takes as --step.
+    """
 
     every_steps: Count = 0
     keep_last: Positive = 2
+    keep_best: Flag = False
 
 
 class Target(Section):

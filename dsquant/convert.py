@@ -22,26 +22,26 @@ if TYPE_CHECKING:
     from dsquant.checkpoint import Checkpoint
 
 
-def convert_run(run_dir: str | Path, out: str | Path, stage: str | None = None) -> PackedInfo:
-    """Pack the newest checkpoint of a run, or of one of its stages, whatever ZeRO stage and world size wrote it.
+def convert_run(run_dir: str | Path, out: str | Path, stage: str | None = None, step: int | None = None) -> PackedInfo:
+    """Pack the newest checkpoint of a run, of one of its stages, or that of a step, whatever ZeRO stage and world size wrote it.
 
     The codes are those of the last training step. Raises CheckpointError where there is no whole checkpoint and
     ExportError for a float stage.
     """
     from dsquant.checkpoint import load_run_checkpoint  # evaluating a packed file needs no DeepSpeed
 
-    return pack_checkpoint(load_run_checkpoint(Path(run_dir), stage), out)
+    return pack_checkpoint(load_run_checkpoint(Path(run_dir), stage, step), out)
 
 
-def export_float(run_dir: str | Path, out: str | Path, stage: str | None = None) -> Path:
-    """Write the float32 weights and buffers of a run's newest checkpoint, or of one of its stages, by upstream name.
+def export_float(run_dir: str | Path, out: str | Path, stage: str | None = None, step: int | None = None) -> Path:
+    """Write the float32 weights and buffers of a run's newest checkpoint, of one of its stages, or of a step, by upstream name.
 
     The safetensors file is what `model.checkpoint` takes; of a quantized stage it holds the latents. Raises
     CheckpointError where there is no whole checkpoint.
     """
     from dsquant.checkpoint import load_float, load_run_checkpoint
 
-    model, path = load_float(load_run_checkpoint(Path(run_dir), stage)), Path(out)
+    model, path = load_float(load_run_checkpoint(Path(run_dir), stage, step)), Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)

@@ -169,7 +169,7 @@ class Doctor:
     def space(self) -> str:
         """Compare the free space with what the checkpoints of a run take."""
         numel = sum(p.numel() for p in self._model().parameters())
-        kept = self.config.checkpoint.keep_last + len(self.config.stages)
+        kept = self.config.checkpoint.keep_last + self.config.checkpoint.keep_best + len(self.config.stages)
         needed, free = STATE_BYTES * numel * kept, shutil.disk_usage(_existing(self.out_dir)).free
         if needed > free:
             raise ConfigError(

@@ -48,7 +48,8 @@ from dsquant.telemetry.wandb_sink import WandbSink
 
 PACKED_FILE = "model.packed.safetensors"
 RESULTS = ("float_top1", "top1", "oscillating_pct", "oscillating_peak_pct")
-CARRIED = ("skipped_steps", *RESULTS, *METRICS, *(f"float_{metric}" for metric in METRICS))
+BEST = ("best_step", "best_score")
+CARRIED = ("skipped_steps", *BEST, *RESULTS, *METRICS, *(f"float_{metric}" for metric in METRICS))
 
 
 def learning_rate(stage: StageConfig, step: int, total: int) -> float:
@@ -184,6 +185,8 @@ class Run:
         self.stream = stream = train_stream(
             self.config, stage, self.train_shards, self.stored_crops, self.tokenizer, self.world
         )
+        for key in BEST:
+            self.summary.pop(key, None)
         if resumed is not None:
             self.summary |= resumed.manifest.get("results", {})
             restore(engine, resumed)
@@ -285,7 +288,7 @@ class Run:
         try:
             self.stop.poll("training")
             if evaluates:
-                self._record_evaluation(name, engine)
+                saves |= self._is_best(step, self._record_evaluation(name, engine))
         except Stopped as stopped:
             self._flush(name, stage, buffer)
             self._save(name, engine, done=False, owed=("eval", "checkpoint") if evaluates else ())
@@ -396,7 +399,14 @@ class Run:
         if self.metrics:
             self.metrics.write("oscillation", name, engine.step_index, sites=sites, **totals)
 
-    def _record_evaluation(self, name: str, engine: Engine) -> None:
+    def _is_best(self, step: int, score: float) -> bool:
+        """Note a step whose score is the best of the stage so far, where that is to be kept."""
+        best = self.config.checkpoint.keep_best and score > self.summary.get("best_score", -math.inf)
+        self.summary |= {"best_step": step, "best_score": score} if best else {}
+        return best
+
+    def _record_evaluation(self, name: str, engine: Engine) -> float:
+        """Evaluate, record what is found, and return the score."""
         self.heartbeat.where = f"stage {name}, the evaluation of step {engine.step_index}"
         engine.eval()
         found = self._evaluate(engine.module, engine.dtype)
@@ -408,6 +418,7 @@ class Run:
             f"{name} step {engine.step_index}: validation {self.score.replace('top1', 'top-1')} {found[self.score]:.2f}, "
             f"loss {found['loss']:.4f}"
         )
+        return found[self.score]
 
     def _note(self, found: dict[str, float | int], prefix: str) -> None:
         """Put a model's top-1 (where it has one) and its score into the summary."""

@@ -15,7 +15,13 @@ from dsquant.errors import DsquantError  # noqa: E402
 from dsquant.heartbeat import Heartbeat  # noqa: E402
 from dsquant.preemption import EXIT_STOPPED, Stopped, StopRequest, leave_together  # noqa: E402
 
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
+LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "ncclRemoteError",
+)
 STOP, HEARTBEAT = StopRequest(), Heartbeat()
 NO_DS_CONFIG = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
 

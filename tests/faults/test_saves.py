@@ -203,3 +203,34 @@ def test_what_is_not_finite_or_cannot_be_written_is_an_error_and_the_last_checkp
     assert "rank_00000.safetensors cannot be written" in said[3]
     assert "step_00000001" in left
     assert step == 1
+
+
+def keep_the_best(folder):
+    """Train with an evaluation every step and the best kept; return the scores and the steps that are left, by stage."""
+    from dsquant.config import load_ds_config
+    from dsquant.engine import init_world
+    from dsquant.loop import Run
+    from dsquant.run_folder import prepare_run
+    from tests.integration.runs import TINY, ds_config, records
+
+    overrides = {"telemetry.wandb": "disabled", "max_steps": 8, "checkpoint.keep_best": True, "checkpoint.keep_last": 1}
+    overrides |= {f"stages.{stage}.eval_every": 0.01 for stage in ("fp", "w2a2")}
+    config, run_dir = prepare_run(str(TINY), overrides, folder, False)
+    summary = Run(config, load_ds_config(ds_config("zero1")), run_dir, init_world()).execute()
+    found = {}
+    for stage in ("fp", "w2a2"):
+        scores = {r["step"]: r["top1"] for r in records(run_dir, "eval", stage) if r["step"]}
+        found[stage] = scores, sorted(path.name for path in (run_dir / "checkpoints" / stage).iterdir())
+    return found, summary["best_step"], load_run_checkpoint(run_dir, "w2a2", summary["best_step"]).step
+
+
+def test_the_checkpoint_of_the_best_score_is_kept_beside_the_last(run_ranks, tmp_path):
+    ((found, best_step, opened_step),) = run_ranks(
+        1, "tests.faults.test_saves:keep_the_best", folder=str(tmp_path / "run"), env=ENV
+    )
+    for scores, left in found.values():
+        best = max(scores, key=scores.get)  # the first of equals
+        assert left == [f"step_{step:08d}" for step in sorted({best, 8})], scores
+    assert best_step == opened_step == best
+    with pytest.raises(CheckpointError, match=r"step_00000099 does not exist; there are \['step_"):
+        load_run_checkpoint(tmp_path / "run", "w2a2", 99)

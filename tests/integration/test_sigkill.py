@@ -19,7 +19,7 @@ from tests.integration.runs import TINY, ds_config, kill, records, run, start, t
 from tests.integration.test_resume import assert_same_tensors, tensors, without_time
 
 KILLS, STOPS = (int(os.environ.get(f"DSQ_SOAK_{name}", 2)) for name in ("KILLS", "STOPS"))
-EVERY, STEPS = 5, max(20, 8 * (KILLS + STOPS))
+EVERY, STEPS = 5, max(15, 3 * (KILLS + STOPS))
 STAGES = ("fp", "w2a2")
 FREEZE = "stages.w2a2.quant.oscillation"
 OPTIONS = (
@@ -30,6 +30,7 @@ OPTIONS = (
     f"--{FREEZE}.freeze.last=0.02",
 )
 LEAVES_WITHIN_S = 60
+CALIBRATING = "calibrating activation quantizers on training samples ..."
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +38,6 @@ def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     run(train_command(*OPTIONS, "--out_dir", folder / "run", ranks=2), folder / "log", timeout=600).ok()
     return folder / "run"
-
-
-def seconds_of(run_dir):
-    """Return how long a run took from its first record to its last."""
-    times = [record["time"] for kind in ("stage", "summary") for record in records(run_dir, kind)]
-    return max(times) - min(times)
 
 
 def ranks_of(process, run_dir):
@@ -59,34 +54,61 @@ def _is_rank(process):
     return any(word.startswith("--local_rank") for word in process.cmdline())
 
 
-def disturb(out_dir, log, number, delay, which):
-    """Resume or start the run, and signal one rank `delay` seconds after it has begun; return what happened."""
+def disturb(out_dir, log, number, chance):
+    """Resume or start the run and signal one rank at a random moment of it; return what happened."""
     resume = ["--resume"] if (out_dir / "metrics.jsonl").exists() and (out_dir / "metrics.jsonl").stat().st_size else []
-    process, found = start(train_command(*OPTIONS, "--out_dir", out_dir, *resume, ranks=2), log), None
+    process = start(train_command(*OPTIONS, "--out_dir", out_dir, *resume, ranks=2), log)
     try:
-        deadline = time.monotonic() + 180
-        while process.poll() is None and not (found := ranks_of(process, out_dir)):
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            time.sleep(0.02)
-        time.sleep(delay)
-        if process.poll() is not None:
-            return {"ended": process.returncode}
-        victim = found[which % len(found)]
+        found = wait_for_a_moment(process, out_dir, log, chance)
+        if found is None:
+            return {"ended": process.wait(LEAVES_WITHIN_S)}
+        which = chance.randrange(len(found))
         saving = any(out_dir.glob("checkpoints/*/.step_*.partial"))
-        last = (records(out_dir, "train") or [{"stage": STAGES[0], "step": 0}])[-1]
         try:
-            victim.send_signal(number)
+            found[which].send_signal(number)
         except psutil.NoSuchProcess:
-            return {"ended": process.wait(60)}
-        began = time.monotonic()
-        code = process.wait(LEAVES_WITHIN_S)
-        took = round(time.monotonic() - began, 2)
+            return {"ended": process.wait(LEAVES_WITHIN_S)}
+        began, told = time.monotonic(), log.read_text()
+        code = process.wait(4 * LEAVES_WITHIN_S)
+        stage, step = reached(out_dir)
+        phase = (
+            "saving" if saving else "calibration" if told.rstrip().endswith(CALIBRATING) else "training or evaluation"
+        )
         return {
-            "signal": number.name, "rank": which % len(found), "stage": last["stage"], "step": last["step"],
-            "saving": saving, "code": code, "seconds_to_end": took,
+            "signal": number.name, "rank": which, "stage": stage, "step": step, "phase": phase, "code": code,
+            "seconds_to_end": round(time.monotonic() - began, 2),
         }  # fmt: skip
     finally:
         kill(process)
+
+
+def wait_for_a_moment(process, out_dir, log, chance):
+    """Return the ranks some steps after the start, some of the time in a save or a calibration; None where the run ends."""
+    total, found, begun = STEPS * len(STAGES), None, None
+    goal, in_save, in_calibration = (
+        chance.uniform(0, 2.5 * total / (KILLS + STOPS)),
+        *(chance.random() < 0.4 for _ in "ab"),
+    )
+    deadline = time.monotonic() + 240
+    while process.poll() is None:
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        found = found or ranks_of(process, out_dir)
+        stage, step = reached(out_dir)
+        done = STEPS * STAGES.index(stage) + step
+        if found:
+            begun = done if begun is None else begun
+            saving = any(out_dir.glob("checkpoints/*/.step_*.partial"))
+            calibrating = log.read_text().rstrip().endswith(CALIBRATING)
+            if (done - begun >= goal and (saving or not in_save)) or (calibrating and in_calibration):
+                time.sleep(0 if saving else chance.uniform(0, 0.3))
+                return found
+        time.sleep(0.02)
+
+
+def reached(out_dir):
+    """Return stage and step of the last training record."""
+    done = records(out_dir, "train") if (out_dir / "metrics.jsonl").exists() else []
+    return (done[-1]["stage"], done[-1]["step"]) if done else (STAGES[0], 0)
 
 
 def steps_lost(out_dir):
@@ -104,9 +126,8 @@ def test_a_run_of_random_kills_and_stops_ends_as_one_that_was_left_alone(undistu
     chance, out_dir, events = random.Random(seed), tmp_path / "run", []
     signals = [signal.SIGKILL] * KILLS + [signal.SIGUSR1] * STOPS
     chance.shuffle(signals)
-    longest = 1.4 * seconds_of(undisturbed) / len(signals)
     for index, number in enumerate(signals):
-        event = disturb(out_dir, tmp_path / f"log{index}", number, chance.uniform(0, longest), chance.randrange(2))
+        event = disturb(out_dir, tmp_path / f"log{index}", number, chance)
         event["steps_lost"] = steps_lost(out_dir)
         events.append(event)
         (tmp_path / "soak.json").write_text(json.dumps({"seed": seed, "steps": STEPS, "events": events}, indent=1))
@@ -119,6 +140,7 @@ def test_a_run_of_random_kills_and_stops_ends_as_one_that_was_left_alone(undistu
             assert event["steps_lost"] == 0, told
         else:
             assert event.get("code") not in (None, 0, EXIT_STOPPED), told
+            assert event["seconds_to_end"] < LEAVES_WITHIN_S, told
     else:
         run(train_command(*OPTIONS, "--out_dir", out_dir, "--resume", ranks=2), tmp_path / "last", timeout=600).ok()
     assert len(events) > 1, events
