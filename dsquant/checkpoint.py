@@ -30,6 +30,7 @@ from dsquant.files import discard, put_in_place, sync, versions, write_synced
 from dsquant.models.registry import build_model, insert_sites, load_strict
 from dsquant.ops.fake_quantize import dequantize
 from dsquant.quant.state import QuantState
+from dsquant.spec import WeightSite
 
 logger = logging.getLogger(__name__)
 FORMAT, VERSION, MANIFEST, STEPS = "dsquant-checkpoint", 1, "manifest.json", "step_*"
@@ -396,19 +397,39 @@ def load_float(checkpoint: Checkpoint) -> nn.Module:
     return model
 
 
-def load_model(checkpoint: Checkpoint) -> nn.Module:
-    """Build the model a stage ends with, in evaluation mode: float, or quantized with images as its weights."""
-    model, quant = load_float(checkpoint), checkpoint.config.stages[checkpoint.stage].quant
+@dataclass
+class Images:
+    """Turn the latents of a checkpoint's quantized weights into images. sites: by the names of their parameters."""
+
+    checkpoint: Checkpoint
+    sites: dict[str, WeightSite]
+    state: QuantState
+
+    @torch.no_grad()
+    def write(self, site: WeightSite, weight: Tensor) -> None:
+        """Write the image of a site into its rows of a whole weight."""
+        runs = (-1, site.grouping.n_groups, site.grouping.inner)
+        codes = self.checkpoint.read("tracker.codes", site.name, 0, site.numel)
+        levels, scale = codes.float().view(runs), self.state.get(site.name)[None, :, None].to(weight.device)
+        site.of(weight).view(runs).copy_(dequantize(levels, scale, None, site.spec.levels))
+
+
+def insert_images(model: nn.Module, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Images | None:
+    """Insert the sites of a checkpoint's stage, activations bound to its values on `device`; return None for a float stage."""
+    quant = checkpoint.config.stages[checkpoint.stage].quant
     if quant is None:
-        return model.eval()
+        return None
     sites = insert_sites(model, quant.policy(), quant.grad_scale)
-    state = QuantState(sites.weights, sites.activations)
+    state = QuantState(sites.weights, sites.activations, device)
     state.load_state_dict(checkpoint.replicated("quant"))
     sites.bind(state, trainable=False)
-    parameters, codes = dict(model.named_parameters()), checkpoint.codes
-    with torch.no_grad():
-        for site in sites.weights:
-            runs = (-1, site.grouping.n_groups, site.grouping.inner)
-            levels, scale = codes[site.name].float().view(runs), state.get(site.name)[None, :, None]
-            site.of(parameters[site.name].data).view(runs).copy_(dequantize(levels, scale, None, site.spec.levels))
+    return Images(checkpoint, {site.name: site for site in sites.weights}, state)
+
+
+def load_model(checkpoint: Checkpoint) -> nn.Module:
+    """Build the model a stage ends with, in evaluation mode: float, or quantized with images as its weights."""
+    model = load_float(checkpoint)
+    images, parameters = insert_images(model, checkpoint), dict(model.named_parameters())
+    for name, site in images.sites.items() if images else ():
+        images.write(site, parameters[name].data)
     return model.eval()

@@ -28,8 +28,9 @@ from dsquant.launcher import adopt_launcher, device_index
 from dsquant.models.inputs import Inputs, logits_of, model_outputs, move
 from dsquant.models.registry import insert_sites
 from dsquant.models.sites import Sites
+from dsquant.models.weights import Weights
 from dsquant.quant.state import BIASES, QuantState
-from dsquant.shard.fragments import ShardMap, map_shards
+from dsquant.shard.fragments import ShardMap, map_shards, partition
 from dsquant.shard.optimizer import ShardOptimizer, ShardQuantization
 
 OPTIMIZERS = {
@@ -136,16 +137,18 @@ class Engine:
     """Train one stage.
 
     Args:
-        model: a float model with its starting weights; quantization sites are inserted in place for a quantized stage.
+        model: a float model with its starting weights, or under ZeRO 3 its `skeleton`; quantization sites are inserted in place
+            for a quantized stage.
         run, stage: the recipe.
         ds_config: ZeRO, precision and communication; settings that the recipe owns must agree with it.
         world: from `init_world`.
         total_steps: optimizer steps of the stage, the length of every schedule.
+        weights: the starting weights of a skeleton, of which each rank takes its own part.
     """
 
     def __init__(
         self, model: nn.Module, run: RunConfig, stage: StageConfig, ds_config: dict[str, Any], world: World,
-        total_steps: int,
+        total_steps: int, weights: Weights | None = None,
     ):  # fmt: skip
         self.stage, self.world, self.total_steps = stage, world, total_steps
         self.quant: QuantConfig | None = stage.quant
@@ -153,10 +156,14 @@ class Engine:
         if stage.quant is not None:
             self.sites = insert_sites(model, stage.quant.policy(), stage.quant.grad_scale)
         if stage.activation_checkpointing:
-            _checkpoint_activations(model)
-        self.optimizer = make_optimizer(model, stage)
+            checkpoint_activations(model)
         self.ds_config = merge_ds_config(ds_config, owned_ds_settings(stage, world))
-        exact = {name: p.detach().clone() for name, p in model.named_parameters()} if world.bf16 else {}
+        exact: dict[str, tuple[int, Tensor]] = {}
+        if weights is not None:
+            exact = fill(model, weights, self.ds_config, world)
+        elif world.bf16:
+            exact = {name: (0, p.detach().clone().view(-1)) for name, p in model.named_parameters()}
+        self.optimizer = make_optimizer(model, stage)
         self.ds, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=self.ds_config, dist_init_required=False
         )
@@ -184,12 +191,16 @@ class Engine:
             qkv = self.module.get_submodule(name.removesuffix(".weight"))
             qkv.boundary_range = cga.boundary_range if held else None
 
-    def _restore_masters(self, exact: dict[str, Tensor]) -> None:
-        """Give the masters their float32 weights back: DeepSpeed has copied them from the model after its cast to bf16."""
+    def _restore_masters(self, exact: dict[str, tuple[int, Tensor]]) -> None:
+        """Give the masters their float32 weights back: DeepSpeed has copied them from the model after its cast to bf16.
+
+        exact: name -> (offset in the weight, values from there on).
+        """
         for fragment in (f for fragments in self.shards.fragments for f in fragments):
             if fragment.name in exact:
-                start = fragment.offset
-                fragment.values.copy_(exact[fragment.name].view(-1)[start : start + fragment.numel])
+                offset, values = exact[fragment.name]
+                start = fragment.offset - offset
+                fragment.values.copy_(values[start : start + fragment.numel])
 
     @property
     def module(self) -> nn.Module:
@@ -339,7 +350,35 @@ class Engine:
         self.ds.destroy()
 
 
-def _checkpoint_activations(model: nn.Module) -> None:
+def fill(model: nn.Module, weights: Weights, ds_config: dict[str, Any], world: World) -> dict[str, tuple[int, Tensor]]:
+    """Partition a skeleton for ZeRO 3, give each rank its part of the weights, and return those parts in float32."""
+    parts = partition(model, ds_config, torch.bfloat16 if world.bf16 else torch.float32, weights.part)
+    saved = weights.buffers()
+    for name, buffer in model.named_buffers():
+        if name in saved:
+            buffer.copy_(saved[name])
+        buffer.data = buffer.data.to(world.device)
+    return parts
+
+
+def serve(
+    model: nn.Module, weights: Weights, stage: StageConfig, ds_config: dict[str, Any], world: World
+) -> deepspeed.DeepSpeedEngine:
+    """Return a model that only answers, partitioned by ZeRO 3, in evaluation mode: call it, and `destroy()` it in the end.
+
+    `model` is a skeleton; a quantized one has its sites bound, and `weights` that are images.
+    """
+    ours = {key: value for key, value in ds_config.items() if key != "bf16"}  # `world` has the precision of this model
+    config = merge_ds_config(ours, owned_ds_settings(stage, world))
+    config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
+    fill(model, weights, config, world)
+    ds, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=config, dist_init_required=False)
+    _unlink_shared_buffer()
+    ds.eval()
+    return ds
+
+
+def checkpoint_activations(model: nn.Module) -> None:
     """Recompute blocks in backward instead of keeping their activations."""
     if hasattr(model, "gradient_checkpointing_enable"):  # transformers
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -9,7 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -28,15 +28,16 @@ from dsquant.checkpoint import (
     restore,
     save_checkpoint,
 )
+from dsquant.checkpoint_weights import CheckpointWeights
 from dsquant.config import SOFT_LABELS, RunConfig, StageConfig
 from dsquant.convert import convert_run
 from dsquant.data import StoredCrops, TrainStream
-from dsquant.engine import Engine, World
+from dsquant.engine import Engine, World, serve
 from dsquant.errors import CheckpointError, TrainingError
 from dsquant.evaluation import METRICS, Scores, evaluate, score_name
 from dsquant.heartbeat import Heartbeat
 from dsquant.losses import block_loss, hidden_loss, stage_loss
-from dsquant.models import build_model, insert_sites, model_outputs
+from dsquant.models import Weights, build_model, insert_sites, model_outputs, open_weights, skeleton
 from dsquant.nonfinite import first_nonfinite
 from dsquant.preemption import Stopped, StopRequest
 from dsquant.quant.calibrate import calibrate
@@ -122,9 +123,8 @@ class Run:
         for stage in self.config.stages.values():
             images_per_batch(self.config, stage, self.world.size)
             if stage.quant is not None:
-                plain = self.config.model.model_copy(update={"pretrained": False, "checkpoint": None})
                 with torch.random.fork_rng(devices=[]):
-                    insert_sites(build_model(plain), stage.quant.policy(), stage.quant.grad_scale)
+                    insert_sites(skeleton(self.config.model), stage.quant.policy(), stage.quant.grad_scale)
 
     def _total_steps(self, stage: StageConfig) -> int:
         if stage.steps == 0:
@@ -177,11 +177,12 @@ class Run:
         """Train one stage from its beginning or from a checkpoint, evaluate it, and keep its end."""
         stage, total = self.config.stages[name], self.totals[name]
         self.heartbeat.where = f"the start of stage {name}"
-        model = self._initial_model(name, stage)
+        model, weights = self._initial_model(stage)
         if stage.quant is not None and f"float_{self.score}" not in self.summary:
-            self._note(self._evaluate(model.to(self.world.device).eval(), torch.float32), "float_")
+            self._note(self._evaluate_float(model, weights, stage), "float_")
         teacher = self._teacher(stage)
-        engine = Engine(model, self.config, stage, self.ds_config, self.world, total)
+        engine = Engine(model, self.config, stage, self.ds_config, self.world, total, weights)
+        del model, weights
         self.stream = stream = train_stream(
             self.config, stage, self.train_shards, self.stored_crops, self.tokenizer, self.world
         )
@@ -204,17 +205,42 @@ class Run:
             self._record_evaluation(name, engine)
         self._train(name, stage, engine, stream, teacher, owed=resumed is not None and bool(resumed.owed))
         engine.destroy()
+        if teacher is not None and self._partitions:
+            teacher.destroy()
 
-    def _initial_model(self, name: str, stage: StageConfig) -> nn.Module:
-        if stage.init_from:
-            return load_float(load_run_checkpoint(self.run_dir, stage.init_from))
+    @property
+    def _partitions(self) -> bool:
+        """Say whether models are built in parts, none of them whole on a rank: under ZeRO 3."""
+        return self.ds_config.get("zero_optimization", {}).get("stage", 0) == 3
+
+    def _initial_model(self, stage: StageConfig) -> tuple[nn.Module, Weights | None]:
+        """Return a stage's float model with its weights, or a skeleton and where its weights come from."""
+        earlier = load_run_checkpoint(self.run_dir, stage.init_from) if stage.init_from else None
+        if self._partitions:
+            weights = CheckpointWeights(earlier) if earlier else open_weights(self.config.model, self.config.seed)
+            return skeleton(self.config.model), weights
+        if earlier:
+            return load_float(earlier), None
         torch.manual_seed(self.config.seed)  # every rank builds the same weights
-        return build_model(self.config.model)
+        return build_model(self.config.model), None
+
+    def _evaluate_float(self, model: nn.Module, weights: Weights | None, stage: StageConfig) -> dict[str, float | int]:
+        """Evaluate a stage's float model before it is quantized; of a skeleton a second one, which is freed again."""
+        if weights is None:
+            return self._evaluate(model.to(self.world.device).eval(), torch.float32)
+        served = serve(skeleton(self.config.model), weights, stage, self.ds_config, replace(self.world, bf16=False))
+        found = self._evaluate(served, torch.float32)
+        served.destroy()
+        return found
 
     def _teacher(self, stage: StageConfig) -> nn.Module | None:
         if stage.distill is None or stage.distill.teacher == SOFT_LABELS:
             return None
-        teacher = load_model(load_run_checkpoint(self.run_dir, stage.distill.teacher)).to(self.world.device)
+        checkpoint = load_run_checkpoint(self.run_dir, stage.distill.teacher)
+        if self._partitions:
+            model, weights = CheckpointWeights.to_serve(checkpoint, self.world.device)
+            return serve(model, weights, stage, self.ds_config, self.world)
+        teacher = load_model(checkpoint).to(self.world.device)
         if self.world.bf16:
             teacher = teacher.bfloat16()
         return teacher.requires_grad_(False)

@@ -51,11 +51,17 @@ LAYERS = {
     "ops_benchmark": KERNELS,
     "loader_benchmark": VOCABULARY | {"data"},
     "checkpoint": ENGINE | {"engine"},
+    "checkpoint_weights": ENGINE | {"engine", "checkpoint"},
+    "memory": set(),
+    "footprint": ENGINE | {"engine", "losses", "memory"},
+    "plan": VOCABULARY | {"footprint", "memory"},
+    "memory_benchmark": ENGINE | {"engine", "footprint", "memory", "plan"},
     "soft_labels": MODELS | {"config", "engine", "checkpoint", "data", "preemption"},
     "loop": ENGINE
     | {
         "engine",
         "checkpoint",
+        "checkpoint_weights",
         "evaluation",
         "losses",
         "data",

@@ -3,17 +3,21 @@
 from dsquant.models.inputs import Inputs, logits_of, model_outputs, move
 from dsquant.models.registry import build_model, describe, insert_sites, portable, text_model, tokenizer_location
 from dsquant.models.sites import Sites
+from dsquant.models.weights import Weights, open_weights, skeleton
 
 __all__ = [
     "Inputs",
     "Sites",
+    "Weights",
     "build_model",
     "describe",
     "insert_sites",
     "logits_of",
     "model_outputs",
     "move",
+    "open_weights",
     "portable",
+    "skeleton",
     "text_model",
     "tokenizer_location",
 ]

@@ -128,15 +128,20 @@ def read_float_weights(path: str) -> dict[str, Tensor]:
 
 def load_strict(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
     """Copy weights into a model whose names and shapes must match exactly. Raises CheckpointError naming the first odd one."""
-    own = model.state_dict()
-    if missing := sorted(own.keys() - weights.keys()):
-        raise CheckpointError(f"{where} lacks {len(missing)} tensors of this model, first {missing[0]}: another model?")
-    if extra := sorted(weights.keys() - own.keys()):
-        raise CheckpointError(f"{where} has {len(extra)} tensors this model lacks, first {extra[0]}: another model?")
-    for name, tensor in weights.items():
-        if tensor.shape != own[name].shape:
-            raise CheckpointError(f"{where}: {name} is {tuple(tensor.shape)}, this model has {tuple(own[name].shape)}")
+    check_fit(model, {name: tuple(tensor.shape) for name, tensor in weights.items()}, where)
     model.load_state_dict(weights)
+
+
+def check_fit(model: nn.Module, shapes: dict[str, tuple[int, ...]], where: str) -> None:
+    """Raise CheckpointError unless these are the names and shapes of a model's state dict, naming the first odd one."""
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if missing := sorted(own.keys() - shapes.keys()):
+        raise CheckpointError(f"{where} lacks {len(missing)} tensors of this model, first {missing[0]}: another model?")
+    if extra := sorted(shapes.keys() - own.keys()):
+        raise CheckpointError(f"{where} has {len(extra)} tensors this model lacks, first {extra[0]}: another model?")
+    for name, shape in shapes.items():
+        if shape != own[name]:
+            raise CheckpointError(f"{where}: {name} is {shape}, this model has {own[name]}")
 
 
 def insert_sites(model: nn.Module, policy: SitePolicy, grad_scale: str = "lsq") -> Sites:

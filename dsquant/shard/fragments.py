@@ -114,6 +114,40 @@ def map_shards(ds_engine) -> ShardMap:
     return found
 
 
+def partition(
+    model: nn.Module, ds_config: dict, dtype: torch.dtype, part_of_weight: Callable[[str, int, int], Tensor]
+) -> dict[str, tuple[int, Tensor]]:
+    """Cut the parameters of a model as ZeRO 3 does, each rank filling its own part: no weight is ever whole.
+
+    `part_of_weight(name, numel, part)` gives this rank's values, 1-D float32, at most `part` of them; it is called for every
+    parameter in one order. Returns what a `dtype` other than float32 has rounded, name -> (offset in the weight, values): masters
+    start from it. Raises ShardError for partitions that DeepSpeed keeps in a second form.
+    """
+    import deepspeed
+
+    zero = ds_config["zero_optimization"]
+    if zero.get("zero_hpz_partition_size", 1) > 1 or zero.get("zero_quantized_weights"):
+        raise ShardError(
+            "zero_hpz_partition_size and zero_quantized_weights are not supported; remove them from the ds_config"
+        )
+    cutter, found = deepspeed.zero.Init(config_dict_or_path=ds_config, dtype=dtype), {}
+    for name, p in model.named_parameters():
+        p.data = torch.empty(p.shape, dtype=dtype, device=cutter.local_device)
+        try:
+            cutter._convert_to_deepspeed_param(p)
+            p.partition()
+            mine, rank = p.ds_tensor, p.ds_zero_partition_rank
+        except AttributeError as error:
+            raise ShardError(
+                f"DeepSpeed {deepspeed.__version__} partitions parameters differently ({error!r})"
+            ) from error
+        values = part_of_weight(name, p.ds_numel, mine.numel())
+        mine.zero_()[: values.numel()].copy_(values)
+        if dtype is not torch.float32:
+            found[name] = rank * mine.numel(), values
+    return found
+
+
 def full_shape(param: nn.Parameter) -> tuple[int, ...]:
     """Return the shape of the whole weight, also where ZeRO 3 has partitioned it away."""
     return tuple(getattr(param, "ds_shape", param.shape))

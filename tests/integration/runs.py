@@ -98,7 +98,8 @@ def losses(run_dir: Path) -> dict[tuple[str, int], float]:
 def train_in_process(runs: list[dict]) -> list[dict]:
     """Train the tiny recipe several times, one after another, on the ranks of `run_ranks`, and return their summaries.
 
-    Each entry: overrides, ds_config (path), out_dir, max_steps, all as the command line takes them.
+    Each entry: overrides, ds_config (path), out_dir, max_steps, and a recipe in place of the tiny one, all as the command line
+    takes them.
     """
     import deepspeed
 
@@ -111,7 +112,7 @@ def train_in_process(runs: list[dict]) -> list[dict]:
     world, summaries = init_world(), []
     for entry in runs:
         overrides = {"telemetry.wandb": "disabled", "max_steps": entry["max_steps"], **entry["overrides"]}
-        config, run_dir = prepare_run(str(TINY), overrides, entry["out_dir"], False)
+        config, run_dir = prepare_run(entry.get("recipe", str(TINY)), overrides, entry["out_dir"], False)
         world.use_precision(config.precision)
         summaries.append(Run(config, load_ds_config(entry["ds_config"]), run_dir, world).execute())
     return summaries
