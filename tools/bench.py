@@ -5,6 +5,7 @@ python tools/bench.py shard --threads 2                                         
 python tools/bench.py ops                                                          each op by each backend
 python tools/bench.py packed --threads 1,2                                         linear layers on packed weights
 python tools/bench.py loader --shards 'val-*.tar'                                  the data stream against other loaders
+python tools/bench.py memory --model deit_tiny_patch16_224 --batch 16              memory on every ZeRO stage
 """
 
 import sys
@@ -14,12 +15,15 @@ import fire
 from dsquant.benchmark import step
 from dsquant.errors import DsquantError
 from dsquant.loader_benchmark import loader
+from dsquant.memory_benchmark import memory
 from dsquant.ops_benchmark import ops
 from dsquant.packed_benchmark import packed
 from dsquant.shard_benchmark import shard
 
+COMMANDS = {"step": step, "shard": shard, "ops": ops, "packed": packed, "loader": loader, "memory": memory}
+
 if __name__ == "__main__":
     try:
-        fire.Fire({"step": step, "shard": shard, "ops": ops, "packed": packed, "loader": loader})
+        fire.Fire(COMMANDS)
     except DsquantError as error:
         sys.exit(f"dsquant: {error}")
