@@ -58,11 +58,11 @@ def packed(
         out: also write the lines to this file.
     """
     lines = []
-    for count in _integers(threads):
+    for count in integers(threads):
         torch.set_num_threads(count)
         for shape in str(shapes).split(","):
             k, n = _shape(shape)
-            for rows in _integers(m):
+            for rows in integers(m):
                 for line in _case(rows, k, n, count, repeats, copies):
                     print(json.dumps(line), flush=True)
                     lines.append(json.dumps(line))
@@ -71,13 +71,13 @@ def packed(
 
 
 def _shape(text: str) -> tuple[int, int]:
-    sizes = _integers(text.replace("x", ","))
+    sizes = integers(text.replace("x", ","))
     if len(sizes) != 2:
         raise ConfigError(f"{text!r} is no shape in x out, such as 768x3072")
     return sizes[0], sizes[1]
 
 
-def _integers(text: object) -> list[int]:
+def integers(text: object) -> list[int]:
     """Parse `1,197`, which fire gives as a tuple, an int or a string."""
     parts = text if isinstance(text, (tuple, list)) else str(text).split(",")
     try:

@@ -50,6 +50,8 @@ LAYERS = {
     "packed_benchmark": KERNELS,
     "ops_benchmark": KERNELS,
     "loader_benchmark": VOCABULARY | {"data"},
+    "model_engines": MODELS | {"config", "export"},
+    "model_benchmark": MODELS | {"config", "export", "model_engines", "packed_benchmark"},
     "checkpoint": ENGINE | {"engine"},
     "checkpoint_weights": ENGINE | {"engine", "checkpoint"},
     "memory": set(),

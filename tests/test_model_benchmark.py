@@ -1,0 +1,35 @@
+"""`tools/bench.py packed_model` measures the same model in every engine, each in a process of its own."""
+
+import importlib.util
+import json
+
+import pytest
+
+from dsquant.errors import ConfigError
+from dsquant.model_benchmark import _answer, _start, packed_model
+
+
+def test_every_engine_has_a_line_with_its_time_size_and_memory(tmp_path, capsys):
+    packed_model(batch="1", threads="1", repeats=1, out=str(tmp_path / "lines.jsonl"))
+    printed = capsys.readouterr().out.splitlines()
+    assert (tmp_path / "lines.jsonl").read_text().splitlines() == printed
+    lines = {line["engine"]: line for line in map(json.loads, printed)}
+    assert list(lines) == ["dsquant packed", "torch fp32", "onnxruntime fp32"]
+    packed, floats, onnx = lines.values()
+    assert floats["ratio_to_torch_fp32"] == 1
+    assert packed["ratio_to_torch_fp32"] == pytest.approx(floats["seconds"] / packed["seconds"], abs=1e-3)
+    assert floats["file_bytes"] > 4 * 5_700_000 > 12 * packed["file_bytes"]  # of DeiT-T; 2 bits, and 8 at both ends
+    assert min(packed["peak_bytes"], floats["peak_bytes"]) > 100 << 20  # torch itself is in it
+    if importlib.util.find_spec("onnxruntime") is None:
+        assert onnx["unavailable"] == "onnxruntime is not installed"
+        assert onnx["seconds"] is None
+
+
+def test_a_process_that_ends_early_is_named(tmp_path):
+    with pytest.raises(RuntimeError, match="the process of onnxruntime fp32 ended with 1"):
+        _answer("onnxruntime fp32", _start("onnxruntime fp32", tmp_path / "nothing there", 1))
+
+
+def test_an_unknown_library_is_refused():
+    with pytest.raises(ConfigError, match="library is 'keras'; it takes timm or transformers"):
+        packed_model(library="keras")
