@@ -6,7 +6,7 @@
     torch     the definitions
     cpu       native code on CPU: avx2 where the processor has it, else portable
     portable  native code in plain C++
-    avx2      native code with AVX2, FMA and BMI2
+    avx2      native code with AVX2, FMA and BMI2, and in products of packed weights AVX-512 VNNI where there is that
     triton    native code on GPUs; on CPU, for tests, in Triton's interpreter (TRITON_INTERPRET=1)
 
 What is forced and cannot run is an error that says why. Under auto an op without native code for a device runs its
@@ -28,7 +28,7 @@ from dsquant.errors import BuildError, ConfigError
 from dsquant.ops import build
 
 TORCH, PORTABLE, AVX2, TRITON = "torch", "portable", "avx2", "triton"
-ON_CPU = (PORTABLE, AVX2)  # by level: what `dsquant_cpu_level` counts, and the `isa` of native ops
+ON_CPU = (PORTABLE, AVX2)
 NATIVE = (*ON_CPU, TRITON)
 CHOICES = ("auto", TORCH, "cpu", *NATIVE)
 # What takes plain C++ under auto, where there is no AVX2: the former is faster so, and the latter gives the same bits however
@@ -102,12 +102,18 @@ def _gpu() -> ModuleType:
 
 def operator(name: str, backend: str, device: str) -> Callable[..., Any]:
     """Return the operator `dsquant::name`, which dispatches by device, or its kernels interpreted on CPU."""
-    return _gpu().OPERATORS[name] if backend == TRITON and device == "cpu" else getattr(torch.ops.dsquant, name)
+    return _gpu().OPERATORS[name] if backend == TRITON and device == "cpu" else getattr(torch.ops.dsquant, name).default
 
 
+@torch.compiler.assume_constant_result
 def isa(backend: str) -> int:
     """Return the level of instructions that an operator is called with; Triton's have none."""
-    return ON_CPU.index(backend) if backend in ON_CPU else 0
+    return _level() if backend == AVX2 else 0
+
+
+@cache
+def _level() -> int:
+    return build.load().dsquant_cpu_level()
 
 
 @torch.compiler.assume_constant_result

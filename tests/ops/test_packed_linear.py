@@ -80,6 +80,26 @@ def test_integer_sums_are_those_of_int64_arithmetic(backend, n_bits, shape):
 
 
 @pytest.mark.parametrize("n_bits", range(1, 9))
+def test_every_level_of_instructions_that_this_processor_has_gives_the_same_bits(monkeypatch, n_bits):
+    """`avx2` takes the highest, here each has its turn: 0 is plain C++, 1 AVX2, 2 AVX-512 VNNI."""
+    for level in range(build.load().dsquant_cpu_level() + 1):
+        monkeypatch.setattr(backends, "isa", lambda _, level=level: level)
+        for rows, cols, features in [*SHAPES, (14, 300, 37)]:
+            weight, _ = random_matrix(features, cols, n_bits, 0.5)
+            x = torch.randn(rows, cols, generator=generator_of(rows, cols))
+            for levels in (Levels(-128, 127), Levels(0, 255), Levels(-2, 1, 0.5)):
+                quant = QuantArgs(torch.tensor([0.03]), torch.tensor([0.2]), levels)
+                expected = run(backends.TORCH, x, weight, None, quant)
+                assert torch.equal(run(backends.AVX2, x, weight, None, quant), expected), level
+        for x_code, w_code in ((255, 2 ** (n_bits - 1) - 1), (0, -(2 ** (n_bits - 1)))):
+            weight, _ = random_matrix(17, 8192, n_bits, scale=torch.ones(1), fill=w_code)
+            x, quant = torch.full((1, 8192), float(x_code)), QuantArgs(torch.ones(1), None, Levels(0, 255))
+            assert torch.equal(
+                run(backends.AVX2, x, weight, None, quant), torch.full((1, 17), 8192.0 * x_code * w_code)
+            )
+
+
+@pytest.mark.parametrize("n_bits", range(1, 9))
 def test_the_largest_codes_there_are_do_not_saturate(backend, n_bits):
     half, cols = 2 ** (n_bits - 1), 1024 if backend == backends.TRITON else 4096
     for levels, x_code in (
@@ -218,7 +238,7 @@ def test_sums_that_32_bits_cannot_hold_are_not_taken_in_integers(backend):
 
 def operands(backend, with_offset):
     weight, _ = random_matrix(21, 50, 3, 0.5)
-    isa, x, bias = backends.ON_CPU.index(backend), torch.randn(2, 3, 50), torch.randn(21)
+    isa, x, bias = backends.isa(backend), torch.randn(2, 3, 50), torch.randn(21)
     offset = torch.tensor([0.1]) if with_offset else None
     rest = (3, 0.5, -8, 7, 0.0, isa)
     return {

@@ -153,7 +153,7 @@ inline void stream_chunk(const __m256i packed[4], const int8_t* x, __m256i part[
 }
 
 template <int n_bits>
-void stream_rows(const int8_t* x, const uint8_t* const rows[4], int64_t row_bytes, const IntLayout& layout,
+void stream_rows(const int8_t* x, const uint8_t* const* rows, int64_t row_bytes, const IntLayout& layout,
                  int32_t* sums) {
   constexpr int per = 8 / n_bits;  // steps of a chunk; never more than `flush` takes: 8 <= 127, 4 <= 42, 2 <= 8
   const int64_t chunks = layout.padded / (32 * per), whole = std::min(chunks, row_bytes / 32);
@@ -184,13 +184,16 @@ void stream_rows(const int8_t* x, const uint8_t* const rows[4], int64_t row_byte
   _mm_storeu_si128(out, _mm_add_epi32(_mm_loadu_si128(out), sum_lanes(total[0], total[1], total[2], total[3])));
 }
 
-bool stream(const void* x, const uint8_t* const rows[4], int64_t row_bytes, const IntLayout& layout, int32_t* sums) {
+bool stream(const void* x, const uint8_t* const* rows, int64_t row_bytes, const IntLayout& layout, int32_t* sums) {
   const auto* codes = static_cast<const int8_t*>(x);
   if (layout.wide) return false;
-  if (layout.n_bits == 1) return stream_rows<1>(codes, rows, row_bytes, layout, sums), true;
-  if (layout.n_bits == 2) return stream_rows<2>(codes, rows, row_bytes, layout, sums), true;
-  if (layout.n_bits == 4) return stream_rows<4>(codes, rows, row_bytes, layout, sums), true;
-  return false;
+  for (int n = 0; n < kPanelRows; n += 4) {
+    if (layout.n_bits == 1) stream_rows<1>(codes, rows + n, row_bytes, layout, sums + n);
+    else if (layout.n_bits == 2) stream_rows<2>(codes, rows + n, row_bytes, layout, sums + n);
+    else if (layout.n_bits == 4) stream_rows<4>(codes, rows + n, row_bytes, layout, sums + n);
+    else return false;
+  }
+  return true;
 }
 
 template <int ROWS>
@@ -251,7 +254,7 @@ void multiply_float(const float* x, int64_t x_stride, int64_t rows, const float*
 
 }  // namespace
 
-const Kernels kAvx2 = {step, true, quantize, decode, multiply, stream, decode_float, multiply_float};
+const Kernels kAvx2 = {step, true, true, quantize, decode, multiply, stream, decode_float, multiply_float};
 
 }  // namespace dsq
 

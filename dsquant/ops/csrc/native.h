@@ -8,13 +8,13 @@
 
 namespace dsq {
 
-int cpu_level();  // 0 plain C++ alone, 1 AVX2 too
+int cpu_level();  // 0 plain C++ alone, 1 AVX2 too, 2 AVX-512 VNNI too
 
 // Return the kernels of an instruction set, which this processor must have; `avx2` is null where the build has none.
 template <class Kernels>
 const Kernels& kernels_of(int64_t isa, const Kernels& portable, const Kernels* avx2) {
   STD_TORCH_CHECK(isa >= 0 && isa <= cpu_level(), "isa ", isa, " is not one of this processor");
-  return isa == 1 && avx2 ? *avx2 : portable;
+  return isa >= 1 && avx2 ? *avx2 : portable;
 }
 
 // Return where the values of a tensor lie, T their type: float for ScalarType::Float, and so on.

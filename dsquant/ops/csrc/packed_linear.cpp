@@ -22,7 +22,10 @@ namespace dsq {
 int cpu_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") ? 1 : 0;
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))) return 0;
+  const bool vnni = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") &&
+                    __builtin_cpu_supports("avx512bw");
+  return vnni ? 2 : 1;
 #else
   return 0;
 #endif
@@ -36,6 +39,15 @@ using torch::stable::Tensor;
 constexpr int64_t kBlockBytes = 256 * 1024;  // of x: half of the L2 of a small core
 constexpr int64_t kMaxRows = 240;            // of a block, a multiple of the tile's 3
 constexpr int64_t kTaskWork = 400 * 1000;    // products that are worth a thread
+
+const Kernels& kernels_for(int64_t isa) {
+#if defined(__x86_64__)
+  static const Kernels vnni = {kAvx2.step,     true,          false,       kAvx2.quantize,     kAvx2.decode,
+                               multiply_vnni, stream_vnni, kAvx2.decode_float, kAvx2.multiply_float};
+  if (isa == 2 && cpu_level() == 2) return vnni;
+#endif
+  return kernels_of(isa, kPortable, kAvx2OrNone);
+}
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -78,10 +90,17 @@ struct Weight {
   }
 };
 
+// Both go past the dispatcher, whose look-ups take longer than a row of x does in a small layer.
+Tensor as_rows(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 Tensor output_like(const Tensor& x, int64_t features) {
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end()), strides(shape.size(), 1);
   shape.back() = features;
-  return torch::stable::new_empty(x, shape);
+  for (size_t d = shape.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * std::max<int64_t>(1, shape[d]);
+  AtenTensorHandle y;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                                  aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &y));
+  return Tensor(y);
 }
 
 float scalar_of(const Tensor& value, const char* name) {
@@ -128,8 +147,8 @@ void float_panel(const Kernels& kernels, const Weight& w, const float* x, int64_
 
 Tensor packed_linear(const Tensor& input, const Tensor& words, const Tensor& scale, std::optional<Tensor> bias,
                      int64_t n_bits, double shift, int64_t isa) {
-  const Kernels& kernels = kernels_of(isa, kPortable, kAvx2OrNone);
-  const Tensor x = torch::stable::contiguous(input);
+  const Kernels& kernels = kernels_for(isa);
+  const Tensor x = as_rows(input);
   const Weight w(x, words, scale, bias, n_bits, shift);
   Tensor y = output_like(x, w.rows);
   if (y.numel() == 0) return y;
@@ -171,7 +190,7 @@ Product make_product(const Kernels& kernels, const Weight& w, const InputGrid& g
   const int64_t pair = 2 * ((1 << w.n_bits) - 1) * static_cast<int64_t>(reach);
   const int flush = static_cast<int>(std::min<int64_t>(32767 / std::max<int64_t>(1, pair), 1 << 20));
   // Under four steps a flush costs more than 16-bit operands do.
-  const bool wide = !kernels.can_be_narrow || flush < 4;
+  const bool wide = !kernels.can_be_narrow || (kernels.flushes && flush < 4);
   const int64_t padded = round_up(w.cols, kernels.step(w.n_bits, wide));
   return {kernels, w, grid, code_sums, {w.n_bits, wide, flush, padded}, grid.shift != 0 ? 2 : 1, w.shift != 0 ? 2 : 1};
 }
@@ -215,16 +234,14 @@ bool stream_panel(const Product& product, const uint8_t* codes, int64_t rows, in
                   int32_t* sums) {
   if (rows > kFewRows || !product.kernels.stream) return false;
   const Weight& w = product.w;
-  for (int64_t n = 0; n < held; n += 4) {
-    const uint8_t* four[4];  // behind the last row the last again: its sums are not used
-    for (int64_t i = 0; i < 4; ++i) {
-      four[i] = w.row(first + std::min(n + i, held - 1));
-      w.prefetch(first + n + i + kPanelRows, 0, w.cols);
-    }
-    for (int64_t m = 0; m < rows; ++m)
-      if (!product.kernels.stream(codes + m * product.bytes(), four, w.row_bytes, product.layout, sums + m * kPanelRows + n))
-        return false;
+  const uint8_t* packed[kPanelRows];  // behind the last row the last again: its sums are not used
+  for (int64_t n = 0; n < kPanelRows; ++n) {
+    packed[n] = w.row(first + std::min(n, held - 1));
+    w.prefetch(first + n + kPanelRows, 0, w.cols);
   }
+  for (int64_t m = 0; m < rows; ++m)
+    if (!product.kernels.stream(codes + m * product.bytes(), packed, w.row_bytes, product.layout, sums + m * kPanelRows))
+      return false;
   return true;
 }
 
@@ -268,8 +285,8 @@ void int_rows(const Product& product, const float* x, int64_t rows, int64_t size
 Tensor packed_linear_int(const Tensor& input, const Tensor& words, const Tensor& scale, const Tensor& code_sums,
                          std::optional<Tensor> bias, const Tensor& in_scale, std::optional<Tensor> in_offset,
                          int64_t n_bits, double shift, int64_t qmin, int64_t qmax, double in_shift, int64_t isa) {
-  const Kernels& kernels = kernels_of(isa, kPortable, kAvx2OrNone);
-  const Tensor x = torch::stable::contiguous(input);
+  const Kernels& kernels = kernels_for(isa);
+  const Tensor x = as_rows(input);
   const Weight w(x, words, scale, bias, n_bits, shift);
   STD_TORCH_CHECK(code_sums.scalar_type() == ScalarType::Int && code_sums.is_contiguous() && code_sums.numel() == w.rows,
                   "code_sums must be int32 (out,)");
@@ -295,7 +312,7 @@ Tensor packed_linear_int(const Tensor& input, const Tensor& words, const Tensor&
 }  // namespace
 }  // namespace dsq
 
-// Read by Python through ctypes: 0 portable C++ alone, 1 AVX2 too.
+// Read by Python through ctypes.
 extern "C" int dsquant_cpu_level() { return dsq::cpu_level(); }
 
 // The schemas are in dsquant/ops/packed_linear.py.

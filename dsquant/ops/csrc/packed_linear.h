@@ -37,16 +37,17 @@ struct IntLayout {
 struct Kernels {
   // Elements that one step of a row takes, so that `padded` can be a multiple of it.
   int (*step)(int n_bits, bool wide);
-  bool can_be_narrow;  // whether `multiply` has 8-bit operands
+  bool can_be_narrow;  // whether `multiply` has 8-bit operands,
+  bool flushes;        // and then sums of 16 bits
   void (*quantize)(const float* x, int64_t cols, const InputGrid&, const IntLayout&, void* codes, RowStats*);
   // Decode elements [first, first + count) of a packed row; count is a multiple of step, what lies behind the row is 0.
   void (*decode)(const uint8_t* row, int64_t row_bytes, int64_t first, int64_t count, const IntLayout&, void* out);
   // sums[m][16] += x[m][:depth] . panel[n][:depth]; strides in elements.
   void (*multiply)(const void* x, int64_t x_stride, int64_t rows, const void* panel, int64_t panel_stride,
                    int64_t depth, const IntLayout&, int32_t* sums);
-  // sums[0][0..3] += x . four packed rows, decoded in registers: for a row or two of x. May be null, and returns false for
-  // what it has no code for.
-  bool (*stream)(const void* x, const uint8_t* const rows[4], int64_t row_bytes, const IntLayout&, int32_t* sums);
+  // sums[0][0..15] += x . the packed rows of a panel, decoded in registers: for a row or two of x. May be null, and returns
+  // false for what it has no code for.
+  bool (*stream)(const void* x, const uint8_t* const* rows, int64_t row_bytes, const IntLayout&, int32_t* sums);
   // The same for floats: levels u - zero; sums[m][8] += ...; depth need not be a multiple of anything.
   void (*decode_float)(const uint8_t* row, int64_t row_bytes, int64_t first, int64_t count, int n_bits, float zero,
                        float* out);
@@ -58,6 +59,10 @@ extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 constexpr const Kernels* kAvx2OrNone = &kAvx2;
+// With AVX-512 VNNI; the rest of its kernels are kAvx2's.
+void multiply_vnni(const void* x, int64_t x_stride, int64_t rows, const void* panel, int64_t panel_stride, int64_t depth,
+                   const IntLayout&, int32_t* sums);
+bool stream_vnni(const void* x, const uint8_t* const* rows, int64_t row_bytes, const IntLayout&, int32_t* sums);
 #else
 constexpr const Kernels* kAvx2OrNone = nullptr;
 #endif

@@ -89,6 +89,6 @@ void multiply_float(const float* x, int64_t x_stride, int64_t rows, const float*
 
 }  // namespace
 
-const Kernels kPortable = {step, false, quantize, decode, multiply, nullptr, decode_float, multiply_float};
+const Kernels kPortable = {step, false, false, quantize, decode, multiply, nullptr, decode_float, multiply_float};
 
 }  // namespace dsq

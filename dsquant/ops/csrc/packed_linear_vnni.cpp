@@ -1,0 +1,139 @@
+// Products of packed_linear with AVX-512 VNNI: vpdpbusd adds four products of 8 bits, u unsigned and a signed, to a 32-bit
+// sum, where AVX2 takes three instructions and 16-bit sums that must be widened in time. Everything else is AVX2's. As in
+// avx2.cpp, standard headers come before the pragma.
+#if defined(__x86_64__)
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "packed_linear.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi2,avx512f,avx512bw,avx512vl,avx512vnni"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512vl,avx512vnni")
+#endif
+#include <immintrin.h>
+
+#include "avx2_codes.h"
+
+namespace dsq {
+namespace {
+
+// In place, as an instruction: see add16 in avx2.cpp.
+inline void add_products(__m256i& sum, __m256i u, __m256i a) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(a)); }
+
+inline void store_lanes(int32_t* sums, __m256i a, __m256i b, __m256i c, __m256i d) {
+  const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+  const __m128i added = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+  auto* out = reinterpret_cast<__m128i*>(sums);
+  _mm_storeu_si128(out, _mm_add_epi32(_mm_loadu_si128(out), added));
+}
+
+template <int ROWS>
+inline void tile(const int8_t* x, int64_t x_stride, const uint8_t* panel, int64_t panel_stride, int64_t depth,
+                 int32_t* sums) {
+  __m256i total[ROWS][4];
+#pragma GCC unroll 6
+  for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) total[m][n] = _mm256_setzero_si256();
+  for (int64_t k = 0; k < depth; k += 32) {
+    __m256i a[ROWS];
+#pragma GCC unroll 6
+    for (int m = 0; m < ROWS; ++m) a[m] = load(x + m * x_stride + k);
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) {
+      const __m256i u = load(panel + n * panel_stride + k);
+#pragma GCC unroll 6
+      for (int m = 0; m < ROWS; ++m) add_products(total[m][n], u, a[m]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int m = 0; m < ROWS; ++m)
+    store_lanes(sums + m * kPanelRows, total[m][0], total[m][1], total[m][2], total[m][3]);
+}
+
+template <int ROWS>
+int64_t tiles(const int8_t* x, int64_t x_stride, int64_t first, int64_t rows, const uint8_t* panel, int64_t panel_stride,
+              int64_t depth, int32_t* sums) {
+  int64_t m = first;
+  for (; m + ROWS <= rows; m += ROWS)
+    for (int n = 0; n < kPanelRows; n += 4)
+      tile<ROWS>(x + m * x_stride, x_stride, panel + n * panel_stride, panel_stride, depth, sums + m * kPanelRows + n);
+  return m;
+}
+
+// One chunk of each of eight packed rows. Of every two codes of a byte the upper stays where it is, 2^n_bits times its value:
+// `upper` sums these. They fit: a lane takes a 16th of the row, and the caller has bounded 128 * 2^n_bits * cols by 2^31.
+template <int n_bits>
+inline void stream_chunk(const __m256i packed[8], const int8_t* x, __m256i lower[8], __m256i upper[8]) {
+  const __m256i low = _mm256_set1_epi8((1 << n_bits) - 1);
+  const __m256i high = _mm256_set1_epi8(static_cast<char>(((1 << n_bits) - 1) << n_bits));
+#pragma GCC unroll 4
+  for (int j = 0; j < 8 / n_bits; j += 2) {
+    const __m256i a = load(x + 32 * j), b = load(x + 32 * j + 32);
+#pragma GCC unroll 8
+    for (int n = 0; n < 8; ++n) {
+      const __m256i u = j ? _mm256_srli_epi16(packed[n], j * n_bits) : packed[n];
+      add_products(lower[n], _mm256_and_si256(u, low), a);
+      add_products(upper[n], _mm256_and_si256(u, high), b);
+    }
+  }
+}
+
+template <int n_bits>
+void stream_rows(const int8_t* x, const uint8_t* const* rows, int64_t row_bytes, const IntLayout& layout, int32_t* sums) {
+  constexpr int chunk = 32 * 8 / n_bits;
+  const int64_t chunks = layout.padded / chunk, whole = std::min(chunks, row_bytes / 32);
+  __m256i lower[8], upper[8], packed[8];
+#pragma GCC unroll 8
+  for (int n = 0; n < 8; ++n) lower[n] = upper[n] = _mm256_setzero_si256();
+  for (int64_t c = 0; c < whole; ++c) {
+#pragma GCC unroll 8
+    for (int n = 0; n < 8; ++n) packed[n] = load(rows[n] + 32 * c);
+    stream_chunk<n_bits>(packed, x + chunk * c, lower, upper);
+  }
+  for (int64_t c = whole; c < chunks; ++c) {
+    for (int n = 0; n < 8; ++n) {
+      alignas(32) uint8_t bytes[32];
+      load_padded<32>(rows[n], row_bytes, 32 * c, bytes);
+      packed[n] = load(bytes);
+    }
+    stream_chunk<n_bits>(packed, x + chunk * c, lower, upper);
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < 8; ++n) lower[n] = _mm256_add_epi32(lower[n], _mm256_srai_epi32(upper[n], n_bits));
+  store_lanes(sums, lower[0], lower[1], lower[2], lower[3]);
+  store_lanes(sums + 4, lower[4], lower[5], lower[6], lower[7]);
+}
+
+}  // namespace
+
+void multiply_vnni(const void* x, int64_t x_stride, int64_t rows, const void* panel, int64_t panel_stride, int64_t depth,
+                   const IntLayout&, int32_t* sums) {
+  const auto* codes = static_cast<const int8_t*>(x);
+  const auto* levels = static_cast<const uint8_t*>(panel);
+  int64_t m = tiles<6>(codes, x_stride, 0, rows, levels, panel_stride, depth, sums);
+  m = tiles<3>(codes, x_stride, m, rows, levels, panel_stride, depth, sums);
+  tiles<1>(codes, x_stride, m, rows, levels, panel_stride, depth, sums);
+}
+
+bool stream_vnni(const void* x, const uint8_t* const* rows, int64_t row_bytes, const IntLayout& layout, int32_t* sums) {
+  const auto* codes = static_cast<const int8_t*>(x);
+  for (int n = 0; n < kPanelRows; n += 8) {
+    if (layout.n_bits == 1) stream_rows<1>(codes, rows + n, row_bytes, layout, sums + n);
+    else if (layout.n_bits == 2) stream_rows<2>(codes, rows + n, row_bytes, layout, sums + n);
+    else if (layout.n_bits == 4) stream_rows<4>(codes, rows + n, row_bytes, layout, sums + n);
+    else return false;
+  }
+  return true;
+}
+
+}  // namespace dsq
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif  // __x86_64__
