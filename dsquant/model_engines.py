@@ -6,6 +6,7 @@ this is its own.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -69,13 +70,15 @@ ENGINES = {"dsquant packed": _packed, "torch fp32": _float, "onnxruntime fp32": 
 
 def serve(engine: str, folder: str, threads: str) -> None:
     """Load the engine, say so, then run it once for each line of standard input."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a library prints must not be taken for an answer
     run = ENGINES[engine](Path(folder), int(threads))
-    print("ready", flush=True)
+    print("ready", file=answers)
     for _ in sys.stdin:
         began = time.perf_counter()
         run()
-        print(time.perf_counter() - began, flush=True)
-    print(peak_bytes(), flush=True)
+        print(time.perf_counter() - began, file=answers)
+    print(peak_bytes(), file=answers)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -23,6 +25,20 @@ def test_every_engine_has_a_line_with_its_time_size_and_memory(tmp_path, capsys)
     if importlib.util.find_spec("onnxruntime") is None:
         assert onnx["unavailable"] == "onnxruntime is not installed"
         assert onnx["seconds"] is None
+
+
+def test_what_a_library_prints_is_no_answer():
+    noisy = "lambda folder, threads: (print('loading'), lambda: print('running'))[1]"
+    code = f"from dsquant import model_engines as m; m.ENGINES['noisy'] = {noisy}; m.serve('noisy', '.', '1')"
+    worker = subprocess.run(
+        [sys.executable, "-c", code], input="run\nrun\n", capture_output=True, text=True, check=True
+    )
+    ready, *seconds, peak = worker.stdout.splitlines()
+    assert ready == "ready"
+    assert len(seconds) == 2
+    assert all(float(taken) < 1 for taken in seconds)
+    assert int(peak) > 1 << 20
+    assert "loading" in worker.stderr
 
 
 def test_a_process_that_ends_early_is_named(tmp_path):
