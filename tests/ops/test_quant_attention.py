@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from dsquant.ops import backends, gpu
 from dsquant.ops.fake_quantize import fake_quantize
 from dsquant.ops.quant_attention import QuantArgs, quant_attention
 from dsquant.spec import Levels
@@ -92,6 +93,18 @@ def test_it_equals_the_composition_of_its_parts(name):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_kernels_run_where_they_are_asked_for_and_nowhere_else(each_backend):
+    qkv, grad, args = case("all, per head, offsets")
+    with gpu.recorded() as launches:
+        outcome(quant_attention, qkv, args, grad)
+    own = [
+        launch.kernel.__name__
+        for launch in launches
+        if launch.kernel.__module__.startswith("dsquant.ops.gpu.quant_att")
+    ]
+    assert own == (["_forward", "_of_window"] if each_backend == backends.TRITON else [])
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_it_equals_autograd_in_float64(name):
     qkv, grad, args = case(name)
@@ -102,7 +115,9 @@ def test_it_equals_autograd_in_float64(name):
 
 
 @pytest.mark.parametrize("name", ["all, per head, offsets", "q and v only", "none"])
-def test_bfloat16_inputs_are_computed_in_float32_and_cast_at_the_end(name):
+def test_bfloat16_inputs_are_computed_in_float32_and_cast_at_the_end(name, each_backend):
+    if each_backend == backends.TRITON:
+        pytest.skip("rounds what enters a product: gpu/test_quant_attention.py bounds its error")
     qkv, grad, args = case(name, torch.bfloat16)
     low = outcome(quant_attention, qkv, args, grad)
     wide_qkv = [t.detach().float().requires_grad_() for t in qkv]
@@ -245,9 +260,8 @@ def test_a_bfloat16_bias_gets_a_bfloat16_gradient():
         exact = {**extra, "bias": extra["bias"].bfloat16()}
     low = {**extra, "bias": exact["bias"].clone().requires_grad_()}
     high = {**extra, "bias": exact["bias"].float().requires_grad_()}
-    wide_qkv = [t.detach().float().requires_grad_() for t in qkv]
     found = scored_outcome(quant_attention, qkv, args, scale, low, grad)
-    expected = scored_outcome(quant_attention, wide_qkv, args, scale, high, grad.float())
+    expected = scored_outcome(quant_attention, qkv, args, scale, high, grad)
     assert found[-1].dtype == torch.bfloat16
     assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(found, expected, strict=True))
 

@@ -6,12 +6,12 @@ of it without a GPU.
 
 import torch
 
-from dsquant.ops.gpu import fake_quantize, packed_linear, shard_step
+from dsquant.ops.gpu import fake_quantize, packed_linear, quant_attention, quant_attention_backward, shard_step
 from dsquant.ops.gpu.launch import interpreted, recorded
 
-_MODULES = (fake_quantize, packed_linear, shard_step)
+_MODULES = (fake_quantize, packed_linear, quant_attention, quant_attention_backward, shard_step)
 OPERATORS = {operator.__name__: operator for module in _MODULES for operator in module.OPERATORS}
-SAMPLES = tuple(module.samples for module in _MODULES)  # what is compiled ahead of time
+SAMPLES = tuple(module.samples for module in _MODULES if hasattr(module, "samples"))  # what is compiled ahead of time
 
 _LIBRARY = torch.library.Library("dsquant", "IMPL", "CUDA")
 for _name, _operator in OPERATORS.items():

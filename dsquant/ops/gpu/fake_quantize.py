@@ -59,6 +59,20 @@ def round_half_even(v):
 
 
 @triton.jit
+def straight_through(v, g, qmin, qmax, shift, low, high, ELASTIC: tl.constexpr, ENDS_TOGETHER: tl.constexpr):
+    """Return what passes of the gradient g at v, in units of the scale; the level of v; what each entry adds to d scale."""
+    passed = tl.where((v >= low) & (v <= high), g, 0.0)
+    level = round_half_even(clip(v - shift, qmin, qmax)) + shift
+    if ELASTIC:
+        of_scale = g * level
+    else:
+        clipped = clip(v, low, high)
+        outside = level if ENDS_TOGETHER else clipped
+        of_scale = g * (level - clipped) + (g - passed) * outside
+    return passed, level, of_scale
+
+
+@triton.jit
 def tile_of(rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     """Return the rows and columns of this program's tile, where they are, and which of it exists."""
     across = tl.cdiv(cols, BLOCK_COLS)
@@ -106,14 +120,7 @@ def _backward(x, grad, scale, offset, d_x, x_hat, d_scale, d_offset, rows, cols,
         o = _of_groups(offset, row, col, rows, cols, n_groups, PER_COLUMN)
         v = v - o
     v = tl.math.div_rn(v, s + tl.zeros_like(v))
-    passed = tl.where((v >= low) & (v <= high), g, 0.0)
-    level = round_half_even(clip(v - shift, qmin, qmax)) + shift
-    if ELASTIC:
-        of_scale = g * level
-    else:
-        clipped = clip(v, low, high)
-        outside = level if ENDS_TOGETHER else clipped
-        of_scale = g * (level - clipped) + (g - passed) * outside
+    passed, level, of_scale = straight_through(v, g, qmin, qmax, shift, low, high, ELASTIC, ENDS_TOGETHER)
     AXIS: tl.constexpr = 0 if PER_COLUMN else 1
     across = tl.cdiv(cols, BLOCK_COLS)
     # Of the partial sums, one a row and column of tiles: (rows, tiles across), or (tiles down, cols).

@@ -51,11 +51,18 @@ class Launch:
     def compile(self, arch: int) -> CompiledKernel:
         """Compile the kernel for compute capability `arch` (80, 90, ...), down to machine code; no GPU takes part."""
         fixed = {p.name for p in self.kernel.params if p.is_constexpr}
-        constants = {name: value for name, value in self.arguments.items() if name in fixed or value is None}
+        constants = {
+            name: value for name, value in self.arguments.items() if name in fixed or value is None or _is_one(value)
+        }
         signature = {
             name: "constexpr" if name in constants else _type(self.arguments[name]) for name in self.kernel.arg_names
         }
-        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants)
+        aligned = {
+            (place,): [["tt.divisibility", 16]]  # as a launch does: it makes loads wide
+            for place, name in enumerate(self.kernel.arg_names)
+            if name not in constants and _aligned(self.arguments[name])
+        }
+        source = ASTSource(self.kernel, signature, constants, aligned)
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=OPTIONS | self.options)
 
 
@@ -63,6 +70,16 @@ def _type(value: Any) -> str:
     if isinstance(value, Tensor):
         return POINTERS[value.dtype]
     return "i1" if isinstance(value, bool) else "fp32" if isinstance(value, float) else "i32"
+
+
+def _is_one(value: Any) -> bool:
+    return type(value) is int and value == 1
+
+
+def _aligned(value: Any) -> bool:
+    """Say whether an argument is a multiple of 16: an integer, or the address of a tensor."""
+    value = value.data_ptr() if isinstance(value, Tensor) else value
+    return type(value) is int and value % 16 == 0
 
 
 def launch(kernel: Any, grid: tuple[int, ...], options: dict[str, Any] | None = None, **arguments: Any) -> None:
