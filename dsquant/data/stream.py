@@ -251,7 +251,7 @@ def _read_segment(
     for (index, positions, numbers), following in zip_longest(parts, parts[1:]):
         if following:
             shards.prefetch(following[0])
-        yield from zip(positions, _read_samples(shards, index, numbers), strict=False)
+        yield from zip(positions, _read_samples(shards, index, numbers), strict=True)
 
 
 def _read_samples(shards: ShardSet, index: int, numbers: list[int]) -> Iterator[Record | Damage]:
