@@ -1,7 +1,8 @@
 """Attention with quantized q, k, probabilities and v that saves q, k, v and what is added to the scores only.
 
 The scores and probabilities of a few images at a time are formed, used and dropped; backward forms them again. So the
-memory of a training step does not grow with the square of the sequence, and the work stays in a core's cache.
+memory of a training step does not grow with the square of the sequence, and the work stays in a core's cache. On GPUs
+Triton's kernels (gpu/quant_attention.py) hold a block of scores at a time.
 """
 
 from typing import NamedTuple
@@ -111,11 +112,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | Tensor, probs
     """Say whether Triton's kernels take these, which want a query to have one softmax scale and one scale of probabilities."""
     if not q.numel() or backends.choose("quant_attention", q.device.type) != backends.TRITON:
         return False
-    if (
-        q.dtype not in FUSED_DTYPES
-        or not q.dtype == k.dtype == v.dtype
-        or not q.shape[:3] == k.shape[:3] == v.shape[:3]
-    ):
+    if q.dtype not in FUSED_DIM or not q.dtype == k.dtype == v.dtype or not q.shape[:3] == k.shape[:3] == v.shape[:3]:
         return False
     values = [softmax_scale, *(() if probs_args is None else probs_args[:2])]
     one_a_query = all(_one_a_query(t.shape) for t in values if isinstance(t, Tensor))
@@ -134,7 +131,7 @@ def _fused_arguments(q, k, v, softmax_scale, bias, mask, args) -> tuple:
         for x, a in ((q, args[0]), (k, args[1]), (v, args[3]))
     )
     probs = QuantArgs(1.0, None, Levels(0, 1)) if args[2] is None else args[2]
-    rows = torch.empty(3, *q.shape[1:3], 1, device=q.device)
+    rows = torch.empty(3, *q.shape[1:3], 1, dtype=torch.float32, device=q.device)
     for row, value in zip(rows, (softmax_scale, probs.scale, probs.offset), strict=True):
         if isinstance(value, Tensor):
             row.copy_(value.view(value.shape[-3:]))
@@ -152,8 +149,8 @@ def _fused_forward(q, k, v, softmax_scale, bias, mask, args) -> Tensor:
 def _fused_backward(q, k, v, softmax_scale, bias, mask, args, grad, sums, d_scale, d_bias) -> list[Tensor]:
     """Do `_backward_by_blocks` by Triton's kernels."""
     run = backends.operator("quant_attention_backward", backends.TRITON, q.device.type)
-    of_images = [torch.empty(x.shape, device=x.device) for x in (q, k, v)]
-    of_rows = torch.empty(3, *q.shape[:3], 1, device=q.device)
+    of_images = [torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v)]
+    of_rows = torch.empty(3, *q.shape[:3], 1, dtype=torch.float32, device=q.device)
     of_bias = None if bias is None else torch.empty(q.shape[1], *[q.shape[2]] * 2, device=q.device, dtype=torch.float64)
     told = _fused_arguments(q, k, v, softmax_scale, bias, mask, args)
     run(*told, grad.contiguous(), *of_images, of_rows, of_bias)
@@ -246,7 +243,8 @@ def quant_attention(
     """Return `Q_p(softmax((Q_q(q) * softmax_scale) Q_k(k)^T + bias + mask)) Q_v(v)`, each Q a `fake_quantize` or identity.
 
     Args:
-        q, k, v: (B, H, N, D), float32 or bfloat16; the arithmetic is float32, the result (B, H, N, D) of v's dtype.
+        q, k, v: (B, H, N, D), float32 or bfloat16; the arithmetic is float32, the result (B, H, N, D) of v's dtype. Triton's
+            kernels round what enters a product to bfloat16 where q, k and v are, and sum in float32.
         softmax_scale: a number, or a float tensor that broadcasts to (B, H, N, D) and is the same along dim 0, such as
             the (H, 1, 1) of cosine attention; a tensor gets a gradient.
         q_args, k_args, probs_args, v_args: quantizers; None leaves a site in float. Scales broadcast to (B, H, N, D) for

@@ -100,7 +100,7 @@ def test_kernels_run_where_they_are_asked_for_and_nowhere_else(each_backend):
     own = [
         launch.kernel.__name__
         for launch in launches
-        if launch.kernel.__module__.startswith("dsquant.ops.gpu.quant_att")
+        if launch.kernel.fn.__module__.startswith("dsquant.ops.gpu.quant_att")
     ]
     assert own == (["_forward", "_of_window"] if each_backend == backends.TRITON else [])
 

@@ -21,9 +21,9 @@ from dsquant.ops.gpu.launch import interpreted, launch
 from dsquant.spec import Levels
 
 INTERPRETED = tl.constexpr(interpreted())
-TILES = {  # the most features that rows have, queries and keys of a block, warps
-    torch.float32: ((32, 32, 32, 4), (128, 16, 16, 4)),
-    torch.bfloat16: ((64, 64, 32, 4), (128, 64, 32, 8), (256, 32, 32, 8)),
+TILES = {  # the most features that rows have, queries and keys of a block, warps, stages
+    torch.float32: ((32, 32, 32, 4, 2), (64, 16, 16, 4, 2), (128, 16, 16, 4, 3)),
+    torch.bfloat16: ((64, 64, 32, 4, 2), (128, 64, 32, 8, 2), (256, 32, 32, 8, 2)),
 }
 WINDOW = 64  # tokens that one block of bfloat16 takes whole, where features are few
 
@@ -163,12 +163,15 @@ def _forward(q, k, v, out, bias, mask, rows, heads, length, mask_rows, q_b, q_h,
 
 
 def tiling(length: int, dim: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
-    """Return how many queries and keys a program takes at a time, and its warps: as much as spills no register."""
-    queries, keys, warps = next(tile for most, *tile in TILES[dtype] if dim <= most)
+    """Return how many queries and keys a program takes at a time, and its warps and stages: what spills no register."""
+    queries, keys, warps, stages = next(tile for most, *tile in TILES[dtype] if dim <= most)
     if dtype is torch.bfloat16 and dim <= 64 and length <= WINDOW:
         keys, warps = WINDOW, 8
     shortest = max(16, triton.next_power_of_2(length))
-    return {"BLOCK_Q": min(queries, shortest), "BLOCK_K": min(keys, shortest)}, {"num_warps": warps, "num_stages": 2}
+    return {"BLOCK_Q": min(queries, shortest), "BLOCK_K": min(keys, shortest)}, {
+        "num_warps": warps,
+        "num_stages": stages,
+    }
 
 
 def arguments(

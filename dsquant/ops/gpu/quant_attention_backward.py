@@ -191,7 +191,7 @@ def quant_attention_backward(
     """
     batch, heads, length, _ = q.shape
     told = arguments(q, k, v, bias, mask, rows, Levels(qmin, qmax, shift, reach, elastic) if quantized else None)
-    kept = torch.empty(3, batch, heads, length, device=q.device)
+    kept = torch.empty(3, batch, heads, length, dtype=torch.float32, device=q.device)
     told |= {"grad": grad, "top_of": kept[0], "inverse_of": kept[1], "delta_of": kept[2]}
     sums = {"d_factor": d_rows[0], "d_scale": d_rows[1], "d_offset": d_rows[2]}
     down, across = triton.cdiv(length, told["BLOCK_Q"]), triton.cdiv(length, told["BLOCK_K"])
@@ -202,7 +202,7 @@ def quant_attention_backward(
         launch(_of_keys, (batch * heads * across,), d_k=d_k, d_v=d_v, **told)
     if d_bias is not None:
         run = triton.cdiv(batch, max(1, PROGRAMS // (heads * down * across)))
-        parts = torch.empty(triton.cdiv(batch, run), heads, length, length, device=q.device)
+        parts = torch.empty(triton.cdiv(batch, run), heads, length, length, dtype=torch.float32, device=q.device)
         launch(_of_bias, (len(parts) * heads * down * across,), d_bias=parts, batch=batch, run=run, **told)
         torch.sum(parts, 0, dtype=torch.float64, out=d_bias)
 
@@ -214,7 +214,12 @@ def samples() -> None:
     """Launch each kernel in the kinds that differ once compiled: dtypes, tiles, levels, what is added."""
     plain, elastic, none = (0, 3, 0.0, 0.0, False, True), (0, 1, 0.0, 0.0, True, True), (0, 1, 0.0, 0.0, False, False)
     kinds = {
-        torch.float32: ((16, 32, plain, False), (197, 32, elastic, False), (197, 128, plain, True)),
+        torch.float32: (
+            (16, 32, plain, False),
+            (197, 32, elastic, False),
+            (197, 64, plain, True),
+            (197, 128, plain, True),
+        ),
         torch.bfloat16: (
             (49, 64, plain, True),
             (197, 64, plain, True),
