@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
+from dsquant.benchmarks.memory import measure, memory
 from dsquant.errors import ConfigError
 from dsquant.footprint import Job, footprint, open_job, passes
 from dsquant.memory import LiveBytes
-from dsquant.memory_benchmark import measure, memory
 from dsquant.ops import backends
 from dsquant.plan import GIB, plan, predict, shipped
 from tests import ranks

@@ -13,14 +13,14 @@ import sys
 
 import fire
 
-from dsquant.benchmark import step
+from dsquant.benchmarks.loader import loader
+from dsquant.benchmarks.memory import memory
+from dsquant.benchmarks.ops import ops
+from dsquant.benchmarks.packed import packed
+from dsquant.benchmarks.packed_model import packed_model
+from dsquant.benchmarks.shard import shard
+from dsquant.benchmarks.step import step
 from dsquant.errors import DsquantError
-from dsquant.loader_benchmark import loader
-from dsquant.memory_benchmark import memory
-from dsquant.model_benchmark import packed_model
-from dsquant.ops_benchmark import ops
-from dsquant.packed_benchmark import packed
-from dsquant.shard_benchmark import shard
 
 COMMANDS = {
     "step": step,

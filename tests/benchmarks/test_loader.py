@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dsquant.benchmarks.loader import ALONE, OURS, _lines, _starts, loader
 from dsquant.data import write_shards
-from dsquant.loader_benchmark import ALONE, OURS, _lines, _starts, loader
 
 CASES = {OURS, "webdataset", "torchvision ImageFolder", ALONE}
 

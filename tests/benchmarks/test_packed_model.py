@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from dsquant.benchmarks.packed_model import _answer, _start, packed_model
 from dsquant.errors import ConfigError
-from dsquant.model_benchmark import _answer, _start, packed_model
 
 
 def test_every_engine_has_a_line_with_its_time_size_and_memory(tmp_path, capsys):
@@ -29,7 +29,9 @@ def test_every_engine_has_a_line_with_its_time_size_and_memory(tmp_path, capsys)
 
 def test_what_a_library_prints_is_no_answer():
     noisy = "lambda folder, threads: (print('loading'), lambda: print('running'))[1]"
-    code = f"from dsquant import model_engines as m; m.ENGINES['noisy'] = {noisy}; m.serve('noisy', '.', '1')"
+    code = (
+        f"from dsquant.benchmarks import model_engines as m; m.ENGINES['noisy'] = {noisy}; m.serve('noisy', '.', '1')"
+    )
     worker = subprocess.run(
         [sys.executable, "-c", code], input="run\nrun\n", capture_output=True, text=True, check=True
     )

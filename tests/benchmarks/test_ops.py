@@ -2,9 +2,9 @@
 
 import json
 
+from dsquant.benchmarks.ops import ops
 from dsquant.ops import backends
 from dsquant.ops.cases import all_cases
-from dsquant.ops_benchmark import ops
 
 
 def test_every_op_and_backend_has_a_line_with_its_bandwidth(tmp_path, capsys):

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dsquant.benchmarks.model_engines import FILES, INPUTS, MODEL
+from dsquant.benchmarks.packed import EngineError, integers
 from dsquant.config import ModelConfig, QuantConfig
 from dsquant.errors import ConfigError
 from dsquant.export import write_packed
 from dsquant.export.layout import data_keys
-from dsquant.model_engines import FILES, INPUTS, MODEL
 from dsquant.models import build_model, insert_sites, logits_of, portable, text_model
 from dsquant.models.registry import pretrained_view
-from dsquant.packed_benchmark import EngineError, integers
 from dsquant.quant.calibrate import calibrate
 from dsquant.quant.scale_fit import mean_scale
 from dsquant.quant.state import QuantState
@@ -174,7 +174,7 @@ def _case(folder: Path, threads: int, repeats: int, missing: dict[str, str]) -> 
 
 
 def _start(engine: str, folder: Path, threads: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "dsquant.model_engines", engine, str(folder), str(threads)]
+    command = [sys.executable, "-m", "dsquant.benchmarks.model_engines", engine, str(folder), str(threads)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 

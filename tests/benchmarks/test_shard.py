@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from dsquant.benchmarks.shard import shard
 from dsquant.ops import backends
-from dsquant.shard_benchmark import shard
 
 
 @pytest.mark.parametrize("spec", [{}, {"n_bits": 1, "method": "bwn"}, {"granularity": "per_tensor"}], ids=str)

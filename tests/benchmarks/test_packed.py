@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from dsquant.benchmarks.packed import DSQUANT_BITS, packed
 from dsquant.errors import ConfigError
-from dsquant.packed_benchmark import DSQUANT_BITS, packed
 
 
 def test_every_engine_has_a_line_for_every_case(tmp_path, capsys):

@@ -1,0 +1,1 @@
+"""What the commands of `tools/bench.py` run: one file a command."""
