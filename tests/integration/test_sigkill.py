@@ -1,6 +1,6 @@
 """A run whose ranks are killed, and stopped, at random moments ends bit for bit as one that nothing happened to.
 
-DSQ_SOAK_KILLS and DSQ_SOAK_STOPS set how many SIGKILLs and SIGUSR1s one run gets (default 2 and 2), DSQ_SOAK_SEED the moments.
+DSQ_SOAK_KILLS and DSQ_SOAK_STOPS set how many SIGKILLs and SIGUSR1s one run gets (default 2 and 1), DSQ_SOAK_SEED the moments.
 What happened is left in the test's folder, `soak.json`.
 """
 
@@ -18,7 +18,7 @@ from dsquant.preemption import EXIT_STOPPED
 from tests.integration.runs import TINY, ds_config, kill, records, run, start, train_command
 from tests.integration.test_resume import assert_same_tensors, tensors, without_time
 
-KILLS, STOPS = (int(os.environ.get(f"DSQ_SOAK_{name}", 2)) for name in ("KILLS", "STOPS"))
+KILLS, STOPS = int(os.environ.get("DSQ_SOAK_KILLS", 2)), int(os.environ.get("DSQ_SOAK_STOPS", 1))
 EVERY, STEPS = 5, max(15, 3 * (KILLS + STOPS))
 STAGES = ("fp", "w2a2")
 FREEZE = "stages.w2a2.quant.oscillation"
@@ -86,7 +86,7 @@ def wait_for_a_moment(process, out_dir, log, chance):
     """Return the ranks some steps after the start, some of the time in a save or a calibration; None where the run ends."""
     total, found, begun = STEPS * len(STAGES), None, None
     goal, in_save, in_calibration = (
-        chance.uniform(0, 2.5 * total / (KILLS + STOPS)),
+        chance.uniform(0, min(2.5 * total / (KILLS + STOPS), total / 2)),
         *(chance.random() < 0.4 for _ in "ab"),
     )
     deadline = time.monotonic() + 240
@@ -99,7 +99,8 @@ def wait_for_a_moment(process, out_dir, log, chance):
             begun = done if begun is None else begun
             saving = any(out_dir.glob("checkpoints/*/.step_*.partial"))
             calibrating = log.read_text().rstrip().endswith(CALIBRATING)
-            if (done - begun >= goal and (saving or not in_save)) or (calibrating and in_calibration):
+            late = done - begun - goal  # a save may pass between two looks
+            if (late >= 0 and (saving or not in_save or late > EVERY)) or (calibrating and in_calibration):
                 time.sleep(0 if saving else chance.uniform(0, 0.3))
                 return found
         time.sleep(0.02)
@@ -143,7 +144,7 @@ def test_a_run_of_random_kills_and_stops_ends_as_one_that_was_left_alone(undistu
             assert event["seconds_to_end"] < LEAVES_WITHIN_S, told
     else:
         run(train_command(*OPTIONS, "--out_dir", out_dir, "--resume", ranks=2), tmp_path / "last", timeout=600).ok()
-    assert len(events) > 1, events
+    assert any("signal" in event for event in events), events
     for kind in ("train", "eval", "oscillation"):
         assert without_time(records(out_dir, kind)) == without_time(records(undisturbed, kind)), (kind, seed)
     for stage in STAGES:
