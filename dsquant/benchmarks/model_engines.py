@@ -1,4 +1,4 @@
-"""Run one engine of the model benchmark in a process of its own: `python -m dsquant.benchmarks.model_engines ENGINE FOLDER THREADS`.
+"""Run one engine of `packed_model` in a process of its own: `python -m dsquant.benchmarks.model_engines ENGINE FOLDER THREADS`.
 
 The folder holds what `packed_model.prepare` wrote. Each line on standard input runs the model once and is answered by the
 seconds that took; at the end comes the most memory that the process ever held. An engine imports what it needs alone, so that
