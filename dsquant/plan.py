@@ -5,6 +5,7 @@ pass (`footprint.py`). `tools/bench.py memory` holds it against what is measured
 """
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dsquant.memory import GIB
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 # In the order to try them: each is slower than the one before it, or as fast and takes more.
 ORDER = ("zero2", "zero1", "zero0", "zero3", "zero2_offload", "zero3_offload")
+WIDTH = 120  # characters of the table where no terminal has another
 MOMENTS = {"sgd": 1}  # tensors a weight that the optimizer keeps; 2 for the others
 ALLREDUCE_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once without ZeRO
 
@@ -227,7 +229,7 @@ def show(found: dict[str, Any]) -> None:
         table.add_row(
             p["name"], *cells, "yes" if p["fits"] else "no", f"{p['host'] / GIB:.2f}", f"{p['built'] / GIB:.2f}", sent
         )
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     console.print(table)
     room = f"{found['gpu_gib']:g} GiB less {found['reserve_gib']:g}"
     take = found["take"]
