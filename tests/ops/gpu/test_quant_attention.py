@@ -53,7 +53,8 @@ def case(shape, dtype=torch.float32, seed=0, grids=GRIDS, offset=False, granular
     extra = {"bias": normal(heads, length, length) if bias else None, "mask": None}
     if mask is not None:
         extra["mask"] = torch.where(torch.rand(mask, generator=generator) < 0.3, -30.0, 0.0)
-    softmax_scale = (1 + normal(heads, 1, 1).abs()) / dim**0.5 if bias else dim**-0.5
+    each = (heads, length, 1) if granularity == "both" else (heads, 1, 1)
+    softmax_scale = (1 + normal(*each).abs()) / dim**0.5 if bias else dim**-0.5
     return (q, k, v), grad, softmax_scale, args, extra
 
 
