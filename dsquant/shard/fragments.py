@@ -130,6 +130,8 @@ def partition(
         raise ShardError(
             "zero_hpz_partition_size and zero_quantized_weights are not supported; remove them from the ds_config"
         )
+    if not deepspeed.comm.is_initialized():  # it would take the world for one rank
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     cutter, found = deepspeed.zero.Init(config_dict_or_path=ds_config, dtype=dtype), {}
     for name, p in model.named_parameters():
         p.data = torch.empty(p.shape, dtype=dtype, device=cutter.local_device)

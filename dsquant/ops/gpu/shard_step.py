@@ -221,7 +221,8 @@ def shard_update(
     pulled = pull != 0 or mean is not None
     squares = w.new_empty(2, down * across, dtype=torch.float64) if pulled and norms is not None else None
     launch(
-        _update, (down * across,), WIDE, w=w, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, codes=codes, frozen=frozen,
+        _update, (down * across,), {"num_warps": 4}, w=w, grad=grad,
+        exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, codes=codes, frozen=frozen,
         centre=centre, scale=scale, groups=groups, mean=mean, factor=factor, norms=squares, qmin=qmin,
         n_bins=0 if mean is None else mean.numel() // scale.numel(), shift=float(shift), low=float(low), high=float(high),
         twice=2.0 * pull, **_numbers(decay, beta1, beta2, correction, eps, step), PULLED=pulled,
