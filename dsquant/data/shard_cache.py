@@ -101,11 +101,14 @@ class ShardCache:
                 file.truncate(size)
 
     def _used(self) -> int:
-        return sum(_status(path, "st_size") for path in self.folder.iterdir())
+        """Return the bytes of all files. One that takes its final name meanwhile may be met under both, or under none."""
+        while None in (found := [_status(path) for path in self.folder.iterdir()]):
+            pass
+        return sum({status.st_ino: status.st_size for status in found}.values())
 
     def _remove_one(self) -> bool:
         """Remove the shard that was used least recently, or what is left of a download that was killed."""
-        shards = sorted(self.folder.glob("*.tar"), key=lambda path: _status(path, "st_mtime_ns"))
+        shards = sorted(self.folder.glob("*.tar"), key=_used_at)
         if shards:
             shards[0].unlink(missing_ok=True)
             return True
@@ -116,11 +119,16 @@ class ShardCache:
         return False
 
 
-def _status(path: Path, field: str) -> int:
+def _status(path: Path) -> os.stat_result | None:
     try:
-        return getattr(path.stat(), field)
+        return path.stat()
     except FileNotFoundError:
-        return 0
+        return None
+
+
+def _used_at(path: Path) -> int:
+    status = _status(path)
+    return status.st_mtime_ns if status else 0
 
 
 def _copy(url: str, path: Path, size: int, digest: str | None) -> None:
