@@ -43,14 +43,15 @@ def checkpoint_dir(run_dir: Path, stage: str, step: int) -> Path:
 
 def save_checkpoint(
     run_dir: Path, config: RunConfig, stage: str, engine: Engine, *, done: bool, results: dict[str, Any] | None = None,
-    owed: Sequence[str] = (),
+    owed: Sequence[str] = (), order_ranks: int | None = None,
 ) -> Path:  # fmt: skip
     """Save an engine between optimizer steps; every rank calls this.
 
     Killed at any moment, it leaves this checkpoint or those there were before, whole.
 
     `done` marks the end of the stage; `results` (top-1 and the like so far) travel in the manifest, as does `owed`: the kinds
-    of record that this step was to get and that a resumed run has yet to make.
+    of record that this step was to get and that a resumed run has yet to make, and `order_ranks`: whose order of samples the
+    run keeps (default: that of these ranks).
     Raises TrainingError, and writes nothing, where a latent, a moment or a scale is not finite.
     """
     _check_finite(engine)
@@ -68,7 +69,8 @@ def save_checkpoint(
         files |= _write(partial / "replicated.safetensors", _replicated_tensors(engine))
     gathered: list[Any] = [None] * engine.world.size
     dist.all_gather_object(gathered, files)
-    manifest = _manifest(config, stage, engine, done) | {"results": results or {}, "owed": list(owed)}
+    carried = {"results": results or {}, "owed": list(owed), "order_ranks": order_ranks or engine.world.size}
+    manifest = _manifest(config, stage, engine, done) | carried
     if engine.world.rank == 0:
         manifest["files"] = {name: facts for part in gathered for name, facts in part.items()}
         write_synced(partial / MANIFEST, json.dumps(manifest, indent=1))
@@ -231,6 +233,11 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return self.manifest["step"]
+
+    @property
+    def order_ranks(self) -> int:
+        """Return how many ranks the run began with, whose order of samples it keeps."""
+        return self.manifest.get("order_ranks", self.manifest["world_size"])
 
     @property
     def done(self) -> bool:

@@ -115,6 +115,7 @@ class Run:
             raise CheckpointError(
                 f"{self.start.path} is of another model: {self.start.config.model} there and {config.model} here"
             )
+        self.order_ranks = self.start.order_ranks if self.start else world.size
         self.summary: dict[str, Any] = {"skipped_steps": 0}
         self.began = time.monotonic()
 
@@ -184,7 +185,7 @@ class Run:
         engine = Engine(model, self.config, stage, self.ds_config, self.world, total, weights)
         del model, weights
         self.stream = stream = train_stream(
-            self.config, stage, self.train_shards, self.stored_crops, self.tokenizer, self.world
+            self.config, stage, self.train_shards, self.stored_crops, self.tokenizer, self.world, self.order_ranks
         )
         for key in BEST:
             self.summary.pop(key, None)
@@ -466,7 +467,9 @@ class Run:
                 self.metrics.write("data", name, engine.step_index, damaged=count, damage=damage)
             self.metrics.flush()
         results = {k: v for k, v in self.summary.items() if k in CARRIED}
-        path = save_checkpoint(self.run_dir, self.config, name, engine, done=done, results=results, owed=owed)
+        path = save_checkpoint(
+            self.run_dir, self.config, name, engine, done=done, results=results, owed=owed, order_ranks=self.order_ranks
+        )
         self.summary["checkpoint"] = str(path)
         self.summary["zero_stage"] = engine.zero_stage
         if self.metrics:

@@ -73,6 +73,7 @@ def train_stream(
     crops: StoredCrops | None,
     tokenizer: Path | None,
     world: World,
+    order_ranks: int,
 ) -> TrainStream:
     """Give this rank its training batches: whole stored crops where there are some, else samples by the recipe's transform."""
     data = config.data
@@ -83,6 +84,7 @@ def train_stream(
         batch_size=images_per_batch(config, stage, world.size),
         rank=world.rank,
         world_size=world.size,
+        order_ranks=order_ranks,
         seed=config.seed,
         num_workers=data.num_workers,
         shuffle_buffer=data.shuffle_buffer,

@@ -1,31 +1,26 @@
 """Stream shards as batches: deterministic, resumable at any batch, the same number of batches on every rank.
 
-Order. In an epoch the shards are permuted, their samples form one sequence, and every rank takes an equal contiguous
-segment of it; webdataset's shuffle buffer, run over the *positions* of the segment, says which sample goes where.
-So the order is a function of (seed, epoch, world_size) alone, known before anything is read: each worker keeps only
-the records of its own batches, and a resume opens no shard that only past batches needed.
-Augmentation is a function of (seed, epoch, sample key). Each worker reads the tars of its rank's whole segment.
+Which sample goes where is `order.py`'s, known before anything is read: each worker keeps only the records of its own
+batches, and a resume opens no shard that only past batches needed. Augmentation is a function of (seed, epoch, sample key).
+Each worker reads the tars of its rank's whole segment.
 """
 
-import hashlib
 import math
 import random
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import zip_longest
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
-from webdataset.filters import shuffle
 
 from dsquant.data.damage import Damage, DamageLog
-from dsquant.data.reading import Record, decode, read_shard
-from dsquant.data.shards import TEXT_MEMBER, ShardSet
+from dsquant.data.order import Share, hash_of, parts_of, read_segment
+from dsquant.data.reading import Record, decode
+from dsquant.data.shards import ShardSet
 from dsquant.data.workers import Batch, load_batches
 from dsquant.errors import DataError
 
@@ -41,8 +36,8 @@ class TrainStream:
     `batches_per_epoch` = floor(samples / (batch_size * world_size)), the same on every rank; what is left over differs
     from epoch to epoch. shuffle_buffer is in samples (1 keeps the order of the shards). Of text, every `bucket_batches`
     batches in a row share their samples out by length, the shortest together; then those batches come in an order of their
-    own, on every rank the same, so that ranks have batches of like length at a time. Raises DataError where the samples do
-    not fill one batch a rank.
+    own, on every rank the same, so that ranks have batches of like length at a time. `order_ranks`: whose order it is, where
+    a run has gone on to another number of ranks. Raises DataError where the samples do not fill one batch a rank.
     """
 
     def __init__(
@@ -54,6 +49,7 @@ class TrainStream:
         batch_size: int,
         rank: int,
         world_size: int,
+        order_ranks: int | None = None,
         seed: int,
         num_workers: int = 0,
         shuffle_buffer: int = 4096,
@@ -66,7 +62,6 @@ class TrainStream:
         self.shards, self.transform, self.batch_size = shards, transform, batch_size
         self.decode_rows = decode_rows or self._one_row
         self.rank, self.world_size, self.seed = _checked_rank(rank, world_size), world_size, seed
-        self.shuffle_buffer, self.bucket_batches = shuffle_buffer, bucket_batches
         self.damage = DamageLog(max_damaged, rank)
         self.loader = {"num_workers": num_workers, "pin_memory": pin_memory}
         self.batches_per_epoch = shards.total // (batch_size * world_size)
@@ -75,6 +70,13 @@ class TrainStream:
                 f"{shards.total} training samples do not fill one batch of {batch_size} on each of {world_size} ranks "
                 f"({batch_size * world_size} samples); use a smaller batch, fewer ranks, or more data"
             )
+        together = batch_size * world_size
+        drawn = together // (order_ranks or world_size)
+        options = {"shuffle_buffer": shuffle_buffer, "bucket_batches": bucket_batches, "seed": seed}
+        self.shares = [
+            Share(shards, share, drawn, part, self.batches_per_epoch, **options)
+            for share, part in parts_of(range(rank * batch_size, (rank + 1) * batch_size), drawn)
+        ]
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield (images float32 (B, C, H, W), labels int64 (B,), ...) without end, from batch `start` of the whole run.
@@ -103,43 +105,8 @@ class TrainStream:
             index += len(mine) * workers
 
     def _epoch_batches(self, epoch: int, mine: range) -> Iterator[tuple[Batch, list[Damage]]]:
-        size = self.batches_per_epoch * self.batch_size
-        order = self._order(epoch, size)
-        buckets = sorted({batch // self.bucket_batches for batch in mine})
-        spans = {b: range(b * self.bucket_batches, (b + 1) * self.bucket_batches) for b in buckets}
-        wanted = np.zeros(size, dtype=bool)
-        for span in spans.values():
-            wanted[order[span.start : span.stop]] = True
-        records = _read_segment(self.shards, self._shard_order(epoch), self.rank * size, wanted)
-        kept: dict[int, Record | Damage] = {}  # read, but of a later bucket: never more than the shuffle buffer
-        for bucket, span in spans.items():
-            rows = []
-            for position in order[span.start : span.stop].ravel().tolist():
-                while position not in kept:
-                    kept.update([next(records)])
-                rows.append(kept.pop(position))
-            batches = self._by_length(rows, _hash(self.seed, epoch, f"bucket {bucket}"))
-            for index in (i for i in mine if i in span):
-                yield self._decoded(batches[index - span.start], epoch)
-
-    def _by_length(self, rows: list[Record | Damage], seed: int) -> list[list[Record | Damage]]:
-        """Cut the records of a bucket into batches of like length, in a random order; a bucket of one batch stays as it is."""
-        if len(rows) > self.batch_size:
-            rows = sorted(rows, key=_text_length)
-        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        random.Random(seed).shuffle(batches)
-        return batches
-
-    def _shard_order(self, epoch: int) -> list[int]:
-        order = list(range(len(self.shards)))
-        random.Random(_hash(self.seed, epoch, "shards")).shuffle(order)
-        return order
-
-    def _order(self, epoch: int, size: int) -> np.ndarray:
-        """Give the positions in the segment, (batches_per_epoch, batch_size), that make up each batch."""
-        rng = random.Random(_hash(self.seed, epoch, f"rank {self.rank}"))
-        positions = shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng)(iter(range(size)))
-        return np.fromiter(positions, dtype=np.int64, count=size).reshape(-1, self.batch_size)
+        for parts in zip(*(share.batches(epoch, mine) for share in self.shares), strict=True):
+            yield self._decoded([record for part in parts for record in part], epoch)
 
     def _decoded(self, records: list[Record | Damage], epoch: int) -> tuple[Batch, list[Damage]]:
         """Decode a batch; in place of a damaged sample comes another of the batch, or of the rank's share, augmented anew."""
@@ -163,15 +130,13 @@ class TrainStream:
     def _rows(self, record: Record | Damage, epoch: int, place: str = "") -> list[Row]:
         if isinstance(record, Damage):
             _fail(record)
-        _seed_rng(_hash(self.seed, epoch, record["__key__"] + place))
+        _seed_rng(hash_of(self.seed, epoch, record["__key__"] + place))
         return self.decode_rows(record)
 
     def _readable(self, epoch: int) -> list[Record]:
         """Find up to a batch of samples in the rank's share of an epoch that can be decoded, the first there are."""
-        size = self.batches_per_epoch * self.batch_size
         found: list[Record] = []
-        segment = _read_segment(self.shards, self._shard_order(epoch), self.rank * size, np.ones(size, dtype=bool))
-        for _, record in segment:
+        for record in self.shares[0].all_records(epoch):
             with suppress(DataError):
                 self._rows(record, epoch)
                 found.append(record)
@@ -216,7 +181,7 @@ class EvalStream:
         wanted = np.zeros(self.last - self.first, dtype=bool)
         for batch in mine:
             wanted[batch * self.batch_size : (batch + 1) * self.batch_size] = True
-        records = _read_segment(self.shards, range(len(self.shards)), self.first, wanted)
+        records = read_segment(self.shards, range(len(self.shards)), self.first, wanted)
         for batch in mine:
             present = int(wanted[batch * self.batch_size : (batch + 1) * self.batch_size].sum())
             rows = [self._row(next(records)[1]) for _ in range(present)]
@@ -228,48 +193,12 @@ class EvalStream:
 
     def _any_sample(self) -> tuple[Any, int | float]:
         """Give a sample of the set, for the shape of a batch that is all padding."""
-        return self._row(next(_read_segment(self.shards, range(len(self.shards)), 0, np.ones(1, dtype=bool)))[1])
+        return self._row(next(read_segment(self.shards, range(len(self.shards)), 0, np.ones(1, dtype=bool)))[1])
 
     def _row(self, record: Record | Damage) -> tuple[Any, int | float]:
         if isinstance(record, Damage):  # a score over fewer samples would be another score
             _fail(record)
         return decode(record, self.transform)
-
-
-def _read_segment(
-    shards: ShardSet, shard_order: Sequence[int], first: int, wanted: np.ndarray
-) -> Iterator[tuple[int, Record | Damage]]:
-    """Yield (position, record) where `wanted`, in the segment that starts at sample `first` of the ordered shards."""
-    begin = -first  # position of the shard's first sample in the segment
-    parts = []
-    for index in shard_order:
-        low, high = max(begin, 0), max(begin + shards.counts[index], 0)
-        positions = np.flatnonzero(wanted[low:high]) + low
-        if len(positions):
-            parts.append((index, positions.tolist(), (positions - begin).tolist()))
-        begin += shards.counts[index]
-    for (index, positions, numbers), following in zip_longest(parts, parts[1:]):
-        if following:
-            shards.prefetch(following[0])
-        yield from zip(positions, _read_samples(shards, index, numbers), strict=True)
-
-
-def _read_samples(shards: ShardSet, index: int, numbers: list[int]) -> Iterator[Record | Damage]:
-    """Yield the samples of a shard that have these numbers, in order; once it cannot be read, what is lost of them."""
-    url, wanted = shards.urls[index], deque(numbers)
-    try:
-        for number, record in enumerate(read_shard(*shards.row(index), shards.cache, frozenset(numbers))):
-            if number == wanted[0]:
-                wanted.popleft()
-                yield record
-                if not wanted:
-                    return
-    except DataError as error:
-        yield from (Damage(url, number, str(error)) for number in wanted)
-
-
-def _text_length(record: Record | Damage) -> int:
-    return 0 if isinstance(record, Damage) else len(record.get(TEXT_MEMBER, b""))
 
 
 def _damage_of(record: Record | Damage, cause: str) -> Damage:
@@ -294,12 +223,6 @@ def _checked_rank(rank: int, world_size: int) -> int:
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not one of {world_size} ranks")
     return rank
-
-
-def _hash(seed: int, epoch: int, name: str) -> int:
-    """Give a 63-bit integer that (seed, epoch, name) determine, on any machine."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def _seed_rng(value: int) -> None:

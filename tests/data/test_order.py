@@ -6,7 +6,7 @@ DSQ_ORDERS sets how many random layouts are tried beside those that are listed.
 import os
 import random
 from functools import cache
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 
 import pytest
 import torch
@@ -118,3 +118,22 @@ def test_from_any_of_fifty_stops_the_rest_of_the_order_is_the_same(laid_out, lay
             orders(shards, start, stop, **options, num_workers=(0, 1, 0, 0, 2)[number % 5]) if stop > start else []
         )
     assert pieces == unbroken
+
+
+def of_a_step(shards, start, end, ranks, **options):
+    """Return what all ranks draw together for steps start to end, a list each, of 12 samples a step."""
+    size = {"batch_size": 12 // ranks, "world_size": ranks} | options
+    by_rank = (orders(shards, start, end, rank=rank, **size) for rank in range(ranks))
+    return [list(chain(*parts)) for parts in zip(*by_rank, strict=True)]
+
+
+@pytest.mark.parametrize("bucket", [1, 3])
+@pytest.mark.parametrize(("begun", "now"), [(2, 1), (1, 2), (2, 4), (4, 2), (2, 3), (3, 2), (4, 3), (1, 6)])
+def test_other_ranks_draw_for_every_step_what_those_that_began_would_have(laid_out, begun, now, bucket):
+    shards, end = laid_out(*LAYOUTS["a prime total"]), 20
+    kept = {"bucket_batches": bucket}
+    undisturbed = of_a_step(shards, 0, end, begun, **kept)
+    assert undisturbed != of_a_step(shards, 0, end, now, **kept)
+    for start in (0, 3, 13):
+        found = of_a_step(shards, start, end, now, order_ranks=begun, num_workers=start % 2, **kept)
+        assert found == undisturbed[start:]

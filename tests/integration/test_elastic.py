@@ -1,5 +1,6 @@
 """A checkpoint goes on with other numbers of ranks and other ZeRO stages: the very state that was saved, the same losses."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ import torch.distributed as dist
 
 from dsquant.checkpoint import Checkpoint, load_run_checkpoint
 from tests import ranks
-from tests.integration.runs import ds_config
-from tests.integration.test_resume import FREEZE
+from tests.integration.runs import ds_config, records
+from tests.integration.test_resume import FREEZE, forget
 
 ENV = {"DS_ACCELERATOR": "cpu"}
 BATCH, TOTAL, NEXT = 64, 40, 20
@@ -114,3 +115,21 @@ def test_from_two_ranks_to_one_and_back_every_bit_of_state_stays(saved, undistur
         assert found_rates == rates
         assert found == pytest.approx(losses, abs=1e-4) if world_size == 1 else found == losses
         path = copy
+
+
+def test_a_run_goes_on_with_one_rank_and_with_two_again_on_the_samples_it_would_have_drawn(run_ranks, tmp_path):
+    """The loss of every step, on the recipe's own data, is that of a run of two ranks to the end: in the middle of an epoch."""
+    entry = {
+        "overrides": {"checkpoint.every_steps": 10, "checkpoint.keep_last": 9, "telemetry.log_every": 1, "seed": 5}
+    }
+    entry |= {"ds_config": ds_config("zero2"), "out_dir": str(tmp_path / "whole"), "max_steps": 50}
+    ranks.launch(2, "tests.integration.runs:train_in_process", {"runs": [entry]}, tmp_path / "ranks", 200, ENV)
+    run_dir = shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    for world_size, step in ((1, 30), (2, 40)):
+        kwargs = {"run_dir": run_dir, "legs": [("zero2", step)], "env": ENV}
+        run_ranks(world_size, "tests.integration.test_resume:resume_in_process", **kwargs)
+        assert load_run_checkpoint(run_dir, "w2a2").manifest["world_size"] == world_size
+    wanted, found = records(tmp_path / "whole", "train"), records(run_dir, "train")
+    assert [(r["stage"], r["step"], r["lr"]) for r in found] == [(r["stage"], r["step"], r["lr"]) for r in wanted]
+    changed = [abs(a["loss"] - b["loss"]) for a, b in zip(found, wanted, strict=True)]
+    assert 0 < max(changed) <= 1e-4  # another number of ranks adds gradients in another order

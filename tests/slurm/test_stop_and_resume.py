@@ -4,6 +4,7 @@ All runs here are the same: two ranks, float then 2 bits, with dropout, freezing
 """
 
 import os
+import random
 import signal
 import sys
 import time
@@ -147,12 +148,15 @@ def test_srun_trains_what_the_deepspeed_launcher_trains(cluster, undisturbed, tm
 def test_a_job_stopped_in_every_phase_and_by_its_time_limit_requeues_itself_and_ends_the_same(
     cluster, undisturbed, pauses, tmp_path
 ):
+    """Five stops, the first by the time limit, the fourth at a random step."""
     folder, add = pauses
+    later = random.SystemRandom().randint(1, 5)
     points = [
         add(1, "training", 3),
         add(2, "calibration", 5),
         add(3, "evaluation", PER_EVALUATION + 3),  # of step 6, after that of step 0
-        add(4, "evaluation", 2 * PER_EVALUATION + 2),  # of step 13, after those of 6, done anew, and 12
+        add(4, "training", later),  # after step 6, whose evaluation is done anew
+        add(5, "evaluation", PER_EVALUATION + 2),  # of step 13, after that of 12
     ]
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{PAUSED}" "$@"\n')
@@ -168,6 +172,7 @@ def test_a_job_stopped_in_every_phase_and_by_its_time_limit_requeues_itself_and_
         f"dsquant: stopped in training: stage fp is saved at step 4 of {STEPS}",
         "dsquant: stopped in calibration",
         f"dsquant: stopped in evaluation: stage w2a2 is saved at step 6 of {STEPS}",
+        f"dsquant: stopped in training: stage w2a2 is saved at step {6 + later} of {STEPS}",
         f"dsquant: stopped in evaluation: stage w2a2 is saved at step {STEPS} of {STEPS}",
     ]
 
