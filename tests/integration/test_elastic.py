@@ -10,7 +10,7 @@ import torch.distributed as dist
 from dsquant.checkpoint import Checkpoint, load_run_checkpoint
 from tests import ranks
 from tests.integration.runs import ds_config, records
-from tests.integration.test_resume import FREEZE, forget
+from tests.integration.test_resume import FREEZE
 
 ENV = {"DS_ACCELERATOR": "cpu"}
 BATCH, TOTAL, NEXT = 64, 40, 20
