@@ -117,20 +117,21 @@ def _level() -> int:
 
 
 @torch.compiler.assume_constant_result
-def choose(op: str, device: str, native: tuple[str, ...] = NATIVE) -> str:
+def choose(op: str, device: str, native: tuple[str, ...] = NATIVE, lacking: str = "") -> str:
     """Return the backend that runs `op` on a device type; `native` are those with code for it.
 
+    Where others have none for these inputs alone, `lacking` says why, for the error.
     Raises ConfigError where DSQ_BACKEND forces one that is missing or cannot run.
     """
-    return _choose(op, device, native, requested())
+    return _choose(op, device, native, requested(), lacking)
 
 
 @cache
-def _choose(op: str, device: str, native: tuple[str, ...], wanted: str) -> str:
+def _choose(op: str, device: str, native: tuple[str, ...], wanted: str, lacking: str) -> str:
     if wanted == TORCH:
         return TORCH
     if wanted != "auto":
-        return _forced(op, device, native, wanted)
+        return _forced(op, device, native, wanted, lacking)
     here = [name for name in native if name in (ON_CPU if device == "cpu" else (TRITON,) if device == "cuda" else ())]
     best = here[-1] if here else TORCH
     if best == AVX2 and not availability(AVX2).available:
@@ -141,7 +142,7 @@ def _choose(op: str, device: str, native: tuple[str, ...], wanted: str) -> str:
     return TORCH if best == PORTABLE and op not in ELEMENTWISE else best
 
 
-def _forced(op: str, device: str, native: tuple[str, ...], wanted: str) -> str:
+def _forced(op: str, device: str, native: tuple[str, ...], wanted: str, lacking: str) -> str:
     gpu = wanted == TRITON
     if device != ("cuda" if gpu else "cpu") and not (gpu and device == "cpu" and availability(TRITON).available):
         kind = "GPU" if gpu else "CPU"
@@ -150,7 +151,8 @@ def _forced(op: str, device: str, native: tuple[str, ...], wanted: str) -> str:
         )
     names = [name for name in reversed(native) if wanted == name or (wanted == "cpu" and name in ON_CPU)]
     if not names:
-        raise ConfigError(f"DSQ_BACKEND={wanted}: {op} has no such code; use auto or torch")
+        case = f" for {lacking}" if lacking else ""
+        raise ConfigError(f"DSQ_BACKEND={wanted}: {op} has no such code{case}; use auto or torch")
     for name in names:
         if availability(name).available:
             return name
