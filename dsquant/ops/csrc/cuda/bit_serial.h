@@ -4,7 +4,7 @@
 //     sum_k a_k u_k = sum_ij 2^(i+j) popcount(plane_i(a) & plane_j(u)).
 // x is quantized into planes by `Quantize`, a block a row, then `Product` forms tiles of y. Weights stay as `pack` writes
 // them. A block is a list of phases, what each thread does up to a barrier: on a GPU threads go through them together
-// (packed_linear.cu), and plain C++ can do them one after the other, as the tests do on machines without one.
+// (bit_serial.cu), and plain C++ can do them one after the other, as the tests do on machines without one.
 #pragma once
 #include <cmath>
 #include <cstdint>
