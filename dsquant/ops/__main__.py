@@ -32,7 +32,7 @@ def report() -> bool:
         "",
         "",
     )
-    for backend in backends.NATIVE:
+    for backend in (*backends.ON_CPU, *backends.ON_GPU):
         if not (state := backends.availability(backend)).available:
             print(f"{backend}: {state.why}")
     return good

@@ -8,6 +8,7 @@
     portable  native code in plain C++
     avx2      native code with AVX2, FMA and BMI2, and in products of packed weights AVX-512 VNNI where there is that
     triton    native code on GPUs; on CPU, for tests, in Triton's interpreter (TRITON_INTERPRET=1)
+    cuda      native code on GPUs in CUDA C++, which `packed_linear` has where weights and inputs have 1 or 2 bits
 
 What is forced and cannot run is an error that says why. Under auto an op without native code for a device runs its
 definition; native code that should be there and cannot be built is warned of once.
@@ -27,13 +28,15 @@ import torch
 from dsquant.errors import BuildError, ConfigError
 from dsquant.ops import build
 
-TORCH, PORTABLE, AVX2, TRITON = "torch", "portable", "avx2", "triton"
-ON_CPU = (PORTABLE, AVX2)
-NATIVE = (*ON_CPU, TRITON)
-CHOICES = ("auto", TORCH, "cpu", *NATIVE)
+TORCH, PORTABLE, AVX2, TRITON, CUDA = "torch", "portable", "avx2", "triton", "cuda"
+ON_CPU, ON_GPU = (PORTABLE, AVX2), (TRITON, CUDA)
+NATIVE = (*ON_CPU, TRITON)  # what every op with native code has
+CHOICES = ("auto", TORCH, "cpu", *ON_CPU, *ON_GPU)
 # What takes plain C++ under auto, where there is no AVX2: the former is faster so, and the latter gives the same bits however
 # ZeRO cuts a weight, which torch's fused AdamW does not. Of products torch's own are faster.
 ELEMENTWISE = ("fake_quantize", "shard_step")
+# What takes CUDA C++ under auto, where Triton has code too: ops that `make gpu` timed faster so. No GPU has timed any yet.
+FASTER_IN_CUDA = ()
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ def availability(backend: str) -> Availability:
     """Say whether `backend` can run on this machine, building native code to find out."""
     if backend == TORCH:
         return Availability(True)
-    if backend == TRITON:
-        return _triton_availability()
+    if backend in ON_GPU:
+        return _triton_availability() if backend == TRITON else _cuda_availability()
     try:
         level = build.load().dsquant_cpu_level()
     except BuildError as error:
@@ -94,6 +97,16 @@ def _triton_availability() -> Availability:
     return Availability(True)
 
 
+def _cuda_availability() -> Availability:
+    if not torch.cuda.is_available():
+        return Availability(False, "there is no GPU that PyTorch can use")
+    try:
+        build.load_cuda()
+    except BuildError as error:
+        return Availability(False, str(error))
+    return Availability(True)
+
+
 def _gpu() -> ModuleType:
     from dsquant.ops import gpu  # Triton is loaded where something asks for it
 
@@ -101,13 +114,18 @@ def _gpu() -> ModuleType:
 
 
 def operator(name: str, backend: str, device: str) -> Callable[..., Any]:
-    """Return the operator `dsquant::name`, which dispatches by device, or its kernels interpreted on CPU."""
-    return _gpu().OPERATORS[name] if backend == TRITON and device == "cpu" else getattr(torch.ops.dsquant, name).default
+    """Return the operator `dsquant::name`, which dispatches by device, or its kernels interpreted on CPU.
+
+    On GPUs that one is Triton's; CUDA C++ has `name_cuda`.
+    """
+    if backend == TRITON and device == "cpu":
+        return _gpu().OPERATORS[name]
+    return getattr(torch.ops.dsquant, f"{name}_cuda" if backend == CUDA else name).default
 
 
 @torch.compiler.assume_constant_result
 def isa(backend: str) -> int:
-    """Return the level of instructions that an operator is called with; Triton's have none."""
+    """Return the level of instructions that an operator is called with; those on GPUs have none."""
     return _level() if backend == AVX2 else 0
 
 
@@ -117,21 +135,23 @@ def _level() -> int:
 
 
 @torch.compiler.assume_constant_result
-def choose(op: str, device: str, native: tuple[str, ...] = NATIVE) -> str:
+def choose(op: str, device: str, native: tuple[str, ...] = NATIVE, lacking: str = "") -> str:
     """Return the backend that runs `op` on a device type; `native` are those with code for it.
 
+    Where others have none for these inputs alone, `lacking` says why, for the error.
     Raises ConfigError where DSQ_BACKEND forces one that is missing or cannot run.
     """
-    return _choose(op, device, native, requested())
+    return _choose(op, device, native, requested(), lacking)
 
 
 @cache
-def _choose(op: str, device: str, native: tuple[str, ...], wanted: str) -> str:
+def _choose(op: str, device: str, native: tuple[str, ...], wanted: str, lacking: str) -> str:
     if wanted == TORCH:
         return TORCH
     if wanted != "auto":
-        return _forced(op, device, native, wanted)
-    here = [name for name in native if name in (ON_CPU if device == "cpu" else (TRITON,) if device == "cuda" else ())]
+        return _forced(op, device, native, wanted, lacking)
+    kinds = {"cpu": ON_CPU, "cuda": ON_GPU if op in FASTER_IN_CUDA and availability(CUDA).available else (TRITON,)}
+    here = [name for name in native if name in kinds.get(device, ())]
     best = here[-1] if here else TORCH
     if best == AVX2 and not availability(AVX2).available:
         best = PORTABLE
@@ -141,16 +161,18 @@ def _choose(op: str, device: str, native: tuple[str, ...], wanted: str) -> str:
     return TORCH if best == PORTABLE and op not in ELEMENTWISE else best
 
 
-def _forced(op: str, device: str, native: tuple[str, ...], wanted: str) -> str:
-    gpu = wanted == TRITON
-    if device != ("cuda" if gpu else "cpu") and not (gpu and device == "cpu" and availability(TRITON).available):
+def _forced(op: str, device: str, native: tuple[str, ...], wanted: str, lacking: str) -> str:
+    gpu = wanted in ON_GPU
+    interpreted = wanted == TRITON and device == "cpu" and availability(TRITON).available
+    if device != ("cuda" if gpu else "cpu") and not interpreted:
         kind = "GPU" if gpu else "CPU"
         raise ConfigError(
             f"DSQ_BACKEND={wanted} forces {kind} code, and {op} got tensors on {device}; use auto or torch"
         )
     names = [name for name in reversed(native) if wanted == name or (wanted == "cpu" and name in ON_CPU)]
     if not names:
-        raise ConfigError(f"DSQ_BACKEND={wanted}: {op} has no such code; use auto or torch")
+        case = f" for {lacking}" if lacking else ""
+        raise ConfigError(f"DSQ_BACKEND={wanted}: {op} has no such code{case}; use auto or torch")
     for name in names:
         if availability(name).available:
             return name

@@ -1,8 +1,9 @@
-"""Compile the C++ of the ops when it is first needed, against torch's stable ABI: a few seconds, once for each machine.
+"""Compile the C++ and CUDA C++ of the ops when it is first needed, against torch's stable ABI: in seconds, once a machine.
 
-One library holds every source in `csrc/`. It lies in a folder keyed by the sources, the flags, the compiler, torch's version and
-the processor's architecture, so that an update of any of them builds anew and two versions live side by side. Code for
-one instruction set is chosen at run time: a cache on a shared disk serves machines of every kind.
+One library holds every source in `csrc/`, another those in `csrc/cuda/`. Each lies in a folder keyed by its sources, flags,
+compiler, torch's version and the processor's architecture, so that an update of any of them builds anew and two versions live
+side by side. Code for one instruction set, or GPU, is chosen at run time: a cache on a shared disk serves machines of every kind.
+To load a library is to compile it, and takes no GPU: `load()` and `load_cuda()` do so ahead of time.
 """
 
 import ctypes
@@ -12,9 +13,11 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,11 +25,15 @@ import torch
 from dsquant.errors import BuildError
 
 SOURCES = Path(__file__).parent / "csrc"
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11, the oldest supported
 # Products and sums round separately: every instruction set gives the same bits, those of the definition in PyTorch.
 FLAGS = (
-    "-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of torch 2.11, the oldest supported
+    "-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", STABLE_ABI,
 )  # fmt: skip
+# GPUs newer than the last of these compile its PTX as they load it. The CUDA runtime is the one that torch has loaded.
+CUDA_ARCHES = ("-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]")
+CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC", "-fmad=false", "-cudart=none", "-DUSE_CUDA", STABLE_ABI)
+FIX_CUDA = "install dsquant[cuda], or name a CUDA toolkit of torch's version in CUDA_HOME"
 TIMEOUT_S = 300
 
 
@@ -46,15 +53,50 @@ def cache_root() -> Path:
     return Path(root) / "dsquant"
 
 
+def nvcc() -> str:
+    """Return the path of NVIDIA's compiler: $CUDA_HOME's, that of the packages beside torch, or the one on PATH.
+
+    Raises BuildError where there is none, or none in the folder that $CUDA_HOME names.
+    """
+    if home := os.environ.get("CUDA_HOME"):
+        if found := shutil.which("nvcc", path=f"{home}/bin"):
+            return found
+        raise BuildError(
+            f"CUDA_HOME is {home!r}, which has no bin/nvcc; name a folder of the CUDA toolkit, or unset it"
+        )
+    packages = find_spec("nvidia")  # a namespace: `nvidia/cu13/bin/nvcc` may lie in any folder of it
+    folders = [
+        str(folder)
+        for root in (packages.submodule_search_locations if packages else ())
+        for folder in sorted(Path(root).glob("cu*/bin"), reverse=True)
+    ]
+    if found := shutil.which("nvcc", path=os.pathsep.join([*folders, os.environ.get("PATH", os.defpath)])):
+        return found
+    raise BuildError(
+        "there is no nvcc beside torch or on PATH; install dsquant[cuda] (or pip install 'cuda-toolkit[nvcc]'), or name a "
+        "CUDA toolkit in CUDA_HOME"
+    )
+
+
 def library_path() -> Path:
     """Return where the library of these sources, flags, compiler, torch and architecture lies, built or not."""
+    return _path("dsquant_ops.so", compiler(), FLAGS, SOURCES.iterdir())
+
+
+def cuda_library_path() -> Path:
+    """Return where the library of kernels in CUDA C++ lies, built or not."""
+    sources = [*(SOURCES / "cuda").iterdir(), SOURCES / "native.h"]
+    return _path("dsquant_ops_cuda.so", nvcc(), (*CUDA_FLAGS, *CUDA_ARCHES, compiler()), sources)
+
+
+def _path(name: str, by: str, flags: tuple[str, ...], sources: Iterable[Path]) -> Path:
     key = hashlib.sha256()
-    for source in sorted(SOURCES.iterdir()):
+    for source in sorted(path for path in sources if path.is_file()):
         key.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    version = subprocess.run([compiler(), "-dumpfullversion", "-dumpversion"], capture_output=True, text=True).stdout
-    for part in (*FLAGS, compiler(), version.strip(), torch.__version__, platform.machine()):
+    version = subprocess.run([by, "--version"], capture_output=True, text=True).stdout
+    for part in (*flags, by, version.strip(), torch.__version__, platform.machine()):
         key.update(part.encode() + b"\0")
-    return cache_root() / f"{torch.__version__}-{platform.machine()}-{key.hexdigest()[:16]}" / "dsquant_ops.so"
+    return cache_root() / f"{torch.__version__}-{platform.machine()}-{key.hexdigest()[:16]}" / name
 
 
 @cache
@@ -64,13 +106,39 @@ def load() -> ctypes.CDLL:
     Any number of processes may call this at once: one compiles, the others wait for its file. Raises BuildError naming
     the compiler, what it said and the fix.
     """
-    path = library_path()
+    command = [compiler(), *FLAGS, *map(str, sorted(SOURCES.glob("*.cpp")))]
+    return _load(library_path(), command, "install a C++17 compiler (g++ 11 or newer) or name one in CXX")
+
+
+@cache
+def load_cuda() -> ctypes.CDLL:
+    """Do as `load` does for the kernels in CUDA C++, of sm_80, sm_90 and newer. No GPU takes part."""
+    sources = [path for path in sorted((SOURCES / "cuda").iterdir()) if path.suffix in (".cpp", ".cu")]
+    command = [*_nvcc_command(), *CUDA_ARCHES, "-shared", *map(str, sources), "-ltorch_cuda"]
+    return _load(cuda_library_path(), command, FIX_CUDA)
+
+
+def ptxas_report(arch: int) -> str:
+    """Return what ptxas says of the kernels in CUDA C++ for a compute capability: registers, spills, shared memory.
+
+    Raises BuildError where there is no nvcc, or it cannot compile them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, options = SOURCES / "cuda" / "bit_serial.cu", ["-Xptxas=-v", f"-arch=sm_{arch}", "-cubin"]
+        return _run([*_nvcc_command(), *options, str(source), "-o", f"{folder}/cubin"], FIX_CUDA)
+
+
+def _nvcc_command() -> list[str]:
+    return [nvcc(), f"-ccbin={compiler()}", *CUDA_FLAGS]
+
+
+def _load(path: Path, command: list[str], fix: str) -> ctypes.CDLL:
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(path.with_suffix(".lock")):
                 if not path.is_file():
-                    _compile(path)
+                    _compile(path, command, fix)
         except OSError as error:
             raise BuildError(
                 f"{path.parent} cannot be written ({error}); set TORCH_EXTENSIONS_DIR to a folder"
@@ -90,26 +158,35 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(path: Path) -> None:
+def against_torch() -> list[str]:
+    """Return the options that find torch's headers and libraries, at run time too."""
+    root = Path(torch.__file__).parent
+    found = ["-Xlinker", "-rpath", "-Xlinker", str(root / "lib")]
+    return [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", *found]
+
+
+def _compile(path: Path, command: list[str], fix: str) -> None:
     """Write the library to a temporary name and rename it: nobody ever loads half a file."""
-    torch_root = Path(torch.__file__).parent
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    command = [
-        compiler(), *FLAGS, f"-I{torch_root / 'include'}", *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(partial),
-        f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_root / 'lib'}",
-    ]  # fmt: skip
+    try:
+        _run([*command, *against_torch(), "-o", str(partial)], fix)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _run(command: list[str], fix: str) -> str:
+    """Run a compiler and return what it says. Raises BuildError with that, and the fix, where it fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-        if result.returncode:
-            raise BuildError(
-                f"{command[0]} cannot compile dsquant's kernels in {SOURCES} (exit {result.returncode}):\n"
-                f"{result.stderr.strip()[-3000:]}\n"
-                "install a C++17 compiler (g++ 11 or newer) or name one in CXX, or run with DSQ_BACKEND=torch"
-            )
-        os.replace(partial, path)
     except subprocess.TimeoutExpired:
         raise BuildError(
             f"{command[0]} did not compile {SOURCES} in {TIMEOUT_S} s; try again on a less loaded machine"
         ) from None
-    finally:
-        partial.unlink(missing_ok=True)
+    said = result.stdout + result.stderr
+    if result.returncode:
+        raise BuildError(
+            f"{command[0]} cannot compile dsquant's kernels in {SOURCES} (exit {result.returncode}):\n"
+            f"{said.strip()[-3000:]}\n{fix}, or run with DSQ_BACKEND=torch"
+        )
+    return said

@@ -9,7 +9,7 @@ from torch import Tensor
 from dsquant.ops import backends, shard_step
 from dsquant.ops.fake_quantize import ScaleGradient, backward_into, quantize_dequantize
 from dsquant.ops.pack import pack
-from dsquant.ops.packed_linear import packed_matrix, run
+from dsquant.ops.packed_linear import PackedMatrix, packed_matrix, run
 from dsquant.ops.quant_attention import QuantArgs, quant_attention
 from dsquant.spec import Levels
 
@@ -39,7 +39,7 @@ class Case:
 
     def backends(self, device: str) -> list[str]:
         """Return the definition and the native code for a device, available or not."""
-        here = backends.ON_CPU if device == "cpu" else (backends.TRITON,)
+        here = backends.ON_CPU if device == "cpu" else backends.ON_GPU
         return [backends.TORCH, *(name for name in self.native if name in here)]
 
     def error(self, backend: str, expected: Tensor) -> float:
@@ -69,18 +69,32 @@ def _randn(*shape: int, device: str, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
+def _packed_weight(n_bits: int, device: str) -> PackedMatrix:
+    half, generator = 2 ** (n_bits - 1), torch.Generator().manual_seed(0)
+    codes = torch.randint(-half, half, (768, 768), generator=generator).to(torch.int8)
+    return packed_matrix(pack(codes, n_bits).to(device), _randn(768, device=device).abs() + 0.1, n_bits, 768)
+
+
 def packed_linear_cases(rows: int, device: str) -> list[Case]:
-    """Return the cases of `packed_linear` for x of `rows` rows: integers, and float."""
-    codes = torch.randint(-2, 2, (768, 768), generator=torch.Generator().manual_seed(0)).to(torch.int8)
-    words, scale = pack(codes, 2).to(device), _randn(768, device=device).abs() + 0.1
-    weight, x = packed_matrix(words, scale, 2, 768), _randn(rows, 768, device=device, seed=1)
-    quant = QuantArgs(torch.tensor([0.03], device=device), None, Levels(-128, 127))
-    shape, size = f"{rows} x 768 x 768", words.numel() * 4 + 2 * x.numel() * FLOAT_BYTES
-    of = {"op": "packed_linear", "shape": shape, "bytes_moved": size}
-    return [
-        Case(label=f"x of 8 bits, one scale; M {rows}", run=lambda b: run(b, x, weight, None, quant), **of),
-        Case(label=f"float x; M {rows}", run=lambda b: run(b, x, weight, None, None), tolerance=1e-5, **of),
-    ]
+    """Return the cases of `packed_linear` for x of `rows` rows: integers, and float; and those that CUDA C++ takes by bits."""
+    x, eight = _randn(rows, 768, device=device, seed=1), Levels(-128, 127)
+    kinds = {"x of 8 bits, one scale": (2, eight, 0.03), "float x": (2, None, None)}
+    by_bits = {"W1A1": (1, Levels(-1, 0, 0.5), 1.0), "W1A2": (1, Levels(-2, 1), 0.5), "W2A2": (2, Levels(-2, 1), 0.5)}
+    cases = []
+    for label, (n_bits, levels, scale) in (kinds | by_bits).items():
+        weight = _packed_weight(n_bits, device)
+        quant = None if levels is None else QuantArgs(torch.tensor([scale], device=device), None, levels)
+        case = Case(
+            "packed_linear",
+            f"{label}; M {rows}",
+            f"{rows} x 768 x 768",
+            weight.words.numel() * 4 + 2 * x.numel() * FLOAT_BYTES,
+            lambda b, weight=weight, quant=quant: run(b, x, weight, None, quant),
+            tolerance=0.0 if quant else 1e-5,
+            native=(*backends.NATIVE, backends.CUDA) if label in by_bits else backends.NATIVE,
+        )
+        cases.append(case)
+    return cases
 
 
 def fake_quantize_cases(device: str) -> list[Case]:

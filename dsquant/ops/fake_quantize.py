@@ -54,8 +54,7 @@ def dequantize(
 
 def _scaled(level: Tensor, scale: Tensor, offset: Tensor | None, out: Tensor | None) -> Tensor:
     """Return `level * scale + offset`, in `out` (cast to its dtype) or in place of float32 `level`."""
-    direct = level if out is None or out.dtype is not torch.float32 else out
-    torch.mul(level, scale, out=direct)
+    direct = level.mul_(scale) if out is None or out.dtype is not torch.float32 else torch.mul(level, scale, out=out)
     if offset is not None:
         direct.add_(offset)
     return direct if out is None or direct is out else out.copy_(direct)
@@ -207,11 +206,9 @@ def backward_block(
         sums.scale += dot_like(grad, level, scale)
         blocked = grad - d_x if offset is not None else None
     else:
-        # Of clip(v) only what lies outside counts below; there a plain grid has its level, and v's memory is free again.
-        outside = v.clone() if levels.shift or levels.reach else level
-        sums.scale += dot_like(grad, torch.sub(level, v, out=v), scale)
-        blocked = torch.sub(grad, d_x, out=v)
-        sums.scale += dot_like(blocked, outside, scale)
+        sums.scale += dot_like(grad, level - v, scale)
+        blocked = torch.empty_like(v).copy_(grad).sub_(d_x)  # laid out as v, so that sums are taken in one order
+        sums.scale += dot_like(blocked, v, scale)
     if offset is not None:
         sums.offset += sum_like(blocked, offset)
     return d_x, _scaled(level, scale, offset, out)

@@ -137,7 +137,19 @@ def packed_linear(
     """
     if x.shape[-1] != weight.cols:
         raise ValueError(f"x has {x.shape[-1]} features, the packed weight {weight.cols}")
-    return run(backends.choose("packed_linear", x.device.type), x, weight, bias, quant)
+    lacking = _beyond_bits(weight, quant)
+    native = backends.NATIVE if lacking else (*backends.NATIVE, backends.CUDA)
+    return run(backends.choose("packed_linear", x.device.type, native, lacking), x, weight, bias, quant)
+
+
+def _beyond_bits(weight: PackedMatrix, quant: QuantArgs | None) -> str:
+    """Name what the kernels in CUDA C++ do not take, which go by bits."""
+    if quant is None or not is_integer(weight, quant):
+        return f"weights of {weight.n_bits} bits and inputs without one scale for all: they must be integers"
+    codes = quant.levels.qmax - quant.levels.qmin + 1
+    if weight.n_bits > 2 or codes > 4:
+        return f"weights of {weight.n_bits} bits and inputs of {codes} codes: they must have at most 2 bits, 4 codes"
+    return ""
 
 
 def run(backend: str, x: Tensor, weight: PackedMatrix, bias: Tensor | None, quant: QuantArgs | None) -> Tensor:
@@ -180,9 +192,10 @@ def _fake(x: Tensor, words: Tensor, *_) -> Tensor:
 _LIBRARY = torch.library.Library("dsquant", "FRAGMENT")
 _INPUT, _GRID = "Tensor x, Tensor words, Tensor scale", "int n_bits, float shift"
 _LIBRARY.define(f"packed_linear({_INPUT}, Tensor? bias, {_GRID}, int isa) -> Tensor")
-_LIBRARY.define(
-    f"packed_linear_int({_INPUT}, Tensor code_sums, Tensor? bias, Tensor in_scale, Tensor? in_offset, {_GRID}, int qmin, "
-    "int qmax, float in_shift, int isa) -> Tensor"
-)
-for _name in ("packed_linear", "packed_linear_int"):
+for _name in ("packed_linear_int", "packed_linear_int_cuda"):
+    _LIBRARY.define(
+        f"{_name}({_INPUT}, Tensor code_sums, Tensor? bias, Tensor in_scale, Tensor? in_offset, {_GRID}, int qmin, "
+        "int qmax, float in_shift, int isa) -> Tensor"
+    )
+for _name in ("packed_linear", "packed_linear_int", "packed_linear_int_cuda"):
     torch.library.register_fake(f"dsquant::{_name}", _fake, lib=_LIBRARY)

@@ -109,14 +109,30 @@ def _backward_by_blocks(q, k, v, softmax_scale, bias, mask, args, grad, sums, d_
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | Tensor, probs_args: QuantArgs | None) -> bool:
-    """Say whether Triton's kernels take these, which want a query to have one softmax scale and one scale of probabilities."""
-    if not q.numel() or backends.choose("quant_attention", q.device.type) != backends.TRITON:
+    """Say whether Triton's kernels run. Raises ConfigError where they are forced and do not take these."""
+    if not q.numel():
         return False
-    if q.dtype not in FUSED_DIM or not q.dtype == k.dtype == v.dtype or not q.shape[:3] == k.shape[:3] == v.shape[:3]:
-        return False
-    values = [softmax_scale, *(() if probs_args is None else probs_args[:2])]
-    one_a_query = all(_one_a_query(t.shape) for t in values if isinstance(t, Tensor))
-    return one_a_query and max(q.shape[-1], v.shape[-1]) <= FUSED_DIM[q.dtype]
+    lacking = _beyond_kernels(q, k, v, softmax_scale, probs_args)
+    native = backends.ON_CPU if lacking else backends.NATIVE
+    return backends.choose("quant_attention", q.device.type, native, lacking) == backends.TRITON
+
+
+def _beyond_kernels(q, k, v, softmax_scale, probs_args) -> str:
+    """Name what Triton's kernels do not take, which want a query to have one softmax scale and one scale of probabilities."""
+    if q.dtype not in FUSED_DIM or not q.dtype == k.dtype == v.dtype:
+        return f"q, k and v of {q.dtype}, {k.dtype} and {v.dtype}: they must share float32 or bfloat16"
+    if not q.shape[:3] == k.shape[:3] == v.shape[:3]:
+        return f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}: they must share batch, heads and tokens"
+    if max(q.shape[-1], v.shape[-1]) > FUSED_DIM[q.dtype]:
+        limits = " and ".join(f"{most} of {dtype}" for dtype, most in FUSED_DIM.items())
+        return f"q {tuple(q.shape)} and v {tuple(v.shape)} of {q.dtype}: at most {limits} features"
+    given = {"softmax scale": softmax_scale}
+    if probs_args is not None:
+        given |= {"scale of probabilities": probs_args.scale, "offset of probabilities": probs_args.offset}
+    for name, value in given.items():
+        if isinstance(value, Tensor) and not _one_a_query(value.shape):
+            return f"a {name} of shape {tuple(value.shape)}: it must be the same for all images and keys"
+    return ""
 
 
 def _one_a_query(shape: torch.Size) -> bool:

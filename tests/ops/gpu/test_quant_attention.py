@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dsquant.errors import ConfigError
 from dsquant.ops import backends, gpu
 from dsquant.ops import quant_attention as op
 from dsquant.ops.fake_quantize import fake_quantize
@@ -166,18 +167,61 @@ def test_kernels_run_forward_and_backward_and_a_window_takes_one_of_each():
     assert launched(lambda: outcome(quant_attention, one)) == ["_forward", "_of_window"]
 
 
-@pytest.mark.parametrize(
-    ("why", "change"),
-    [("a scale for each key", {"probs": (35,)}), ("129 features", {"dim": 129}), ("float64", {"dtype": torch.float64})],
-)
-def test_what_the_kernels_do_not_take_runs_the_definition(why, change):
-    given = case((1, 2, 35, change.get("dim", 16), 16), change.get("dtype", torch.float32))
+BEYOND = {  # what the kernels do not take, and what the error says of it
+    "129 features": ({"shape": (1, 2, 35, 129, 16)}, r"q \(1, 2, 35, 129\) and v \(1, 2, 35, 16\) of torch.float32"),
+    "257 features": ({"shape": (1, 1, 9, 16, 257), "dtype": torch.bfloat16}, r"at most .* 256 of torch.bfloat16"),
+    "float64": ({"dtype": torch.float64}, "q, k and v of torch.float64, torch.float64 and torch.float64"),
+    "a scale for each key": ({"probs": (35,)}, r"a scale of probabilities of shape \(35,\)"),
+    "a scale for each image": ({"softmax_scale": (2, 1, 1, 1)}, r"a softmax scale of shape \(2, 1, 1, 1\)"),
+}
+
+
+def beyond(name):
+    change, said = BEYOND[name]
+    given = list(case(change.get("shape", (2, 2, 35, 16, 16)), change.get("dtype", torch.float32)))
     if "probs" in change:
         given[3][2] = given[3][2]._replace(scale=torch.full(change["probs"], 0.02))
-    assert launched(lambda: op.quant_attention(*given[0], given[2], *given[3])) == []
-    exact = outcome(composed, given, torch.float64)
-    for found, wanted in zip(outcome(quant_attention, given), exact, strict=True):
-        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+    if "softmax_scale" in change:
+        given[2] = torch.full(change["softmax_scale"], 0.2)
+    return given, said
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_kernels_that_are_forced_and_do_not_take_the_inputs_are_an_error(name):
+    given, said = beyond(name)
+    with pytest.raises(
+        ConfigError, match=f"DSQ_BACKEND=triton: quant_attention has no such code for .*{said}"
+    ) as error:
+        quant_attention(*given[0], given[2], *given[3])
+    assert str(error.value).endswith("; use auto or torch")
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_on_a_gpu_what_the_kernels_do_not_take_runs_the_definition_under_auto(name, monkeypatch):
+    given, _ = beyond(name)
+    monkeypatch.setenv("DSQ_BACKEND", "auto")
+    args = given[0][0], given[0][1], given[0][2], given[2], given[3][2]
+    assert not on_gpu(op._fused, *args)
+    taken = case((2, 2, 35, 16, 16))
+    assert on_gpu(op._fused, *taken[0], taken[2], taken[3][2])
+
+
+def on_gpu(run, *args):
+    """Call `run` with tensors of the same kind on a GPU that need not be there."""
+
+    def fake(value):
+        if isinstance(value, torch.Tensor):
+            return torch.empty(value.shape, dtype=value.dtype, device="cuda")
+        return QuantArgs(fake(value.scale), fake(value.offset), *value[2:]) if isinstance(value, QuantArgs) else value
+
+    with FakeTensorMode():
+        return run(*map(fake, args))
+
+
+def test_attention_to_a_sequence_of_another_length_is_beyond_the_kernels():
+    (q, k, v), _, softmax_scale, args, _ = case((1, 2, 35, 16, 16))
+    with pytest.raises(ConfigError, match=r"k \(1, 2, 20, 16\).*must share batch, heads and tokens"):
+        quant_attention(q, k[:, :, :20], v[:, :, :20], softmax_scale, *args)
 
 
 def test_on_a_gpu_forward_is_one_operator_that_is_traced_without_one():

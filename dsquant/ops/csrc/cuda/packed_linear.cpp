@@ -1,0 +1,24 @@
+// The operator of packed_linear.h on GPUs.
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "packed_linear.h"
+
+namespace dsq {
+
+cudaError_t launch(const Problem& p, int64_t a_bits, int64_t w_bits, cudaStream_t stream);  // bit_serial.cu
+
+void on_gpu(const Problem& p, int64_t a_bits, int64_t w_bits, int32_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  STD_CUDA_CHECK(launch(p, a_bits, w_bits, static_cast<cudaStream_t>(stream)));
+}
+
+}  // namespace dsq
+
+// The schema is in dsquant/ops/packed_linear.py.
+STABLE_TORCH_LIBRARY_IMPL(dsquant, CUDA, m) {
+  m.impl("packed_linear_int_cuda", TORCH_BOX(&dsq::packed_linear_int<dsq::on_gpu>));
+}
