@@ -135,7 +135,7 @@ def _export_onnx(model: nn.Module, inputs: dict[str, Tensor], path: Path) -> Non
             raise EngineError(f"{package} is not installed")
     given = {"args": (inputs["images"],), "input_names": ["images"]} if "images" in inputs else {"kwargs": inputs}
     try:
-        torch.onnx.export(model, f=str(path), external_data=False, dynamo=True, **given)
+        torch.onnx.export(model, f=str(path), external_data=False, dynamo=True, verbose=False, **given)
     except Exception as error:  # the exporter's own exceptions share no base class but this
         raise EngineError(f"torch.onnx.export: {str(error).splitlines()[0]}") from None
 
