@@ -36,8 +36,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kBlockBytes = 256 * 1024;  // of x: half of the L2 of a small core
-constexpr int64_t kMaxRows = 240;            // of a block, a multiple of the tile's 3
+constexpr int64_t kBlockBytes = 640 * 1024;  // of x, which stay in an L2 of 1 MiB while all panels pass
+constexpr int64_t kMaxRows = 240;            // of a block, a multiple of the tiles' 12 and 3
 constexpr int64_t kTaskWork = 400 * 1000;    // products that are worth a thread
 
 const Kernels& kernels_for(int64_t isa) {
@@ -118,7 +118,7 @@ void for_tasks(int64_t blocks, int64_t panels, int64_t work, const F& f) {
 }
 
 int64_t block_rows(int64_t row_bytes) {
-  return std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(1, row_bytes), 12, kMaxRows) / 3 * 3;
+  return std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(1, row_bytes), 12, kMaxRows) / 12 * 12;
 }
 
 // ---- float x -----------------------------------------------------------------------------------------------------
@@ -195,6 +195,19 @@ Product make_product(const Kernels& kernels, const Weight& w, const InputGrid& g
   return {kernels, w, grid, code_sums, {w.n_bits, wide, flush, padded}, grid.shift != 0 ? 2 : 1, w.shift != 0 ? 2 : 1};
 }
 
+// Turn sums (rows, 16) into y: the parts of Product come to whole levels, which scales and biases follow. `row_part` is of x.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+__attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))  // the same bits; the loader takes the widest
+#endif
+void scale_rows(const int32_t* sums, int64_t rows, int doublings, const uint32_t* row_part, const uint32_t* column,
+                const float* factor, const float* constant, float* out) {
+  for (int64_t m = 0; m < rows; ++m)
+    for (int n = 0; n < kPanelRows; ++n) {
+      const uint32_t total = (static_cast<uint32_t>(sums[m * kPanelRows + n]) << doublings) + column[n] + row_part[m];
+      out[m * kPanelRows + n] = static_cast<float>(static_cast<int32_t>(total)) * factor[n] + constant[n];
+    }
+}
+
 void finish(const Product& product, const int32_t* sums, const RowStats* stats, int64_t rows, int64_t first,
             int64_t held, float* y) {
   const Weight& w = product.w;
@@ -217,15 +230,15 @@ void finish(const Product& product, const int32_t* sums, const RowStats* stats, 
     }
   }
   const int doublings = product.p * product.q / 2;  // 1, 2 or 4 times is 0, 1 or 2 to the left
+  uint32_t row_part[kMaxRows];
+  float out[kMaxRows * kPanelRows];
+  for (int64_t m = 0; m < rows; ++m)
+    row_part[m] = static_cast<uint32_t>(w_part) * static_cast<uint32_t>(product.row_sum(stats[m]));
+  scale_rows(sums, rows, doublings, row_part, column, factor, constant, out);
   for (int64_t m = 0; m < rows; ++m) {
-    const uint32_t row = static_cast<uint32_t>(w_part) * static_cast<uint32_t>(product.row_sum(stats[m]));
-    float out[kPanelRows];
-    for (int n = 0; n < kPanelRows; ++n) {
-      const uint32_t total = (static_cast<uint32_t>(sums[m * kPanelRows + n]) << doublings) + column[n] + row;
-      out[n] = static_cast<float>(static_cast<int32_t>(total)) * factor[n] + constant[n];
-    }
-    if (stats[m].nan) std::fill(out, out + kPanelRows, std::numeric_limits<float>::quiet_NaN());
-    std::memcpy(y + m * w.rows + first, out, sizeof(float) * held);
+    float* const row = out + m * kPanelRows;
+    if (stats[m].nan) std::fill(row, row + kPanelRows, std::numeric_limits<float>::quiet_NaN());
+    std::memcpy(y + m * w.rows + first, row, sizeof(float) * held);
   }
 }
 

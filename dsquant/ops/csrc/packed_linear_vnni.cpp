@@ -24,6 +24,8 @@ namespace {
 // In place, as an instruction: see add16 in avx2.cpp.
 inline void add_products(__m256i& sum, __m256i u, __m256i a) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(a)); }
 
+using Four = int32_t __attribute__((may_alias, aligned(1)));  // levels of x, taken as one
+
 inline void store_lanes(int32_t* sums, __m256i a, __m256i b, __m256i c, __m256i d) {
   const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
   const __m128i added = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
@@ -31,37 +33,49 @@ inline void store_lanes(int32_t* sums, __m256i a, __m256i b, __m256i c, __m256i 
   _mm_storeu_si128(out, _mm_add_epi32(_mm_loadu_si128(out), added));
 }
 
-template <int ROWS>
-inline void tile(const int8_t* x, int64_t x_stride, const uint8_t* panel, int64_t panel_stride, int64_t depth,
-                 int32_t* sums) {
-  __m256i total[ROWS][4];
-#pragma GCC unroll 6
-  for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 4
-    for (int n = 0; n < 4; ++n) total[m][n] = _mm256_setzero_si256();
-  for (int64_t k = 0; k < depth; k += 32) {
-    __m256i a[ROWS];
-#pragma GCC unroll 6
-    for (int m = 0; m < ROWS; ++m) a[m] = load(x + m * x_stride + k);
-#pragma GCC unroll 4
-    for (int n = 0; n < 4; ++n) {
-      const __m256i u = load(panel + n * panel_stride + k);
-#pragma GCC unroll 6
-      for (int m = 0; m < ROWS; ++m) add_products(total[m][n], u, a[m]);
+// Lay a panel out as vpdpbusd takes it: four levels of row 0, four of row 1, ... of row 15, then the next four of each.
+inline void interleave(const uint8_t* panel, int64_t panel_stride, int64_t depth, uint8_t* out) {
+  for (int64_t k = 0; k < depth; k += 64) {
+    const __mmask64 there = depth - k < 64 ? ~0ull >> (64 - (depth - k)) : ~0ull;
+    for (int n = 0; n < kPanelRows; n += 4) {
+      __m512i row[4], q[4];
+      for (int i = 0; i < 4; ++i) row[i] = _mm512_maskz_loadu_epi8(there, panel + (n + i) * panel_stride + k);
+      const __m512i a = _mm512_unpacklo_epi32(row[0], row[1]), b = _mm512_unpackhi_epi32(row[0], row[1]);
+      const __m512i c = _mm512_unpacklo_epi32(row[2], row[3]), d = _mm512_unpackhi_epi32(row[2], row[3]);
+      q[0] = _mm512_unpacklo_epi64(a, c), q[1] = _mm512_unpackhi_epi64(a, c);
+      q[2] = _mm512_unpacklo_epi64(b, d), q[3] = _mm512_unpackhi_epi64(b, d);
+      for (int j = 0; j < 4; ++j) {
+        auto* to = reinterpret_cast<__m128i*>(out + (k + 4 * j) * kPanelRows + 4 * n);
+        _mm_store_si128(to, _mm512_castsi512_si128(q[j]));
+        _mm_store_si128(to + kPanelRows, _mm512_extracti32x4_epi32(q[j], 1));
+        _mm_store_si128(to + 2 * kPanelRows, _mm512_extracti32x4_epi32(q[j], 2));
+        _mm_store_si128(to + 3 * kPanelRows, _mm512_extracti32x4_epi32(q[j], 3));
+      }
     }
   }
-#pragma GCC unroll 6
-  for (int m = 0; m < ROWS; ++m)
-    store_lanes(sums + m * kPanelRows, total[m][0], total[m][1], total[m][2], total[m][3]);
+}
+
+// Four levels of a row of x meet those of all 16 rows of the panel at once: no sum across lanes is left to do.
+template <int ROWS>
+inline void tile(const int8_t* x, int64_t x_stride, const uint8_t* panel, int64_t depth, int32_t* sums) {
+  __m512i total[ROWS];
+#pragma GCC unroll 12
+  for (int m = 0; m < ROWS; ++m) total[m] = _mm512_loadu_si512(sums + m * kPanelRows);
+  for (int64_t k = 0; k < depth; k += 4) {
+    const __m512i u = _mm512_load_si512(panel + k * kPanelRows);
+#pragma GCC unroll 12
+    for (int m = 0; m < ROWS; ++m)
+      asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(total[m]) : "v"(u), "m"(*reinterpret_cast<const Four*>(x + m * x_stride + k)));
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < ROWS; ++m) _mm512_storeu_si512(sums + m * kPanelRows, total[m]);
 }
 
 template <int ROWS>
-int64_t tiles(const int8_t* x, int64_t x_stride, int64_t first, int64_t rows, const uint8_t* panel, int64_t panel_stride,
-              int64_t depth, int32_t* sums) {
+int64_t tiles(const int8_t* x, int64_t x_stride, int64_t first, int64_t rows, const uint8_t* panel, int64_t depth,
+              int32_t* sums) {
   int64_t m = first;
-  for (; m + ROWS <= rows; m += ROWS)
-    for (int n = 0; n < kPanelRows; n += 4)
-      tile<ROWS>(x + m * x_stride, x_stride, panel + n * panel_stride, panel_stride, depth, sums + m * kPanelRows + n);
+  for (; m + ROWS <= rows; m += ROWS) tile<ROWS>(x + m * x_stride, x_stride, panel, depth, sums + m * kPanelRows);
   return m;
 }
 
@@ -113,11 +127,12 @@ void stream_rows(const int8_t* x, const uint8_t* const* rows, int64_t row_bytes,
 
 void multiply_vnni(const void* x, int64_t x_stride, int64_t rows, const void* panel, int64_t panel_stride, int64_t depth,
                    const IntLayout&, int32_t* sums) {
+  alignas(64) uint8_t interleaved[kPanelRows * kIntDepth];
   const auto* codes = static_cast<const int8_t*>(x);
-  const auto* levels = static_cast<const uint8_t*>(panel);
-  int64_t m = tiles<6>(codes, x_stride, 0, rows, levels, panel_stride, depth, sums);
-  m = tiles<3>(codes, x_stride, m, rows, levels, panel_stride, depth, sums);
-  tiles<1>(codes, x_stride, m, rows, levels, panel_stride, depth, sums);
+  interleave(static_cast<const uint8_t*>(panel), panel_stride, depth, interleaved);
+  int64_t m = tiles<12>(codes, x_stride, 0, rows, interleaved, depth, sums);
+  m = tiles<4>(codes, x_stride, m, rows, interleaved, depth, sums);
+  tiles<1>(codes, x_stride, m, rows, interleaved, depth, sums);
 }
 
 bool stream_vnni(const void* x, const uint8_t* const* rows, int64_t row_bytes, const IntLayout& layout, int32_t* sums) {
