@@ -86,7 +86,7 @@ def wait_for_a_moment(process, out_dir, log, chance):
     """Return the ranks some steps after the start, some of the time in a save or a calibration; None where the run ends."""
     total, found, begun = STEPS * len(STAGES), None, None
     goal, in_save, in_calibration = (
-        chance.uniform(0, min(2.5 * total / (KILLS + STOPS), total / 2)),
+        chance.uniform(0, min(1.6 * total / (KILLS + STOPS), total / 2)),
         *(chance.random() < 0.4 for _ in "ab"),
     )
     deadline = time.monotonic() + 240
