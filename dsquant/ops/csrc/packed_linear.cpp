@@ -197,7 +197,7 @@ Product make_product(const Kernels& kernels, const Weight& w, const InputGrid& g
 
 // Turn sums (rows, 16) into y: the parts of Product come to whole levels, which scales and biases follow. `row_part` is of x.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-__attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))  // the same bits; the loader takes the widest
+__attribute__((target_clones("avx512f", "avx2", "default")))  // the same bits; the loader takes the widest
 #endif
 void scale_rows(const int32_t* sums, int64_t rows, int doublings, const uint32_t* row_part, const uint32_t* column,
                 const float* factor, const float* constant, float* out) {
