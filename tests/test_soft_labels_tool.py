@@ -16,8 +16,8 @@ from torchvision.transforms import functional
 
 from dsquant.config import ModelConfig, parse_config
 from dsquant.data import ShardSet, write_shards
+from dsquant.data.reading import read_shard
 from dsquant.data.shards import PENDING_INDEX
-from dsquant.data.stream import read_shard
 from dsquant.engine import World, init_world
 from dsquant.errors import ConfigError, DataError
 from dsquant.models import build_model

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
-from dsquant.data import EvalStream, ShardSet, TrainStream, build_transform, write_shards
+from dsquant.data import EvalStream, ShardSet, TrainStream, build_transform, order, write_shards
 from dsquant.data import stream as stream_module
+from dsquant.data.reading import read_shard
 from dsquant.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -57,7 +58,7 @@ def break_sample(shards, number, **members):
     def samples():
         index = 0
         for url, count in zip(shards.urls, shards.counts, strict=True):
-            for record in list(stream_module.read_shard(url, count)):
+            for record in list(read_shard(url, count)):
                 kept = {name: content for name, content in record.items() if not name.startswith("__")}
                 yield record["__key__"], kept | members if index == number else kept
                 index += 1
@@ -116,9 +117,9 @@ def test_a_stream_resumed_at_batch_k_continues_bit_for_bit(make_set, workers):
 def test_a_resume_decodes_and_opens_nothing_of_the_past(make_set, monkeypatch):
     shards = make_set(48, 4)
     decoded, opened = [], []
-    decode, read_shard = stream_module.decode, stream_module.read_shard
+    decode = stream_module.decode
     monkeypatch.setattr(stream_module, "decode", lambda row, *rest: decoded.append(row) or decode(row, *rest))
-    monkeypatch.setattr(stream_module, "read_shard", lambda url, *rest: opened.append(url) or read_shard(url, *rest))
+    monkeypatch.setattr(order, "read_shard", lambda url, *rest: opened.append(url) or read_shard(url, *rest))
     stream = train_stream(shards, shuffle_buffer=4)
     next(stream.batches(10))
     assert len(decoded) == 4
