@@ -84,10 +84,12 @@ def save_checkpoint(
 
 
 def _check_finite(engine: Engine) -> None:
-    held = [tensor for flat in engine.shards.flats for tensor in (flat, *engine.optimizer.state.get(flat, {}).values())]
+    held = list(_owned_tensors(engine).values())  # not whole flats: ZeRO 3 leaves what it pads them with as it finds it
     held += [engine.state.values, engine.state.exp_avg, engine.state.exp_avg_sq] if engine.state else []
-    finite = [t.isfinite().all().to(engine.world.device) for t in held if isinstance(t, Tensor)]
-    together = torch.stack(finite).all().int()
+    finite = [tensor.isfinite().all().to(engine.world.device) for tensor in held]
+    together = (
+        torch.stack(finite).all().int() if finite else torch.ones((), dtype=torch.int32, device=engine.world.device)
+    )
     dist.all_reduce(together, op=dist.ReduceOp.MIN)
     if not together.item():
         raise TrainingError(

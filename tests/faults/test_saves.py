@@ -21,11 +21,11 @@ ENV = {"DS_ACCELERATOR": "cpu"}
 STAGE = "s"
 
 
-def one_engine():
+def one_engine(zero=1):
     """Return an engine after a step, and a recipe that keeps one checkpoint."""
     from tests.test_engine import batches, build
 
-    engine = build(1)
+    engine = build(zero)
     (images, labels), *_ = next(batches(engine.world, 1))
     engine.backward(torch.nn.functional.cross_entropy(engine.forward(images), labels))
     engine.step(1e-3)
@@ -203,6 +203,26 @@ def test_what_is_not_finite_or_cannot_be_written_is_an_error_and_the_last_checkp
     assert "rank_00000.safetensors cannot be written" in said[3]
     assert "step_00000001" in left
     assert step == 1
+
+
+def nan_in_padding(folder):
+    """Save with NaN in every element of ZeRO 3's flats that belongs to no weight; return how many there are."""
+    engine, config = one_engine(zero=3)
+    padding = 0
+    for flat, fragments in zip(engine.shards.flats, engine.shards.fragments, strict=True):
+        owned = torch.zeros(flat.numel(), dtype=torch.bool)
+        for fragment in fragments:
+            fragment.of(owned).fill_(True)
+        flat.data.view(-1)[~owned] = torch.nan
+        padding += (~owned).sum().item()
+    save_checkpoint(Path(folder), config, STAGE, engine, done=False)
+    return padding
+
+
+def test_what_zero_3_pads_weights_with_may_be_anything(run_ranks, tmp_path):
+    paddings = run_ranks(2, "tests.faults.test_saves:nan_in_padding", folder=str(tmp_path), env=ENV)
+    assert sum(paddings) > 0
+    assert Checkpoint.open(latest_checkpoint(tmp_path, [STAGE]).path).step == 1
 
 
 def keep_the_best(folder):
