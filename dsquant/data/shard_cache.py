@@ -121,7 +121,7 @@ class ShardCache:
 
 def _status(path: Path) -> os.stat_result | None:
     try:
-        return path.stat()
+        return path.lstat()  # a link to nothing is there, and must not be waited for
     except FileNotFoundError:
         return None
 

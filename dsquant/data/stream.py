@@ -70,8 +70,9 @@ class TrainStream:
                 f"{shards.total} training samples do not fill one batch of {batch_size} on each of {world_size} ranks "
                 f"({batch_size * world_size} samples); use a smaller batch, fewer ranks, or more data"
             )
-        together = batch_size * world_size
-        drawn = together // (order_ranks or world_size)
+        drawn, left = divmod(batch_size * world_size, order_ranks or world_size)
+        if left:
+            raise ValueError(f"{batch_size} samples on each of {world_size} ranks do not divide among {order_ranks}")
         options = {"shuffle_buffer": shuffle_buffer, "bucket_batches": bucket_batches, "seed": seed}
         self.shares = [
             Share(shards, share, drawn, part, self.batches_per_epoch, **options)

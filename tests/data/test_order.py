@@ -137,3 +137,8 @@ def test_other_ranks_draw_for_every_step_what_those_that_began_would_have(laid_o
     for start in (0, 3, 13):
         found = of_a_step(shards, start, end, now, order_ranks=begun, num_workers=start % 2, **kept)
         assert found == undisturbed[start:]
+
+
+def test_an_order_of_ranks_that_cannot_have_drawn_such_steps_is_refused(laid_out):
+    with pytest.raises(ValueError, match="3 samples on each of 2 ranks do not divide among 4"):
+        orders(laid_out(*LAYOUTS["one shard"]), world_size=2, order_ranks=4)

@@ -240,6 +240,12 @@ def test_a_shard_that_gets_its_name_while_the_cache_is_counted_counts_once(cache
     assert cache._used() == 1000
 
 
+def test_a_link_to_nothing_in_the_folder_of_the_cache_stops_nobody(server, cached):
+    shards = cached(2)
+    (shards.cache.folder / "lost.tar.link").symlink_to("nowhere")
+    assert labels_of(shards, 1) == labels_of(server.shards, 1)
+
+
 def test_the_least_recently_used_shard_makes_room(server, cached, tmp_path):
     shards = cached(2)
     for index in (0, 1, 0, 2, 0, 1):
