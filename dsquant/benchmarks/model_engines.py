@@ -59,6 +59,7 @@ def _onnxruntime(folder: Path, threads: int) -> Callable[[], Any]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # its threads would delay the next engine
     path = str(folder / FILES["onnxruntime fp32"])
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     inputs = dict(np.load(folder / INPUTS))

@@ -194,6 +194,7 @@ def _onnx(weight: Tensor, bias: Tensor, n_bits: int | None, threads: int) -> Lay
     model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # its threads would delay the next engine
     try:
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         session.run(None, {"x": torch.zeros(1, k).numpy()})
