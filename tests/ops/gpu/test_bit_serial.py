@@ -91,13 +91,13 @@ def test_ties_infinities_and_nans_are_the_definition_s(kernels):
 
 
 def test_sums_beyond_24_bits_are_exact_until_they_are_rounded_once(kernels):
-    cols = 2_000_003
+    cols = 4_000_003
     codes = torch.ones(1, cols, dtype=torch.int8)
     codes[0, ::7] = -2
     weight = packed_matrix(pack(codes, 2), torch.ones(1), 2, cols, 0.5)
     x, quant = torch.full((1, cols), 9.0), QuantArgs(torch.ones(1), None, Levels(-2, 1, 0.5))
     whole = 3 * (2 * codes.long() + 1).sum()
-    assert whole > 2**23
+    assert whole > 2**24
     assert torch.equal(kernels(x, weight, None, quant), (whole.float() / 4).view(1, 1))
 
 
