@@ -162,7 +162,7 @@ def flat_gather(
 
 def flat_step(
     w: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, image: Tensor, tracker: dict[str, Tensor | None],
-    before: Tensor, after: Tensor, centre: Tensor | None, tables: tuple[Tensor, Tensor], tiles: Tensor, adamw: AdamWStep,
+    before: Tensor, after: Tensor, centre: Tensor | None, bins: Tensor, spread: float, tiles: Tensor, adamw: AdamWStep,
     momentum: float, threshold: float | None, norms: Tensor | None, backend: str,
 ) -> None:  # fmt: skip
     """Step a flat as `update` and then `image` do for a tile, and leave its image beside it; late tiles as `update` alone.
@@ -170,13 +170,13 @@ def flat_step(
     Args:
         image: float32 like the flat; what nothing quantizes is copied to it.
         before, after: float32 (n_groups,) scales of the images that the forward pass used, and of the next.
-        tables: float32 (n_bins,) means of the bins and factors of (w - mean).
+        bins: float64 (2, n_bins), what the bins hold over all shards, for a variance term of factor `spread`.
         norms: float64 (n_weights, 2), or None.
     """
     limit = -1.0 if threshold is None else threshold
     call(
         "flat_step", backend, w.device.type, w, grad, exp_avg, exp_avg_sq, image, *tracker.values(), before, after, centre,
-        *tables, tiles, *adamw.numbers(), momentum, limit, norms,
+        bins, spread, tiles, *adamw.numbers(), momentum, limit, norms,
     )  # fmt: skip
 
 
@@ -206,7 +206,7 @@ for _schema in (
     "shard_flat_gather(Tensor w, Tensor grad, Tensor codes, Tensor? frozen, Tensor scale, Tensor? centre, Tensor tiles, bool sizes, "
     "Tensor(a!) sums, Tensor(b!) bins, int isa) -> ()",
     f"shard_flat_step(Tensor(a!) w, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) image, {_TRACKER}, "
-    f"Tensor before, Tensor after, Tensor? centre, Tensor mean, Tensor factor, Tensor tiles, {_ADAMW}, float momentum, "
+    f"Tensor before, Tensor after, Tensor? centre, Tensor bins, float spread, Tensor tiles, {_ADAMW}, float momentum, "
     "float threshold, Tensor(e!)? norms, int isa) -> ()",
     f"shard_flat_image(Tensor(a!) w, Tensor(b!) image, {_TRACKER}, Tensor scale, Tensor? centre, Tensor tiles, float momentum, "
     "float threshold, int isa) -> ()",

@@ -6,16 +6,17 @@ each byte once. Latents stay where they are and images go to a tensor beside the
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from dsquant.ops import backends, shard_step
 from dsquant.ops.shard_step import Column
-from dsquant.quant.state import QuantState
+from dsquant.quant.state import Entry, QuantState
 from dsquant.shard.native_step import next_step
 from dsquant.shard.oscillation import TrackerState
-from dsquant.shard.regularizers import Regularizer, bin_tables
+from dsquant.shard.regularizers import Regularizer
 from dsquant.shard.weight_quantizers import ShardedWeight
 
 
@@ -121,6 +122,11 @@ def _rows(weight: ShardedWeight, tracked: int, index: int, group: int) -> list[l
     return rows
 
 
+def _adjacent(entries: list[Entry | None]) -> bool:
+    """Say whether entries lie one behind the other in the state."""
+    return all(entries) and all(a.start + a.numel == b.start for a, b in pairwise(entries))
+
+
 class FlatStep:
     """Step some flats with an AdamW, quantized weights and all, by native code on CPU."""
 
@@ -135,24 +141,24 @@ class FlatStep:
         for flat in flats:
             if mine := [w for w in in_flat[id(flat)] if w.fragment is not None]:
                 self.stores[id(flat)] = FlatStore(flat, mine, places, in_place)
-        self._scale_at, self._centre_at = (self._entries(role) for role in ("scale", "centre"))
+        self._scales, self._centres = (self._entries(role) for role in ("scale", "centre"))
         self._norms: dict[int, Tensor | None] = {}
         self.backend = backends.choose("shard_step", "cpu")
 
-    def _entries(self, role: str) -> Tensor | None:
-        """Return where the values of a role of all weights lie in the state, or None where no weight has it."""
+    def _entries(self, role: str) -> list[Entry | None]:
+        """Return where the values of a role lie in the state, weight by weight; none at all where no weight has it."""
         entries = [self.state.entries.get(f"{w.site.name}:{role}") for w in self.weights]
-        if not any(entries):
-            return None
-        at = [torch.arange(e.start, e.start + e.numel) if e else torch.full((w.n_groups,), -1)
-              for e, w in zip(entries, self.weights, strict=True)]  # fmt: skip
-        return torch.cat(at).to(self.state.values.device)
+        return entries if any(entries) else []
 
-    def _values(self, at: Tensor | None) -> Tensor | None:
-        """Return float32 (n_groups,) on CPU; 0 where a weight has no such value."""
-        if at is None:
+    def _values(self, entries: list[Entry | None]) -> Tensor | None:
+        """Return a copy of the values of a role, float32 (n_groups,) on CPU; 0 where a weight has none."""
+        if not entries:
             return None
-        return torch.where(at < 0, 0.0, self.state.values[at.clamp(min=0)]).cpu()
+        if _adjacent(entries):
+            return self.state.values[entries[0].start : entries[0].start + self.n_groups].to("cpu", copy=True)
+        parts = [self.state.values[e.slice] if e else self.state.values.new_zeros(w.n_groups)
+                 for e, w in zip(entries, self.weights, strict=True)]  # fmt: skip
+        return torch.cat(parts).cpu()
 
     def begin(self, latents: Mapping[str, Tensor]) -> None:
         """Have the flats hold their latents."""
@@ -161,7 +167,7 @@ class FlatStep:
 
     def gather(self, regularizer: Regularizer, sizes: bool) -> tuple[Tensor, Tensor]:
         """Return this rank's float64 sums over all weights, as `ShardQuantization._gather_sums` defines them for one."""
-        self._scale, self._centre = self._values(self._scale_at), self._values(self._centre_at)
+        self._scale, self._centre = self._values(self._scales), self._values(self._centres)
         self._spread = [regularizer.spread(w) for w in self.weights]
         held = [w.n_bins if s else 0 for w, s in zip(self.weights, self._spread, strict=True)]
         self._pull = [regularizer.pull(w) for w in self.weights]
@@ -184,13 +190,13 @@ class FlatStep:
 
     def prepare(self, bins: Tensor, regularizer: Regularizer) -> None:
         """Note what the regularizers' gradient is formed with; `bins` are over all shards."""
-        self._tables = bin_tables(bins.cpu(), max(self._spread, default=0.0))  # the same for all that have one
+        self._bins = bins.cpu().contiguous()
         pulled = [i for i, w in enumerate(self.weights) if w.fragment is not None and (self._pull[i] or self._spread[i])]
         self._norms = {index: regularizer.new_norms(self.weights[index]) for index in pulled}
 
     def step(self, inner: torch.optim.AdamW, momentum: float, threshold: float | None) -> None:
         """Step every flat; weights whose scale is a statistic have no image yet."""
-        after = self._values(self._scale_at)
+        after = self._values(self._scales)
         observed = any(norms is not None for norms in self._norms.values())
         norms = torch.zeros(len(self.weights), 2, dtype=torch.float64) if observed else None
         for group in inner.param_groups:
@@ -206,7 +212,7 @@ class FlatStep:
                     continue
                 shard_step.flat_step(
                     store.latents, flat.grad, *moments, store.images, store.state, self._scale, after, self._centre,
-                    self._tables, store.tiles, numbers, momentum, threshold, norms, self.backend,
+                    self._bins, max(self._spread), store.tiles, numbers, momentum, threshold, norms, self.backend,
                 )  # fmt: skip
         for index, found in self._norms.items():
             if found is not None:
@@ -215,7 +221,7 @@ class FlatStep:
     def finish(self, momentum: float, threshold: float | None) -> dict[str, Tensor]:
         """Form the images that are missing, have the flats hold images, and return the latents by name."""
         late, found = any(not w.learned for w in self.weights), {}
-        scale, centre = (self._values(at) for at in (self._scale_at, self._centre_at)) if late else (None, None)
+        scale, centre = (self._values(of) for of in (self._scales, self._centres)) if late else (None, None)
         for store in self.stores.values():
             if late:
                 shard_step.flat_image(

@@ -126,7 +126,7 @@ class ShardQuantization:
             self._places[name] = torch.arange(where.start, where.stop, device=device)
             factor = self._grad_factor(weight)
             self._factors[name] = torch.full((weight.n_groups,), factor, dtype=torch.float64, device=device)
-        self._learned: dict[tuple[str, ...], tuple[Tensor | None, Tensor, Tensor]] = {}
+        self._learned: dict[tuple[str, ...], tuple[Tensor | None, slice | Tensor, Tensor]] = {}
         self._latents: dict[str, Tensor] = {}
         self._lr_factor, self._threshold, self._activations_pending = 1.0, None, False
         self._held: dict[str, tuple[Tensor, Tensor]] = {}  # CGA: which weights may move, and where all were
@@ -354,7 +354,7 @@ class ShardQuantization:
         if key not in self._learned:
             self._learned[key] = self._learned_among(weights)
         columns, where, factor = self._learned[key]
-        if not where.numel():
+        if not factor.numel():
             return
         d_scale, norm = sums if columns is None else sums[:, columns]
         if self.config.grad_scale == "mdq":
@@ -362,7 +362,7 @@ class ShardQuantization:
         self.state.grads[where] = (d_scale * factor).float()
         self.state.update(where, self._lr_factor, self.betas)
 
-    def _learned_among(self, weights: list[ShardedWeight]) -> tuple[Tensor | None, Tensor, Tensor]:
+    def _learned_among(self, weights: list[ShardedWeight]) -> tuple[Tensor | None, slice | Tensor, Tensor]:
         """Return which columns of the sums are of learned scales (None: all), where these lie, and their gradients' factors."""
         device = self.state.values.device
         learned = torch.cat([torch.full((w.n_groups,), w.learned, device=device) for w in weights])
@@ -371,6 +371,8 @@ class ShardQuantization:
             torch.cat([of[name] for name in names]) if names else torch.zeros(0, dtype=torch.int64)
             for of in (self._places, self._factors)
         )
+        if names and bool((where.diff() == 1).all()):  # a slice is read and written without a look-up
+            where = slice(int(where[0]), int(where[-1]) + 1)
         return None if len(names) == len(weights) else learned.nonzero().view(-1), where, factor
 
     def _grad_factor(self, weight: ShardedWeight) -> float:

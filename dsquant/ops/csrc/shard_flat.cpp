@@ -25,6 +25,7 @@ constexpr int64_t kRun = 16 * 1024;  // elements at most, as in shard_step.cpp
 struct FlatTile {
   int64_t start, rows, cols, state, first_group, n_groups, group_base, bin_base, n_bins, weight;
   double qmin, qmax, shift, low, high, plain, late, pull;
+  bool alone = true;  // no other run adds to the sums of a run's group
 
   bool quantized() const { return n_groups > 0; }
   int64_t pieces() const { return (cols + kRun - 1) / kRun; }
@@ -40,14 +41,13 @@ struct FlatTile {
 constexpr int64_t kColumns = 18;
 
 struct Unit {
-  int64_t tile, begin, end, found;  // runs [begin, end) of a tile; `found`: where the sums of the first lie
+  int64_t tile, begin, end;  // runs [begin, end) of a tile
 };
 
 // The tiles of a flat of `numel` elements, beside trackers of `state` ones, checked; and their units.
 struct FlatTiles {
   std::vector<FlatTile> tiles;
   std::vector<Unit> units;
-  int64_t runs = 0, widest = 0;
 
   FlatTiles(const Tensor& table, int64_t numel, int64_t state, int64_t groups, int64_t bins, int64_t weights) {
     const int64_t count = table.numel() / kColumns;
@@ -56,6 +56,7 @@ struct FlatTiles {
       const auto at = [row](int column) { return static_cast<int64_t>(row[column]); };
       FlatTile tile{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), row[10], row[11], row[12],
                     row[13], row[14], row[15], row[16], row[17]};
+      tile.alone = tile.pieces() == 1 && tile.rows <= tile.n_groups;
       const int64_t size = tile.rows * tile.cols;
       STD_TORCH_CHECK(tile.rows > 0 && tile.cols > 0 && tile.start >= 0 && tile.start + size <= numel, "tile ", t,
                       " does not lie in the flat");
@@ -69,22 +70,21 @@ struct FlatTiles {
                                              tile.bin_base + tile.n_bins * tile.n_groups <= bins),
                         "tile ", t, " has no bins");
       }
-      cut(tile, t);
+      for (FlatTile& other : tiles)
+        if (tile.quantized() && other.quantized() && other.weight == tile.weight) other.alone = tile.alone = false;
       tiles.push_back(tile);
-      widest = std::max(widest, tile.n_bins);
     }
+    for (int64_t t = 0; t < count; ++t) cut(tiles[t], t);
   }
 
   void cut(const FlatTile& tile, int64_t index) {
     const int64_t each = std::max<int64_t>(1, kRun / std::min(tile.cols, kRun));
     for (int64_t begin = 0; begin < tile.count(); begin += each) {
-      const int64_t end = std::min(tile.count(), begin + each);
-      units.push_back({index, begin, end, runs});
-      runs += end - begin;
+      units.push_back({index, begin, std::min(tile.count(), begin + each)});
     }
   }
 
-  // Call f(tile, run, where the sums of the run lie) for every run that `wanted(tile)`.
+  // Call f(tile, run, its unit) for every run that `wanted(tile)`.
   template <class W, class F>
   void each(const W& wanted, const F& f) const {
     torch::stable::parallel_for(0, static_cast<int64_t>(units.size()), 1, [&](int64_t first, int64_t last) {
@@ -92,7 +92,7 @@ struct FlatTiles {
         const Unit& unit = units[u];
         const FlatTile& tile = tiles[unit.tile];
         if (!wanted(tile)) continue;
-        for (int64_t run = unit.begin; run < unit.end; ++run) f(tile, run, unit.found + run - unit.begin);
+        for (int64_t run = unit.begin; run < unit.end; ++run) f(tile, run, u);
       }
     });
   }
@@ -120,28 +120,37 @@ void shard_flat_gather(const Tensor& w, const Tensor& grad, const Tensor& codes,
   const auto* centres = values_of<const float>(centre, ScalarType::Float, n_groups, "centre");
   auto* totals = values_of<double>(sums, ScalarType::Double, 2 * n_groups, "sums");
   auto* held = values_of<double>(bins, ScalarType::Double, 2 * all_bins, "bins");
-  const int64_t width = 2 + 2 * flat.widest;
-  std::vector<double> found(flat.runs * width);
   const auto asked = [](const FlatTile& tile) { return tile.quantized() && (!tile.late || tile.n_bins); };
-  flat.each(asked, [&](const FlatTile& tile, int64_t run, int64_t place) {
+  const auto add = [&](const FlatTile& tile, int64_t run, const double* own) {
+    const int64_t group = tile.group_base + tile.group(run), bin = tile.bin_base + tile.group(run) * tile.n_bins;
+    for (int64_t k = 0; k < 2; ++k) totals[k * n_groups + group] += own[k];
+    for (int64_t b = 0; b < tile.n_bins; ++b) {
+      held[bin + b] += own[2 + b];
+      held[all_bins + bin + b] += own[2 + tile.n_bins + b];
+    }
+  };
+  std::vector<std::vector<double>> found(flat.units.size());  // of units whose sums others add to as well
+  flat.each(asked, [&](const FlatTile& tile, int64_t run, int64_t unit) {
     const int64_t group = tile.group_base + tile.group(run), at = tile.first(run), i = tile.start + at, k = tile.state + at;
-    double* own = &found[place * width];
+    const int64_t width = 2 + 2 * tile.n_bins;
+    double here[2 + 2 * 256];
+    double* own = here;
+    if (tile.alone) {
+      std::fill_n(here, width, 0.0);
+    } else {
+      found[unit].resize(width * (flat.units[unit].end - flat.units[unit].begin));
+      own = &found[unit][width * (run - flat.units[unit].begin)];
+    }
     sums_of(kernels, tile.size(run), x + i, g + i, c + k, still ? still + k : nullptr,
             tile.grid(scales[group], centres ? centres[group] : 0.0f), tile.n_bins, sizes, own,
             tile.n_bins ? own + 2 : nullptr);
+    if (tile.alone) add(tile, run, here);
   });
-  for (const Unit& unit : flat.units) {  // in one order, whatever the number of threads
+  for (size_t u = 0; u < flat.units.size(); ++u) {  // in one order, whatever the number of threads
+    const Unit& unit = flat.units[u];
     const FlatTile& tile = flat.tiles[unit.tile];
-    if (!asked(tile)) continue;
-    for (int64_t run = unit.begin; run < unit.end; ++run) {
-      const double* own = &found[(unit.found + run - unit.begin) * width];
-      const int64_t group = tile.group_base + tile.group(run), bin = tile.bin_base + tile.group(run) * tile.n_bins;
-      for (int64_t k = 0; k < 2; ++k) totals[k * n_groups + group] += own[k];
-      for (int64_t b = 0; b < tile.n_bins; ++b) {
-        held[bin + b] += own[2 + b];
-        held[all_bins + bin + b] += own[2 + tile.n_bins + b];
-      }
-    }
+    if (found[u].empty()) continue;
+    for (int64_t run = unit.begin; run < unit.end; ++run) add(tile, run, &found[u][(2 + 2 * tile.n_bins) * (run - unit.begin)]);
   }
 }
 
@@ -160,22 +169,41 @@ void step_in_passes(const StepKernels& kernels, int64_t n, const RunStep& s, dou
   }
 }
 
+// Tables of OBR's variance term for one group, as `regularizers.bin_tables` forms them, from what its bins hold over all shards.
+struct BinTables {
+  float mean[256], factor[256];
+
+  BinTables(int64_t n_bins, const double* counts, const double* sums, double twice_spread) {
+    for (int64_t b = 0; b < n_bins; ++b) {
+      mean[b] = static_cast<float>(sums[b] / std::max(counts[b], 1.0));
+      factor[b] = counts[b] > 1 ? static_cast<float>(1.0 / std::max(counts[b] - 1, 1.0) * twice_spread) : 0.0f;
+    }
+  }
+};
+
 // What every run of a flat steps with.
 struct FlatStep {
   float* w;
   const float* grad;
   float *m, *v, *image;
-  const float *before, *after, *centre, *mean, *factor;
+  const float *before, *after, *centre;
+  const double* bins;
+  int64_t all_bins;
+  double twice_spread;
   AdamW adam;
   Tracker tracker;
 
-  RunStep of(const FlatTile& tile, int64_t run) const {
+  BinTables tables_of(const FlatTile& tile, int64_t run) const {
+    const double* counts = bins + tile.bin_base + tile.group(run) * tile.n_bins;
+    return {tile.n_bins, counts, counts + all_bins, twice_spread};
+  }
+
+  RunStep of(const FlatTile& tile, int64_t run, const BinTables& tables) const {
     const int64_t group = tile.group_base + tile.group(run), at = tile.first(run), i = tile.start + at, k = tile.state + at;
-    const int64_t bin = tile.bin_base + tile.group(run) * tile.n_bins;
     const float middle = centre ? centre[group] : 0.0f;
     const bool spread = tile.n_bins != 0;
     RunStep own{w + i, grad + i, m + i, v + i, image + i, tile.grid(before[group], middle), tile.grid(after[group], middle),
-                {static_cast<float>(2 * tile.pull), spread ? mean + bin : nullptr, spread ? factor + bin : nullptr, tile.n_bins,
+                {static_cast<float>(2 * tile.pull), spread ? tables.mean : nullptr, spread ? tables.factor : nullptr, tile.n_bins,
                  tile.pull != 0 || spread},
                 adam, tracker};
     own.tracker.codes += k, own.tracker.direction += k, own.tracker.frequency += k;
@@ -193,7 +221,8 @@ void run_tile(const StepKernels& kernels, const FlatStep& flat, const FlatTile& 
     std::memcpy(flat.image + i, flat.w + i, n * sizeof(float));
     return;
   }
-  const RunStep s = flat.of(tile, run);
+  const BinTables tables = flat.tables_of(tile, run);
+  const RunStep s = flat.of(tile, run, tables);
   if (tile.late)
     kernels.update(n, s.w, s.grad, s.m, s.v, s.tracker.codes, s.tracker.frozen, s.before, s.pull, s.adam, norms);
   else if (norms || s.tracker.frozen || !kernels.step || !kernels.step(n, s))
@@ -219,12 +248,12 @@ Tracker tracker_of(const Tensor& codes, const Tensor& direction, const Tensor& f
 void shard_flat_step(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                      const Tensor& image, const Tensor& codes, const Tensor& direction, const Tensor& frequency,
                      std::optional<Tensor> code_mean, std::optional<Tensor> frozen, const Tensor& before,
-                     const Tensor& after, std::optional<Tensor> centre, const Tensor& mean, const Tensor& factor,
+                     const Tensor& after, std::optional<Tensor> centre, const Tensor& bins, double spread,
                      const Tensor& table, double decay, double beta1, double beta2, double correction, double eps,
                      double step, double momentum, double threshold, std::optional<Tensor> norms, int64_t isa) {
   const StepKernels kernels = kernels_for(isa);
   const int64_t n = w.numel(), n_groups = before.numel(), n_weights = norms ? norms->numel() / 2 : n;
-  const FlatTiles tiles(table, n, codes.numel(), n_groups, mean.numel(), n_weights);
+  const FlatTiles tiles(table, n, codes.numel(), n_groups, bins.numel() / 2, n_weights);
   const FlatStep flat{values_of<float>(w, ScalarType::Float, n, "w"),
                       values_of<const float>(grad, ScalarType::Float, n, "grad"),
                       values_of<float>(exp_avg, ScalarType::Float, n, "exp_avg"),
@@ -233,22 +262,21 @@ void shard_flat_step(const Tensor& w, const Tensor& grad, const Tensor& exp_avg,
                       values_of<const float>(before, ScalarType::Float, n_groups, "before"),
                       values_of<const float>(after, ScalarType::Float, n_groups, "after"),
                       values_of<const float>(centre, ScalarType::Float, n_groups, "centre"),
-                      values_of<const float>(mean, ScalarType::Float, mean.numel(), "mean"),
-                      values_of<const float>(factor, ScalarType::Float, mean.numel(), "factor"),
+                      values_of<const double>(bins, ScalarType::Double, bins.numel(), "bins"),
+                      bins.numel() / 2,
+                      2 * spread,
                       {static_cast<float>(decay), static_cast<float>(1 - beta1), static_cast<float>(beta2),
                        static_cast<float>(1 - beta2), static_cast<float>(correction), static_cast<float>(eps),
                        static_cast<float>(step)},
                       tracker_of(codes, direction, frequency, code_mean, frozen, momentum, threshold)};
   auto* squares = values_of<double>(norms, ScalarType::Double, 2 * n_weights, "norms");
-  std::vector<double> found(squares ? 2 * tiles.runs : 0);
-  tiles.each([](const FlatTile&) { return true; }, [&](const FlatTile& tile, int64_t run, int64_t place) {
-    run_tile(kernels, flat, tile, run, squares ? &found[2 * place] : nullptr);
+  std::vector<double> found(squares ? 2 * tiles.units.size() : 0);
+  tiles.each([](const FlatTile&) { return true; }, [&](const FlatTile& tile, int64_t run, int64_t unit) {
+    run_tile(kernels, flat, tile, run, squares ? &found[2 * unit] : nullptr);
   });
-  if (!squares) return;
-  for (const Unit& unit : tiles.units) {
-    const FlatTile& tile = tiles.tiles[unit.tile];
-    for (int64_t place = unit.found; tile.quantized() && place < unit.found + unit.end - unit.begin; ++place)
-      for (int k = 0; k < 2; ++k) squares[2 * tile.weight + k] += found[2 * place + k];
+  for (size_t u = 0; squares && u < tiles.units.size(); ++u) {
+    const FlatTile& tile = tiles.tiles[tiles.units[u].tile];
+    for (int k = 0; tile.quantized() && k < 2; ++k) squares[2 * tile.weight + k] += found[2 * u + k];
   }
 }
 

@@ -148,6 +148,13 @@ struct Adam {
         one_minus_beta2(of(a.one_minus_beta2)), correction(of(a.correction)), eps(of(a.eps)), step(of(-a.step)) {}
 };
 
+// Tables of what belongs to a code, in one register: entry k is that of the code whose last four bits are k.
+inline __m512i code_of_entry() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1); }
+inline __m512 table(const float* values, int64_t n_bins, int qmin) {
+  return _mm512_permutexvar_ps(_mm512_sub_epi32(code_of_entry(), _mm512_set1_epi32(qmin)),
+                               _mm512_maskz_loadu_ps(lanes(n_bins), values));
+}
+
 template <bool pulled, bool spread>
 void step_run(int64_t n, const RunStep& s) {
   const Adam a(s.adam);
@@ -155,27 +162,23 @@ void step_run(int64_t n, const RunStep& s) {
   const Tracker& t = s.tracker;
   const __m512 scale = of(g.scale), low = of(g.low), high = of(g.high), shift = of(g.shift), twice = of(s.pull.twice);
   const __m512 new_scale = of(next.scale), least = of(static_cast<float>(g.qmin)), most = of(static_cast<float>(g.qmax));
-  const __m512i first = _mm512_set1_epi32(g.qmin);
-  const __mmask16 entries = lanes(s.pull.n_bins);
-  const __m512 mean = spread ? _mm512_maskz_loadu_ps(entries, s.pull.mean) : of(0);
-  const __m512 factor = spread ? _mm512_maskz_loadu_ps(entries, s.pull.factor) : of(0);
   const __m512 keep = of(t.keep), momentum = of(t.momentum);
+  const __m512 level = _mm512_add_ps(_mm512_cvtepi32_ps(code_of_entry()), shift), old_image = _mm512_mul_ps(level, scale);
+  const __m512 mean = spread ? table(s.pull.mean, s.pull.n_bins, g.qmin) : old_image;
+  const __m512 factor = spread ? table(s.pull.factor, s.pull.n_bins, g.qmin) : old_image;
   const __m128i up = _mm_set1_epi8(1), down = _mm_set1_epi8(-1);
-  const bool whole_lines = reinterpret_cast<uintptr_t>(s.image) % 64 == 0;
   for_vectors(n, [&](int64_t i, __mmask16 live, auto all) {
     constexpr bool whole = all.value;
     const __m512 x = load<whole>(live, s.w + i), d = load<whole>(live, s.grad + i);
-    const __m128i codes = load<whole>(live, t.codes + i);
+    const __m512i code = _mm512_cvtepi8_epi32(load<whole>(live, t.codes + i));
     const __m512 v = _mm512_div_ps(x, scale);
     const __mmask16 inside = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(v, low, _CMP_GE_OQ), v, high, _CMP_LE_OQ);
     __m512 gradient = _mm512_maskz_mov_ps(inside, d);
     if (pulled) {
-      const __m512i code = _mm512_cvtepi8_epi32(codes);
-      const __m512 level = _mm512_add_ps(_mm512_cvtepi32_ps(code), shift);
-      __m512 found = _mm512_mul_ps(_mm512_sub_ps(x, _mm512_mul_ps(level, scale)), twice);
+      __m512 found = _mm512_mul_ps(_mm512_sub_ps(x, _mm512_permutexvar_ps(code, old_image)), twice);
       if (spread) {
-        const __m512i bin = _mm512_sub_epi32(code, first);
-        found = _mm512_fmadd_ps(_mm512_sub_ps(x, _mm512_permutexvar_ps(bin, mean)), _mm512_permutexvar_ps(bin, factor), found);
+        const __m512 away = _mm512_sub_ps(x, _mm512_permutexvar_ps(code, mean));
+        found = _mm512_fmadd_ps(away, _mm512_permutexvar_ps(code, factor), found);
       }
       gradient = _mm512_maskz_add_ps(inside, gradient, found);
     }
@@ -191,21 +194,18 @@ void step_run(int64_t n, const RunStep& s) {
     const __m512 inner = clip(_mm512_sub_ps(_mm512_div_ps(moved, new_scale), shift), least, most);
     const __m512 fresh = _mm512_roundscale_ps(inner, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 image = _mm512_mul_ps(_mm512_add_ps(fresh, shift), new_scale);
-    if (whole && whole_lines)
-      _mm512_stream_ps(s.image + i, image);  // nothing reads it before all of the flat is done
-    else
-      store<whole>(live, s.image + i, image);
-    const __m128i now = _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(fresh));
-    const __mmask16 rose = _mm_mask_cmpgt_epi8_mask(live, now, codes), fell = _mm_mask_cmplt_epi8_mask(live, now, codes);
+    store<whole>(live, s.image + i, image);
+    const __m512i now = _mm512_cvttps_epi32(fresh);
     const __m512 often = load<whole>(live, t.frequency + i);
     __m512 later = _mm512_mul_ps(often, keep);
-    if (rose | fell) {  // few codes change in a step, and what is not written need not go to memory
+    if (const __mmask16 moved_code = _mm512_mask_cmpneq_epi32_mask(live, now, code)) {
+      // Few codes change in a step, and what is not written need not go to memory.
+      const __mmask16 rose = _mm512_mask_cmpgt_epi32_mask(moved_code, now, code), fell = moved_code & ~rose;
       const __m128i last = load<whole>(live, t.direction + i);
       const __mmask16 turned = _mm_mask_cmpeq_epi8_mask(rose, last, down) | _mm_mask_cmpeq_epi8_mask(fell, last, up);
       later = _mm512_mask_add_ps(later, turned, later, momentum);
-      const __m128i moved_to = _mm_mask_mov_epi8(_mm_mask_mov_epi8(last, fell, down), rose, up);
-      store<whole>(live, t.direction + i, moved_to);
-      store<whole>(live, t.codes + i, now);
+      store<whole>(live, t.direction + i, _mm_mask_mov_epi8(_mm_mask_mov_epi8(last, fell, down), rose, up));
+      store<whole>(live, t.codes + i, _mm512_cvtepi32_epi8(now));
     }
     if (_mm512_cmpneq_epi32_mask(_mm512_castps_si512(later), _mm512_castps_si512(often)))
       store<whole>(live, t.frequency + i, later);
@@ -224,7 +224,8 @@ bool sums_avx512(int64_t n, const float* w, const float* grad, const int8_t* cod
 }
 
 bool step_avx512(int64_t n, const RunStep& s) {
-  if (s.tracker.frozen || s.before.centre != 0 || s.after.centre != 0 || s.pull.n_bins > kTable) return false;
+  if (s.tracker.frozen || s.before.centre != 0 || s.after.centre != 0) return false;
+  if (s.pull.any && (s.before.qmin < -8 || s.before.qmax > 7 || s.pull.n_bins > kTable)) return false;
   if (!s.pull.any)
     step_run<false, false>(n, s);
   else if (!s.pull.mean)
