@@ -203,8 +203,8 @@ for _schema in (
     "shard_moments(Tensor w, Tensor groups, Tensor(a!) sums, int isa) -> ()",
     "shard_image(Tensor(a!) w, Tensor(b!) latent, Tensor(c!) codes, Tensor(d!) direction, Tensor(e!) frequency, "
     f"Tensor(f!)? code_mean, Tensor(g!)? frozen, {_TILE}, float momentum, float threshold, int isa) -> ()",
-    "shard_flat_gather(Tensor w, Tensor grad, Tensor codes, Tensor? frozen, Tensor scale, Tensor? centre, Tensor tiles, bool sizes, "
-    "Tensor(a!) sums, Tensor(b!) bins, int isa) -> ()",
+    "shard_flat_gather(Tensor w, Tensor grad, Tensor codes, Tensor? frozen, Tensor scale, Tensor? centre, Tensor tiles, "
+    "bool sizes, Tensor(a!) sums, Tensor(b!) bins, int isa) -> ()",
     f"shard_flat_step(Tensor(a!) w, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) image, {_TRACKER}, "
     f"Tensor before, Tensor after, Tensor? centre, Tensor bins, float spread, Tensor tiles, {_ADAMW}, float momentum, "
     "float threshold, Tensor(e!)? norms, int isa) -> ()",

@@ -34,7 +34,9 @@ class FlatStore:
         in_place: the flat holds images between steps, not latents.
     """
 
-    def __init__(self, flat: Tensor, weights: list[ShardedWeight], places: Mapping[str, tuple[int, int]], in_place: bool):
+    def __init__(
+        self, flat: Tensor, weights: list[ShardedWeight], places: Mapping[str, tuple[int, int]], in_place: bool
+    ):
         self.flat, self.in_place = flat, in_place
         self.weights = sorted(weights, key=lambda w: w.fragment.start)
         self.latents = self.images = None
@@ -67,7 +69,7 @@ class FlatStore:
         shown = self.flat.data
         if not self.in_place:
             if self.images is None or self.images.shape != shown.shape:
-                self.images = torch.empty_like(shown)
+                self.images = torch.empty_like(shown, pin_memory=shown.is_pinned())
             if self.latents is None or self.latents.data_ptr() != shown.data_ptr():
                 self._keep(shown)
             return
@@ -113,8 +115,8 @@ def _rows(weight: ShardedWeight, tracked: int, index: int, group: int) -> list[l
         row = [0.0] * len(Column)
         row[Column.START], row[Column.STATE] = weight.fragment.start + tile.start, tracked + tile.start
         row[Column.ROWS], row[Column.COLS] = tile.shape
-        row[Column.FIRST_GROUP], row[Column.N_GROUPS], row[Column.GROUP] = int(tile.groups.numpy()[0]), weight.n_groups, group
-        row[Column.WEIGHT] = index
+        row[Column.FIRST_GROUP], row[Column.N_GROUPS] = int(tile.groups.numpy()[0]), weight.n_groups
+        row[Column.GROUP], row[Column.WEIGHT] = group, index
         row[Column.QMIN], row[Column.QMAX], row[Column.SHIFT] = levels.qmin, levels.qmax, levels.shift
         row[Column.LOW], row[Column.HIGH] = levels.low, levels.high
         row[Column.PLAIN], row[Column.LATE] = levels.elastic or not weight.learned, not weight.learned
@@ -130,7 +132,9 @@ def _adjacent(entries: list[Entry | None]) -> bool:
 class FlatStep:
     """Step some flats with an AdamW, quantized weights and all, by native code on CPU."""
 
-    def __init__(self, flats: list[Tensor], in_flat: Mapping[int, list[ShardedWeight]], state: QuantState, in_place: bool):
+    def __init__(
+        self, flats: list[Tensor], in_flat: Mapping[int, list[ShardedWeight]], state: QuantState, in_place: bool
+    ):
         self.flats, self.state = flats, state
         self.weights = [w for flat in flats for w in in_flat[id(flat)]]  # also those that this rank has nothing of
         places, self.n_groups = {}, 0
@@ -191,8 +195,9 @@ class FlatStep:
     def prepare(self, bins: Tensor, regularizer: Regularizer) -> None:
         """Note what the regularizers' gradient is formed with; `bins` are over all shards."""
         self._bins = bins.cpu().contiguous()
-        pulled = [i for i, w in enumerate(self.weights) if w.fragment is not None and (self._pull[i] or self._spread[i])]
-        self._norms = {index: regularizer.new_norms(self.weights[index]) for index in pulled}
+        pulled = [w.fragment is not None and bool(p or s)
+                  for w, p, s in zip(self.weights, self._pull, self._spread, strict=True)]  # fmt: skip
+        self._norms = {i: regularizer.new_norms(w) for i, w in enumerate(self.weights) if pulled[i]}
 
     def step(self, inner: torch.optim.AdamW, momentum: float, threshold: float | None) -> None:
         """Step every flat; weights whose scale is a statistic have no image yet."""
@@ -224,9 +229,8 @@ class FlatStep:
         scale, centre = (self._values(of) for of in (self._scales, self._centres)) if late else (None, None)
         for store in self.stores.values():
             if late:
-                shard_step.flat_image(
-                    store.latents, store.images, store.state, scale, centre, store.tiles, momentum, threshold, self.backend
-                )
+                parts = (store.latents, store.images, store.state)
+                shard_step.flat_image(*parts, scale, centre, store.tiles, momentum, threshold, self.backend)
             store.show_images()
             found |= store.of_weights
         return found

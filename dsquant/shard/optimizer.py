@@ -16,8 +16,8 @@ from dsquant.ops import backends
 from dsquant.ops.fake_quantize import near_boundary
 from dsquant.quant.modules import lsq_grad_scale, mdq_grad_scale
 from dsquant.quant.state import SCALE_FLOOR, QuantState
-from dsquant.shard.fragments import Fragment, ShardMap, part_of
 from dsquant.shard.flat_step import FlatStep, on_cpu
+from dsquant.shard.fragments import Fragment, ShardMap, part_of
 from dsquant.shard.native_step import NativeStep, can_step, gathered, write_image
 from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, track
 from dsquant.shard.regularizers import Regularizer, bin_index, bin_sums
