@@ -6,14 +6,13 @@ each byte once. Latents stay where they are and images go to a tensor beside the
 """
 
 from collections.abc import Mapping
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from dsquant.ops import backends, shard_step
 from dsquant.ops.shard_step import Column
-from dsquant.quant.state import Entry, QuantState
+from dsquant.quant.state import QuantState
 from dsquant.shard.native_step import next_step
 from dsquant.shard.oscillation import TrackerState
 from dsquant.shard.regularizers import Regularizer
@@ -124,11 +123,6 @@ def _rows(weight: ShardedWeight, tracked: int, index: int, group: int) -> list[l
     return rows
 
 
-def _adjacent(entries: list[Entry | None]) -> bool:
-    """Say whether entries lie one behind the other in the state."""
-    return all(entries) and all(a.start + a.numel == b.start for a, b in pairwise(entries))
-
-
 class FlatStep:
     """Step some flats with an AdamW, quantized weights and all, by native code on CPU."""
 
@@ -147,30 +141,44 @@ class FlatStep:
                 self.stores[id(flat)] = FlatStore(flat, mine, places, in_place)
         self._scales, self._centres = (self._entries(role) for role in ("scale", "centre"))
         self._norms: dict[int, Tensor | None] = {}
+        self._buffer = torch.empty(0, dtype=torch.float64)
         self.backend = backends.choose("shard_step", "cpu")
 
-    def _entries(self, role: str) -> list[Entry | None]:
-        """Return where the values of a role lie in the state, weight by weight; none at all where no weight has it."""
-        entries = [self.state.entries.get(f"{w.site.name}:{role}") for w in self.weights]
-        return entries if any(entries) else []
+    def _entries(self, role: str) -> list[slice | int]:
+        """Return where the values of a role lie in the state, in the fewest slices, or how many a weight without it would have.
 
-    def _values(self, entries: list[Entry | None]) -> Tensor | None:
+        It is empty where no weight has it.
+        """
+        found, any_of_them = [], False
+        for weight in self.weights:
+            entry = self.state.entries.get(f"{weight.site.name}:{role}")
+            any_of_them |= entry is not None
+            if entry is None:
+                found.append(weight.n_groups)
+            elif found and isinstance(found[-1], slice) and found[-1].stop == entry.start:
+                found[-1] = slice(found[-1].start, entry.slice.stop)
+            else:
+                found.append(entry.slice)
+        return found if any_of_them else []
+
+    def _values(self, entries: list[slice | int]) -> Tensor | None:
         """Return a copy of the values of a role, float32 (n_groups,) on CPU; 0 where a weight has none."""
         if not entries:
             return None
-        if _adjacent(entries):
-            return self.state.values[entries[0].start : entries[0].start + self.n_groups].to("cpu", copy=True)
-        parts = [self.state.values[e.slice] if e else self.state.values.new_zeros(w.n_groups)
-                 for e, w in zip(entries, self.weights, strict=True)]  # fmt: skip
-        return torch.cat(parts).cpu()
+        values = self.state.values
+        return torch.cat([values[e] if isinstance(e, slice) else values.new_zeros(e) for e in entries]).cpu()
 
     def begin(self, latents: Mapping[str, Tensor]) -> None:
         """Have the flats hold their latents."""
         for store in self.stores.values():
             store.begin(latents)
 
-    def gather(self, regularizer: Regularizer, sizes: bool) -> tuple[Tensor, Tensor]:
-        """Return this rank's float64 sums over all weights, as `ShardQuantization._gather_sums` defines them for one."""
+    def gather(self, regularizer: Regularizer, sizes: bool, room: int) -> Tensor:
+        """Return this rank's sums over all weights, as `ShardQuantization._gather_sums` defines them for one.
+
+        They are (2, groups) and (2, bins) in a row, float64, with `room` for other values behind them: a buffer that the next
+        step takes again.
+        """
         self._scale, self._centre = self._values(self._scales), self._values(self._centres)
         self._spread = [regularizer.spread(w) for w in self.weights]
         held = [w.n_bins if s else 0 for w, s in zip(self.weights, self._spread, strict=True)]
@@ -180,8 +188,9 @@ class FlatStep:
             first.append(size)
             size += weight.n_groups * n_bins
         columns = torch.tensor([first, held, self._pull], dtype=torch.float64)
-        sums = torch.zeros(2, self.n_groups, dtype=torch.float64)
-        bins = torch.zeros(2, size, dtype=torch.float64)
+        if self._buffer.numel() != 2 * (self.n_groups + size) + room:
+            self._buffer = torch.empty(2 * (self.n_groups + size) + room, dtype=torch.float64)
+        sums, bins, _ = self._buffer.zero_().split([2 * self.n_groups, 2 * size, room])
         for store in self.stores.values():
             quantized = (store.tiles[:, Column.N_GROUPS] > 0).double()
             wanted = columns[:, store.weight_of] * quantized
@@ -190,7 +199,7 @@ class FlatStep:
                 store.latents, store.flat.grad, store.state["codes"], store.state["frozen"], self._scale, self._centre,
                 store.tiles, sizes, sums, bins, self.backend,
             )  # fmt: skip
-        return sums, bins
+        return self._buffer
 
     def prepare(self, bins: Tensor, regularizer: Regularizer) -> None:
         """Note what the regularizers' gradient is formed with; `bins` are over all shards."""

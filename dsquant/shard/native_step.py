@@ -38,9 +38,7 @@ def next_step(inner: torch.optim.AdamW, flat: Tensor, group: dict) -> tuple[dict
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
     state["step"] = state["step"].cpu() + 1  # the host needs it; torch's own fused step keeps it on the device
     count = int(state["step"].numpy())
-    return state, shard_step.AdamWStep(
-        float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], count
-    )
+    return state, shard_step.AdamWStep(float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], count)
 
 
 def gathered(weight: ShardedWeight, spread: bool) -> tuple[Tensor, Tensor]:

@@ -266,34 +266,38 @@ class ShardQuantization:
         elif self.shards.in_place:
             for weight in weights:
                 weight.fragment.values.copy_(self.latent(weight))
-        payload = [part.view(-1) for part in self._gather_all(weights)] if weights else []
         with_activations = self._activations_pending
+        if not (weights or with_activations):
+            return
+        room = self.state.n_activation if with_activations else 0
+        payload = self._gather_all(weights, room)
         if with_activations:
             self.state.begin_step()
-            payload.append(self.state.take_activation_grads(self.world_size))
-        if not payload:
-            return
-        reduced = self._sum(torch.cat(payload)).split([p.numel() for p in payload])
+            payload[payload.numel() - room :] = self.state.take_activation_grads(self.world_size)
+        n_groups = sum(weight.n_groups for weight in weights)
+        sizes = [2 * n_groups, payload.numel() - room - 2 * n_groups, room]
+        groups, bins, activations = self._sum(payload).split(sizes)
         if with_activations:
-            self.state.grads[: self.state.n_activation] = reduced[-1].float()
-            self.state.update(slice(0, self.state.n_activation), self._lr_factor, self.betas)
+            self.state.grads[:room] = activations.float()
+            self.state.update(slice(0, room), self._lr_factor, self.betas)
             self._activations_pending = False
         if not weights:
             return
-        groups, bins = (part.view(2, -1) for part in reduced[:2])
         if self._flat is not None:
-            self._flat.prepare(bins, self.regularizer)
+            self._flat.prepare(bins.view(2, -1), self.regularizer)
         else:
-            self._prepare(weights, bins)
-        self._step_scales(weights, groups)
+            self._prepare(weights, bins.view(2, -1))
+        self._step_scales(weights, groups.view(2, -1))
 
-    def _gather_all(self, weights: list[ShardedWeight]) -> tuple[Tensor, Tensor]:
-        """Return what `_gather_sums` says of all weights, side by side."""
-        if self._flat is None:
-            sums = [self._gather_sums(weight) for weight in weights]
-            return torch.cat([of for of, _ in sums], dim=1), torch.cat([held for _, held in sums], dim=1)
-        sums = self._flat.gather(self.regularizer, self.config.grad_scale == "mdq")
-        return tuple((s if self.contributes else torch.zeros_like(s)).to(self.state.values.device) for s in sums)
+    def _gather_all(self, weights: list[ShardedWeight], room: int) -> Tensor:
+        """Return what `_gather_sums` says of all weights, (2, groups) and (2, bins) in a row, with room for other values."""
+        device = self.state.values.device
+        if self._flat is not None:
+            found = self._flat.gather(self.regularizer, self.config.grad_scale == "mdq", room)
+            return (found if self.contributes else found.zero_()).to(device)
+        sums = [self._gather_sums(weight) for weight in weights]
+        parts = [torch.cat(of, dim=1).view(-1) for of in zip(*sums, strict=True)]
+        return torch.cat([*parts, torch.zeros(room, dtype=torch.float64, device=device)])
 
     def _prepare(self, weights: list[ShardedWeight], bins: Tensor) -> None:
         """Add the regularizers' gradient, or tell a native step how to; `bins` (2, all bins) are over all shards."""

@@ -30,15 +30,29 @@ struct FlatTile {
   bool quantized() const { return n_groups > 0; }
   int64_t pieces() const { return (cols + kRun - 1) / kRun; }
   int64_t count() const { return rows * pieces(); }
-  int64_t group(int64_t run) const { return (first_group + run / pieces()) % n_groups; }
-  int64_t first(int64_t run) const { return run / pieces() * cols + run % pieces() * kRun; }
-  int64_t size(int64_t run) const { return std::min(kRun, cols - run % pieces() * kRun); }
   RunGrid grid(float scale, float centre) const {
     return {scale, centre, static_cast<float>(shift), static_cast<float>(low), static_cast<float>(high),
             static_cast<int32_t>(qmin), static_cast<int32_t>(qmax), plain != 0};
   }
 };
 constexpr int64_t kColumns = 18;
+
+// Where a run lies: its elements in the flat and beside the tracker, its group among all scales and its bins among all bins.
+struct Run {
+  int64_t size, element, state, group, bin;
+
+  // Divisions would cost as much as some vectors of a short row; most tiles need none.
+  Run(const FlatTile& tile, int64_t run) {
+    const int64_t pieces = tile.pieces(), row = pieces == 1 ? run : run / pieces, from = (run - row * pieces) * kRun;
+    int64_t own = tile.first_group + row;
+    if (own >= tile.n_groups && tile.quantized()) own %= tile.n_groups;
+    size = std::min(kRun, tile.cols - from);
+    element = tile.start + row * tile.cols + from;
+    state = tile.state + row * tile.cols + from;
+    group = tile.group_base + own;
+    bin = tile.bin_base + own * tile.n_bins;
+  }
+};
 
 struct Unit {
   int64_t tile, begin, end;  // runs [begin, end) of a tile
@@ -121,17 +135,16 @@ void shard_flat_gather(const Tensor& w, const Tensor& grad, const Tensor& codes,
   auto* totals = values_of<double>(sums, ScalarType::Double, 2 * n_groups, "sums");
   auto* held = values_of<double>(bins, ScalarType::Double, 2 * all_bins, "bins");
   const auto asked = [](const FlatTile& tile) { return tile.quantized() && (!tile.late || tile.n_bins); };
-  const auto add = [&](const FlatTile& tile, int64_t run, const double* own) {
-    const int64_t group = tile.group_base + tile.group(run), bin = tile.bin_base + tile.group(run) * tile.n_bins;
-    for (int64_t k = 0; k < 2; ++k) totals[k * n_groups + group] += own[k];
+  const auto add = [&](const FlatTile& tile, const Run& at, const double* own) {
+    for (int64_t k = 0; k < 2; ++k) totals[k * n_groups + at.group] += own[k];
     for (int64_t b = 0; b < tile.n_bins; ++b) {
-      held[bin + b] += own[2 + b];
-      held[all_bins + bin + b] += own[2 + tile.n_bins + b];
+      held[at.bin + b] += own[2 + b];
+      held[all_bins + at.bin + b] += own[2 + tile.n_bins + b];
     }
   };
   std::vector<std::vector<double>> found(flat.units.size());  // of units whose sums others add to as well
   flat.each(asked, [&](const FlatTile& tile, int64_t run, int64_t unit) {
-    const int64_t group = tile.group_base + tile.group(run), at = tile.first(run), i = tile.start + at, k = tile.state + at;
+    const Run at(tile, run);
     const int64_t width = 2 + 2 * tile.n_bins;
     double here[2 + 2 * 256];
     double* own = here;
@@ -141,16 +154,17 @@ void shard_flat_gather(const Tensor& w, const Tensor& grad, const Tensor& codes,
       found[unit].resize(width * (flat.units[unit].end - flat.units[unit].begin));
       own = &found[unit][width * (run - flat.units[unit].begin)];
     }
-    sums_of(kernels, tile.size(run), x + i, g + i, c + k, still ? still + k : nullptr,
-            tile.grid(scales[group], centres ? centres[group] : 0.0f), tile.n_bins, sizes, own,
+    sums_of(kernels, at.size, x + at.element, g + at.element, c + at.state, still ? still + at.state : nullptr,
+            tile.grid(scales[at.group], centres ? centres[at.group] : 0.0f), tile.n_bins, sizes, own,
             tile.n_bins ? own + 2 : nullptr);
-    if (tile.alone) add(tile, run, here);
+    if (tile.alone) add(tile, at, here);
   });
   for (size_t u = 0; u < flat.units.size(); ++u) {  // in one order, whatever the number of threads
     const Unit& unit = flat.units[u];
     const FlatTile& tile = flat.tiles[unit.tile];
     if (found[u].empty()) continue;
-    for (int64_t run = unit.begin; run < unit.end; ++run) add(tile, run, &found[u][(2 + 2 * tile.n_bins) * (run - unit.begin)]);
+    for (int64_t run = unit.begin; run < unit.end; ++run)
+      add(tile, Run(tile, run), &found[u][(2 + 2 * tile.n_bins) * (run - unit.begin)]);
   }
 }
 
@@ -193,36 +207,35 @@ struct FlatStep {
   AdamW adam;
   Tracker tracker;
 
-  BinTables tables_of(const FlatTile& tile, int64_t run) const {
-    const double* counts = bins + tile.bin_base + tile.group(run) * tile.n_bins;
-    return {tile.n_bins, counts, counts + all_bins, twice_spread};
+  BinTables tables_of(const FlatTile& tile, const Run& at) const {
+    return {tile.n_bins, bins + at.bin, bins + all_bins + at.bin, twice_spread};
   }
 
-  RunStep of(const FlatTile& tile, int64_t run, const BinTables& tables) const {
-    const int64_t group = tile.group_base + tile.group(run), at = tile.first(run), i = tile.start + at, k = tile.state + at;
-    const float middle = centre ? centre[group] : 0.0f;
+  RunStep of(const FlatTile& tile, const Run& at, const BinTables& tables) const {
+    const float middle = centre ? centre[at.group] : 0.0f;
     const bool spread = tile.n_bins != 0;
-    RunStep own{w + i, grad + i, m + i, v + i, image + i, tile.grid(before[group], middle), tile.grid(after[group], middle),
+    RunStep own{w + at.element, grad + at.element, m + at.element, v + at.element, image + at.element,
+                tile.grid(before[at.group], middle), tile.grid(after[at.group], middle),
                 {static_cast<float>(2 * tile.pull), spread ? tables.mean : nullptr, spread ? tables.factor : nullptr, tile.n_bins,
                  tile.pull != 0 || spread},
                 adam, tracker};
-    own.tracker.codes += k, own.tracker.direction += k, own.tracker.frequency += k;
-    if (own.tracker.frozen) own.tracker.frozen += k, own.tracker.code_mean += k;
+    own.tracker.codes += at.state, own.tracker.direction += at.state, own.tracker.frequency += at.state;
+    if (own.tracker.frozen) own.tracker.frozen += at.state, own.tracker.code_mean += at.state;
     return own;
   }
 };
 
 // `late` tiles, whose scale is a statistic of what the step leaves, take AdamW alone; shard_flat_image does the rest.
 void run_tile(const StepKernels& kernels, const FlatStep& flat, const FlatTile& tile, int64_t run, double* norms) {
-  const int64_t n = tile.size(run);
+  const Run at(tile, run);
+  const int64_t n = at.size, i = at.element;
   if (!tile.quantized()) {
-    const int64_t i = tile.start + tile.first(run);
     kernels.adamw(n, flat.w + i, flat.grad + i, flat.m + i, flat.v + i, flat.adam);
     std::memcpy(flat.image + i, flat.w + i, n * sizeof(float));
     return;
   }
-  const BinTables tables = flat.tables_of(tile, run);
-  const RunStep s = flat.of(tile, run, tables);
+  const BinTables tables = flat.tables_of(tile, at);
+  const RunStep s = flat.of(tile, at, tables);
   if (tile.late)
     kernels.update(n, s.w, s.grad, s.m, s.v, s.tracker.codes, s.tracker.frozen, s.before, s.pull, s.adam, norms);
   else if (norms || s.tracker.frozen || !kernels.step || !kernels.step(n, s))
@@ -294,12 +307,13 @@ void shard_flat_image(const Tensor& w, const Tensor& image, const Tensor& codes,
   const Tracker all = tracker_of(codes, direction, frequency, code_mean, frozen, momentum, threshold);
   const auto late = [](const FlatTile& tile) { return tile.quantized() && tile.late; };
   tiles.each(late, [&](const FlatTile& tile, int64_t run, int64_t) {
-    const int64_t group = tile.group_base + tile.group(run), at = tile.first(run), i = tile.start + at, k = tile.state + at;
+    const Run at(tile, run);
     Tracker t = all;
-    t.codes += k, t.direction += k, t.frequency += k;
-    if (t.frozen) t.frozen += k, t.code_mean += k;
-    std::memcpy(shown + i, x + i, tile.size(run) * sizeof(float));
-    kernels.image(tile.size(run), shown + i, x + i, tile.grid(scales[group], centres ? centres[group] : 0.0f), t);
+    t.codes += at.state, t.direction += at.state, t.frequency += at.state;
+    if (t.frozen) t.frozen += at.state, t.code_mean += at.state;
+    std::memcpy(shown + at.element, x + at.element, at.size * sizeof(float));
+    const RunGrid grid = tile.grid(scales[at.group], centres ? centres[at.group] : 0.0f);
+    kernels.image(at.size, shown + at.element, x + at.element, grid, t);
   });
 }
 
