@@ -6,7 +6,7 @@
     torch     the definitions
     cpu       native code on CPU: avx2 where the processor has it, else portable
     portable  native code in plain C++
-    avx2      native code with AVX2, FMA and BMI2, and in products of packed weights AVX-512 VNNI where there is that
+    avx2      native code with AVX2, FMA and BMI2; AVX-512 where there is that, in products of packed weights and the shard step
     triton    native code on GPUs; on CPU, for tests, in Triton's interpreter (TRITON_INTERPRET=1)
 
 What is forced and cannot run is an error that says why. Under auto an op without native code for a device runs its

@@ -14,13 +14,13 @@ from dsquant.config import QuantConfig
 from dsquant.errors import ShardError
 from dsquant.ops import backends
 from dsquant.ops.fake_quantize import near_boundary
-from dsquant.quant.modules import lsq_grad_scale, mdq_grad_scale
 from dsquant.quant.state import SCALE_FLOOR, QuantState
 from dsquant.shard.flat_step import FlatStep, on_cpu
 from dsquant.shard.fragments import Fragment, ShardMap, part_of
 from dsquant.shard.native_step import NativeStep, can_step, gathered, write_image
 from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, track
 from dsquant.shard.regularizers import Regularizer, bin_index, bin_sums
+from dsquant.shard.scale_step import ScaleStep
 from dsquant.shard.statistics import weight_statistics
 from dsquant.shard.weight_quantizers import ShardedWeight, moment_scales, mse_scales
 from dsquant.spec import WeightSite
@@ -119,14 +119,7 @@ class ShardQuantization:
             self.weights.update((w.site.name, w) for w in found)
         if missing := [site.name for site in sites if site.name not in self.weights]:
             raise ShardError(f"{missing[0]} is to be quantized and no optimizer steps it (is it frozen?)")
-        device, entries = state.values.device, state.entries
-        self._places, self._factors = {}, {}  # of a weight's scales in the state, and of their gradients
-        for name, weight in self.weights.items():
-            where = entries[f"{name}:scale"].slice
-            self._places[name] = torch.arange(where.start, where.stop, device=device)
-            factor = self._grad_factor(weight)
-            self._factors[name] = torch.full((weight.n_groups,), factor, dtype=torch.float64, device=device)
-        self._learned: dict[tuple[str, ...], tuple[Tensor | None, slice | Tensor, Tensor]] = {}
+        self._scales = ScaleStep(state, config.grad_scale, betas)
         self._latents: dict[str, Tensor] = {}
         self._lr_factor, self._threshold, self._activations_pending = 1.0, None, False
         self._held: dict[str, tuple[Tensor, Tensor]] = {}  # CGA: which weights may move, and where all were
@@ -287,7 +280,7 @@ class ShardQuantization:
             self._flat.prepare(bins.view(2, -1), self.regularizer)
         else:
             self._prepare(weights, bins.view(2, -1))
-        self._step_scales(weights, groups.view(2, -1))
+        self._scales.step(weights, groups.view(2, -1), self._lr_factor)
 
     def _gather_all(self, weights: list[ShardedWeight], room: int) -> Tensor:
         """Return what `_gather_sums` says of all weights, (2, groups) and (2, bins) in a row, with room for other values."""
@@ -351,40 +344,6 @@ class ShardQuantization:
             tile.of(free).copy_(near_boundary(v, weight.levels, cga.boundary_range))
         weight.gradient.mul_(free)
         self._held[weight.site.name] = free, values.clone()
-
-    def _step_scales(self, weights: list[ShardedWeight], sums: Tensor) -> None:
-        """Step the learned scales of weights, all at once; `sums` (2, all groups) are d scale and |w|_1 of each."""
-        key = tuple(w.site.name for w in weights)
-        if key not in self._learned:
-            self._learned[key] = self._learned_among(weights)
-        columns, where, factor = self._learned[key]
-        if not factor.numel():
-            return
-        d_scale, norm = sums if columns is None else sums[:, columns]
-        if self.config.grad_scale == "mdq":
-            factor = mdq_grad_scale(norm, factor)
-        self.state.grads[where] = (d_scale * factor).float()
-        self.state.update(where, self._lr_factor, self.betas)
-
-    def _learned_among(self, weights: list[ShardedWeight]) -> tuple[Tensor | None, slice | Tensor, Tensor]:
-        """Return which columns of the sums are of learned scales (None: all), where these lie, and their gradients' factors."""
-        device = self.state.values.device
-        learned = torch.cat([torch.full((w.n_groups,), w.learned, device=device) for w in weights])
-        names = [w.site.name for w in weights if w.learned]
-        where, factor = (
-            torch.cat([of[name] for name in names]) if names else torch.zeros(0, dtype=torch.int64)
-            for of in (self._places, self._factors)
-        )
-        if names and bool((where.diff() == 1).all()):  # a slice is read and written without a look-up
-            where = slice(int(where[0]), int(where[-1]) + 1)
-        return None if len(names) == len(weights) else learned.nonzero().view(-1), where, factor
-
-    def _grad_factor(self, weight: ShardedWeight) -> float:
-        """Return the factor of the gradient of a weight's scales, or what mdq's follows from: qmax."""
-        per_group, qmax = weight.site.numel // weight.n_groups, weight.site.spec.grad_qmax
-        if self.config.grad_scale == "mdq":
-            return float(max(1, qmax))
-        return lsq_grad_scale(per_group, qmax) if self.config.grad_scale == "lsq" else 1.0
 
     @torch.no_grad()
     def after_inner_step(self, flats: list[Tensor]) -> None:
