@@ -3,7 +3,7 @@
 Their definitions are the tile methods of `shard/weight_quantizers.py`, `shard/regularizers.py` and `shard/oscillation.py` and
 torch's fused AdamW. Native code gives the same bits, but for sums over elements (float64), for what torch's AdamW computes
 outside its vectors, the last few elements of a tensor, and, where freezing is on, for `code_mean`: each of these may round
-once where the definition rounds twice.
+once where the definition rounds twice. On CPU `flat_*` do the same for all tiles of a flat in one call, update and image at once.
 """
 
 from dataclasses import dataclass

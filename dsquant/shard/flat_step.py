@@ -67,8 +67,7 @@ class FlatStore:
             self._take_trackers()
         shown = self.flat.data
         if not self.in_place:
-            if self.images is None or self.images.shape != shown.shape:
-                self.images = torch.empty_like(shown, pin_memory=shown.is_pinned())
+            self.images = torch.empty_like(shown, pin_memory=shown.is_pinned())
             if self.latents is None or self.latents.data_ptr() != shown.data_ptr():
                 self._keep(shown)
             return
@@ -88,8 +87,8 @@ class FlatStore:
         self.flat.data = self.images
 
     def show_latents(self) -> None:
-        """Have the flat hold its latents again."""
-        self.flat.data = self.latents
+        """Have the flat hold its latents again; the next backward pass needs the images' memory more."""
+        self.flat.data, self.images = self.latents, None
 
     def _keep(self, latents: Tensor) -> None:
         self.latents = latents

@@ -1,7 +1,8 @@
-"""The shard step by native passes, where the inner optimizer is AdamW: in a fraction of the passes, and on CPU the same bits.
+"""The shard step by native passes, tile by tile, where the inner optimizer is AdamW: in a fraction of the passes.
 
-The definition masks gradients, adds the regularizers' to them, lets the inner optimizer step, and decides codes. Native code
-reads the gradients once for the sums, and once more to do all of the first three, without writing them.
+It serves GPUs; on CPU flats with quantized weights take `flat_step.py`, and from here what nothing quantizes and what serves
+other optimizers. The definition masks gradients, adds the regularizers' to them, lets the inner optimizer step, and decides
+codes. Native code reads the gradients once for the sums, and once more to do all of the first three, without writing them.
 """
 
 from collections.abc import Mapping
