@@ -3,10 +3,11 @@
 Their definitions are the tile methods of `shard/weight_quantizers.py`, `shard/regularizers.py` and `shard/oscillation.py` and
 torch's fused AdamW. Native code gives the same bits, but for sums over elements (float64), for what torch's AdamW computes
 outside its vectors, the last few elements of a tensor, and, where freezing is on, for `code_mean`: each of these may round
-once where the definition rounds twice.
+once where the definition rounds twice. On CPU `flat_*` do the same for all tiles of a flat in one call, update and image at once.
 """
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -119,9 +120,79 @@ def image(
     )  # fmt: skip
 
 
+class Column(IntEnum):
+    """Name the columns of a table of the tiles of a flat, float64 (tiles, 18), which `csrc/shard_flat.cpp` reads.
+
+    A tile is `rows * cols` elements from START on, row r of group `(FIRST_GROUP + r) % N_GROUPS` of a weight whose groups lie
+    from GROUP on in all scales, and whose bins lie from BIN on in all bins, N_BINS a group; its tracker begins at STATE.
+    N_GROUPS of 0: values that nothing quantizes. LATE: the scale is a statistic of what the step leaves.
+    """
+
+    START = 0
+    ROWS = 1
+    COLS = 2
+    STATE = 3
+    FIRST_GROUP = 4
+    N_GROUPS = 5
+    GROUP = 6
+    BIN = 7
+    N_BINS = 8
+    WEIGHT = 9
+    QMIN = 10
+    QMAX = 11
+    SHIFT = 12
+    LOW = 13
+    HIGH = 14
+    PLAIN = 15
+    LATE = 16
+    PULL = 17
+
+
+def flat_gather(
+    w: Tensor, grad: Tensor, codes: Tensor, frozen: Tensor | None, scale: Tensor, centre: Tensor | None, tiles: Tensor,
+    sizes: bool, sums: Tensor, bins: Tensor, backend: str,
+) -> None:  # fmt: skip
+    """Add to float64 `sums` (2, n_groups) and `bins` (2, n_bins) what `gather` does, for all tiles of a flat.
+
+    The sums of |w| are there where `sizes` asks for them; w and grad are the flat and its gradient, codes and frozen those of
+    its quantized elements alone.
+    """
+    call("flat_gather", backend, w.device.type, w, grad, codes, frozen, scale, centre, tiles, sizes, sums, bins)
+
+
+def flat_step(
+    w: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, image: Tensor, tracker: dict[str, Tensor | None],
+    before: Tensor, after: Tensor, centre: Tensor | None, bins: Tensor, spread: float, tiles: Tensor, adamw: AdamWStep,
+    momentum: float, threshold: float | None, norms: Tensor | None, backend: str,
+) -> None:  # fmt: skip
+    """Step a flat as `update` and then `image` do for a tile, and leave its image beside it; late tiles as `update` alone.
+
+    Args:
+        image: float32 like the flat; what nothing quantizes is copied to it.
+        before, after: float32 (n_groups,) scales of the images that the forward pass used, and of the next.
+        bins: float64 (2, n_bins), what the bins hold over all shards, for a variance term of factor `spread`.
+        norms: float64 (n_weights, 2), or None.
+    """
+    limit = -1.0 if threshold is None else threshold
+    call(
+        "flat_step", backend, w.device.type, w, grad, exp_avg, exp_avg_sq, image, *tracker.values(), before, after, centre,
+        bins, spread, tiles, *adamw.numbers(), momentum, limit, norms,
+    )  # fmt: skip
+
+
+def flat_image(
+    w: Tensor, image: Tensor, tracker: dict[str, Tensor | None], scale: Tensor, centre: Tensor | None, tiles: Tensor,
+    momentum: float, threshold: float | None, backend: str,
+) -> None:  # fmt: skip
+    """Leave the images of a flat's late tiles in `image`, and record their new codes."""
+    limit = -1.0 if threshold is None else threshold
+    call("flat_image", backend, w.device.type, w, image, *tracker.values(), scale, centre, tiles, momentum, limit)
+
+
 # The schemas are here and their kernels in csrc/, attached when the library is loaded.
 _LIBRARY = torch.library.Library("dsquant", "FRAGMENT")
 _TILE = "Tensor? centre, Tensor scale, Tensor groups, int qmin, int qmax, float shift"
+_TRACKER = "Tensor(w!) codes, Tensor(x!) direction, Tensor(y!) frequency, Tensor(z!)? code_mean, Tensor(u!)? frozen"
 _ADAMW = "float decay, float beta1, float beta2, float correction, float eps, float step"
 for _schema in (
     f"shard_gather(Tensor w, Tensor grad, Tensor codes, Tensor? frozen, {_TILE}, float low, float high, bool plain, "
@@ -132,6 +203,13 @@ for _schema in (
     "shard_moments(Tensor w, Tensor groups, Tensor(a!) sums, int isa) -> ()",
     "shard_image(Tensor(a!) w, Tensor(b!) latent, Tensor(c!) codes, Tensor(d!) direction, Tensor(e!) frequency, "
     f"Tensor(f!)? code_mean, Tensor(g!)? frozen, {_TILE}, float momentum, float threshold, int isa) -> ()",
+    "shard_flat_gather(Tensor w, Tensor grad, Tensor codes, Tensor? frozen, Tensor scale, Tensor? centre, Tensor tiles, "
+    "bool sizes, Tensor(a!) sums, Tensor(b!) bins, int isa) -> ()",
+    f"shard_flat_step(Tensor(a!) w, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) image, {_TRACKER}, "
+    f"Tensor before, Tensor after, Tensor? centre, Tensor bins, float spread, Tensor tiles, {_ADAMW}, float momentum, "
+    "float threshold, Tensor(e!)? norms, int isa) -> ()",
+    f"shard_flat_image(Tensor(a!) w, Tensor(b!) image, {_TRACKER}, Tensor scale, Tensor? centre, Tensor tiles, float momentum, "
+    "float threshold, int isa) -> ()",
 ):
     _LIBRARY.define(_schema)
     torch.library.register_fake("dsquant::" + _schema.partition("(")[0], lambda *_: None, lib=_LIBRARY)

@@ -1,7 +1,8 @@
-"""The shard step by native passes, where the inner optimizer is AdamW: in a fraction of the passes, and on CPU the same bits.
+"""The shard step by native passes, tile by tile, where the inner optimizer is AdamW: in a fraction of the passes.
 
-The definition masks gradients, adds the regularizers' to them, lets the inner optimizer step, and decides codes. Native code
-reads the gradients once for the sums, and once more to do all of the first three, without writing them.
+It serves GPUs; on CPU flats with quantized weights take `flat_step.py`, and from here what nothing quantizes and what serves
+other optimizers. The definition masks gradients, adds the regularizers' to them, lets the inner optimizer step, and decides
+codes. Native code reads the gradients once for the sums, and once more to do all of the first three, without writing them.
 """
 
 from collections.abc import Mapping
@@ -28,6 +29,17 @@ def can_step(inner: torch.optim.Optimizer, flats: list[Tensor]) -> bool:
         and all(flat.grad.dtype is torch.float32 for flat in flats)
         and all(backends.choose("shard_step", device) != backends.TORCH for device in devices)
     )
+
+
+def next_step(inner: torch.optim.AdamW, flat: Tensor, group: dict) -> tuple[dict, shard_step.AdamWStep]:
+    """Count a step of a flat; return its state, as AdamW itself would have begun it, and the numbers of the step."""
+    state = inner.state[flat]
+    if not state:
+        state["step"] = torch.tensor(0.0)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
+    state["step"] = state["step"].cpu() + 1  # the host needs it; torch's own fused step keeps it on the device
+    count = int(state["step"].numpy())
+    return state, shard_step.AdamWStep(float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], count)
 
 
 def gathered(weight: ShardedWeight, spread: bool) -> tuple[Tensor, Tensor]:
@@ -112,11 +124,7 @@ class NativeStep:
                     self._step_flat(flat, group, [w for w in weights.get(id(flat), []) if w.fragment is not None])
 
     def _step_flat(self, flat: Tensor, group: dict, weights: list[ShardedWeight]) -> None:
-        state = self._state(flat)
-        state["step"] = state["step"].cpu() + 1  # the host needs it; torch's own fused step keeps it on the device
-        numbers = shard_step.AdamWStep(
-            float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], int(state["step"].numpy())
-        )
+        state, numbers = next_step(self.inner, flat, group)
         parts = [part.view(-1) for part in (flat.data, flat.grad, state["exp_avg"], state["exp_avg_sq"])]
         done = 0
         for weight in sorted(weights, key=lambda w: w.fragment.start):
@@ -124,14 +132,6 @@ class NativeStep:
             self._step_weight(weight, parts, numbers)
             done = weight.fragment.start + weight.fragment.numel
         self._between(parts, done, flat.numel(), numbers)
-
-    def _state(self, flat: Tensor) -> dict:
-        """Return the optimizer's state of a flat, as AdamW itself would have begun it."""
-        state = self.inner.state[flat]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
-        return state
 
     def _between(self, parts: list[Tensor], start: int, stop: int, numbers: shard_step.AdamWStep) -> None:
         if start < stop:

@@ -14,12 +14,13 @@ from dsquant.config import QuantConfig
 from dsquant.errors import ShardError
 from dsquant.ops import backends
 from dsquant.ops.fake_quantize import near_boundary
-from dsquant.quant.modules import lsq_grad_scale, mdq_grad_scale
 from dsquant.quant.state import SCALE_FLOOR, QuantState
+from dsquant.shard.flat_step import FlatStep, on_cpu
 from dsquant.shard.fragments import Fragment, ShardMap, part_of
 from dsquant.shard.native_step import NativeStep, can_step, gathered, write_image
 from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, track
 from dsquant.shard.regularizers import Regularizer, bin_index, bin_sums
+from dsquant.shard.scale_step import ScaleStep
 from dsquant.shard.statistics import weight_statistics
 from dsquant.shard.weight_quantizers import ShardedWeight, moment_scales, mse_scales
 from dsquant.spec import WeightSite
@@ -118,17 +119,14 @@ class ShardQuantization:
             self.weights.update((w.site.name, w) for w in found)
         if missing := [site.name for site in sites if site.name not in self.weights]:
             raise ShardError(f"{missing[0]} is to be quantized and no optimizer steps it (is it frozen?)")
-        device, entries = state.values.device, state.entries
-        self._places, self._factors = {}, {}  # of a weight's scales in the state, and of their gradients
-        for name, weight in self.weights.items():
-            where = entries[f"{name}:scale"].slice
-            self._places[name] = torch.arange(where.start, where.stop, device=device)
-            factor = self._grad_factor(weight)
-            self._factors[name] = torch.full((weight.n_groups,), factor, dtype=torch.float64, device=device)
+        self._scales = ScaleStep(state, config.grad_scale, betas)
         self._latents: dict[str, Tensor] = {}
         self._lr_factor, self._threshold, self._activations_pending = 1.0, None, False
         self._held: dict[str, tuple[Tensor, Tensor]] = {}  # CGA: which weights may move, and where all were
         self._native: NativeStep | None = None  # of the step that is being taken
+        self._flat: FlatStep | None = None  # likewise, on CPU
+        self._flat_steps: dict[tuple[int, ...], FlatStep] = {}  # by their flats
+        self._shown: list[FlatStep] = []  # whose flats hold images
         self.regularizer = Regularizer(config.obr, config.oscillation.dampening)
 
     @torch.no_grad()
@@ -200,6 +198,12 @@ class ShardQuantization:
     def finish_step(self) -> None:
         """Put the latents back into the flats, after DeepSpeed has gathered the images."""
         if not self.shards.in_place:
+            for shown in self._shown:
+                for store in shown.stores.values():
+                    store.show_latents()
+                    for name in store.of_weights:
+                        self._latents.pop(name, None)
+            self._shown.clear()
             for name, latent in self._latents.items():
                 self.weights[name].fragment.values.copy_(latent)
             self._latents.clear()
@@ -222,14 +226,26 @@ class ShardQuantization:
     def step(self, flats: list[Tensor], inner: torch.optim.Optimizer) -> None:
         """Step the flats by the inner optimizer, with what quantization does before and after it."""
         native = NativeStep(inner) if can_step(inner, flats) and not self.config.oscillation.cga.enabled else None
-        self._native = native
+        if native is not None and all(on_cpu(flat) for flat in flats):
+            self._flat = self._flat_step(flats)
+        else:
+            self._native = native
         self.before_inner_step(flats)
-        if native is None:
+        if self._flat is not None:
+            self._flat.step(inner, self.config.oscillation.momentum, self._threshold)
+        elif native is None:
             inner.step()
         else:
             native.step(self._in_flat)
         self._native = None
         self.after_inner_step(flats)
+        self._flat = None
+
+    def _flat_step(self, flats: list[Tensor]) -> FlatStep:
+        key = tuple(id(flat) for flat in flats)
+        if key not in self._flat_steps:
+            self._flat_steps[key] = FlatStep(flats, self._in_flat, self.state, self.shards.in_place)
+        return self._flat_steps[key]
 
     @torch.no_grad()
     def before_inner_step(self, flats: list[Tensor]) -> None:
@@ -238,31 +254,54 @@ class ShardQuantization:
         A native step does the former itself, and is told how here.
         """
         weights = [w for flat in flats for w in self._in_flat[id(flat)]]
-        if self.shards.in_place:
+        if self._flat is not None:
+            self._flat.begin(self._latents)
+        elif self.shards.in_place:
             for weight in weights:
                 weight.fragment.values.copy_(self.latent(weight))
-        sums = [self._gather_sums(weight) for weight in weights]
-        payload = [torch.cat([s.view(-1) for s in pair]) for pair in sums]
         with_activations = self._activations_pending
+        if not (weights or with_activations):
+            return
+        room = self.state.n_activation if with_activations else 0
+        payload = self._gather_all(weights, room)
         if with_activations:
             self.state.begin_step()
-            payload.append(self.state.take_activation_grads(self.world_size))
-        if not payload:
-            return
-        reduced = self._sum(torch.cat(payload)).split([p.numel() for p in payload])
+            payload[payload.numel() - room :] = self.state.take_activation_grads(self.world_size)
+        n_groups = sum(weight.n_groups for weight in weights)
+        sizes = [2 * n_groups, payload.numel() - room - 2 * n_groups, room]
+        groups, bins, activations = self._sum(payload).split(sizes)
         if with_activations:
-            self.state.grads[: self.state.n_activation] = reduced[-1].float()
-            self.state.update(slice(0, self.state.n_activation), self._lr_factor, self.betas)
+            self.state.grads[:room] = activations.float()
+            self.state.update(slice(0, room), self._lr_factor, self.betas)
             self._activations_pending = False
-        groups = [total[: 2 * w.n_groups].view(2, -1) for w, total in zip(weights, reduced, strict=False)]
-        bins = [total[2 * w.n_groups :].view(2, -1) for w, total in zip(weights, reduced, strict=False)]
-        if self._native is not None:
-            self._native.prepare(weights, bins, self.regularizer)
+        if not weights:
+            return
+        if self._flat is not None:
+            self._flat.prepare(bins.view(2, -1), self.regularizer)
         else:
-            for weight, held in zip(weights, bins, strict=True):
-                self.regularizer.add(weight, held)
-                self._hold(weight)
-        self._step_scales(weights, groups)
+            self._prepare(weights, bins.view(2, -1))
+        self._scales.step(weights, groups.view(2, -1), self._lr_factor)
+
+    def _gather_all(self, weights: list[ShardedWeight], room: int) -> Tensor:
+        """Return what `_gather_sums` says of all weights, (2, groups) and (2, bins) in a row, with room for other values."""
+        device = self.state.values.device
+        if self._flat is not None:
+            found = self._flat.gather(self.regularizer, self.config.grad_scale == "mdq", room)
+            return (found if self.contributes else found.zero_()).to(device)
+        sums = [self._gather_sums(weight) for weight in weights]
+        parts = [torch.cat(of, dim=1).view(-1) for of in zip(*sums, strict=True)]
+        return torch.cat([*parts, torch.zeros(room, dtype=torch.float64, device=device)])
+
+    def _prepare(self, weights: list[ShardedWeight], bins: Tensor) -> None:
+        """Add the regularizers' gradient, or tell a native step how to; `bins` (2, all bins) are over all shards."""
+        sizes = [w.n_groups * w.n_bins if self.regularizer.spread(w) > 0 else 0 for w in weights]
+        parts = list(bins.split(sizes, dim=1))
+        if self._native is not None:
+            self._native.prepare(weights, parts, self.regularizer)
+            return
+        for weight, held in zip(weights, parts, strict=True):
+            self.regularizer.add(weight, held)
+            self._hold(weight)
 
     def _gather_sums(self, weight: ShardedWeight) -> tuple[Tensor, Tensor]:
         """Mask this rank's gradient and return float64 sums over its part of a weight.
@@ -306,25 +345,6 @@ class ShardQuantization:
         weight.gradient.mul_(free)
         self._held[weight.site.name] = free, values.clone()
 
-    def _step_scales(self, weights: list[ShardedWeight], sums: list[Tensor]) -> None:
-        """Step the learned scales of weights, all at once; `sums` (2, n_groups) are d scale and |w|_1 of each."""
-        learned = [(w.site.name, total) for w, total in zip(weights, sums, strict=True) if w.learned]
-        if not learned:
-            return
-        d_scale, norm = torch.cat([total for _, total in learned], dim=1)
-        where, factor = (torch.cat([of[name] for name, _ in learned]) for of in (self._places, self._factors))
-        if self.config.grad_scale == "mdq":
-            factor = mdq_grad_scale(norm, factor)
-        self.state.grads[where] = (d_scale * factor).float()
-        self.state.update(where, self._lr_factor, self.betas)
-
-    def _grad_factor(self, weight: ShardedWeight) -> float:
-        """Return the factor of the gradient of a weight's scales, or what mdq's follows from: qmax."""
-        per_group, qmax = weight.site.numel // weight.n_groups, weight.site.spec.grad_qmax
-        if self.config.grad_scale == "mdq":
-            return float(max(1, qmax))
-        return lsq_grad_scale(per_group, qmax) if self.config.grad_scale == "lsq" else 1.0
-
     @torch.no_grad()
     def after_inner_step(self, flats: list[Tensor]) -> None:
         """Decide new codes, record oscillations, and leave the image in the flats."""
@@ -334,6 +354,10 @@ class ShardQuantization:
                 free, before = self._held.pop(weight.site.name)
                 weight.fragment.values.copy_(torch.where(free, weight.fragment.values, before))
         self._take_moments(weights, "statistic")
+        if self._flat is not None:
+            self._latents |= self._flat.finish(self.config.oscillation.momentum, self._threshold)
+            self._shown.append(self._flat)
+            return
         for weight in weights:
             self._write_image(weight, record=True)
 

@@ -33,6 +33,17 @@ struct Tracker {
   float momentum, keep, threshold;  // threshold < 0: nothing freezes at this step
 };
 
+// One step of a run of quantized weights: AdamW on the latents w, then the codes under `after` and their image.
+struct RunStep {
+  float* w;
+  const float* grad;
+  float *m, *v, *image;
+  RunGrid before, after;  // with the scales of the image that the forward pass used, and with those of the next
+  Pull pull;
+  AdamW adam;
+  Tracker tracker;
+};
+
 struct StepKernels {
   // out[0] += sum of d scale, out[1] += sum |w| ; bins[k] += count, bins[n_bins + k] += sum of the clipped values. bins may be
   // null.
@@ -46,11 +57,26 @@ struct StepKernels {
   void (*moments)(int64_t n, const float* w, double* out);
   // latent = w, w = image of the new codes; the tracker records them.
   void (*image)(int64_t n, float* w, float* latent, const RunGrid&, const Tracker&);
+  // The sums that `gather` finds (of |w| only where asked) and a whole step, in one pass each. Null, or false for what
+  // they have no code for: then the passes above do it.
+  bool (*sums)(int64_t n, const float* w, const float* grad, const int8_t* codes, const RunGrid&, int64_t n_bins,
+               bool sizes, double* out, double* bins);
+  bool (*step)(int64_t n, const RunStep&);
 };
+
+// As `gather`, by the fastest code that there is.
+inline void sums_of(const StepKernels& kernels, int64_t n, const float* w, const float* grad, const int8_t* codes,
+                    const bool* frozen, const RunGrid& grid, int64_t n_bins, bool sizes, double* out, double* bins) {
+  if (!frozen && kernels.sums && kernels.sums(n, w, grad, codes, grid, n_bins, sizes, out, bins)) return;
+  kernels.gather(n, w, grad, codes, frozen, grid, n_bins, out, bins);
+}
 
 extern const StepKernels kStepPortable;
 #if defined(__x86_64__)
 extern const StepKernels kStepAvx2;
+bool sums_avx512(int64_t n, const float* w, const float* grad, const int8_t* codes, const RunGrid&, int64_t n_bins,
+                 bool sizes, double* out, double* bins);
+bool step_avx512(int64_t n, const RunStep&);
 constexpr const StepKernels* kStepAvx2OrNone = &kStepAvx2;
 #else
 constexpr const StepKernels* kStepAvx2OrNone = nullptr;

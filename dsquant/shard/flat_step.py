@@ -1,0 +1,244 @@
+"""The shard step on CPU, in two passes over a flat whatever the number of weights in it.
+
+The first reads weights, gradients and codes for the sums that are reduced over ranks; the second does all the rest and writes
+each byte once. Latents stay where they are and images go to a tensor beside them: between the step and its end
+(`ShardQuantization.finish_step`) the flat's `data` is the images, so nothing is copied back.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dsquant.ops import backends, shard_step
+from dsquant.ops.shard_step import Column
+from dsquant.quant.state import QuantState
+from dsquant.shard.native_step import next_step
+from dsquant.shard.oscillation import TrackerState
+from dsquant.shard.regularizers import Regularizer
+from dsquant.shard.weight_quantizers import ShardedWeight
+
+
+def on_cpu(flat: Tensor) -> bool:
+    """Say whether a flat lies on CPU and C++ serves it there."""
+    return flat.device.type == "cpu" and backends.choose("shard_step", "cpu") in backends.ON_CPU
+
+
+class FlatStore:
+    """Hold what lies beside one flat: images (or, where the flat is the model's own parameter, latents) and trackers.
+
+    Args:
+        flat: float32, of any shape; `weights` are this rank's quantized weights in it.
+        places: of each weight, its number among all of a step and where its groups begin.
+        in_place: the flat holds images between steps, not latents.
+    """
+
+    def __init__(
+        self, flat: Tensor, weights: list[ShardedWeight], places: Mapping[str, tuple[int, int]], in_place: bool
+    ):
+        self.flat, self.in_place = flat, in_place
+        self.weights = sorted(weights, key=lambda w: w.fragment.start)
+        self.latents = self.images = None
+        self.of_weights: dict[str, Tensor] = {}  # latents
+        self._trackers: dict[str, TrackerState] = {}
+        self.state: dict[str, Tensor | None] = {}
+        self.rest: list[slice] = []  # of the flat, that nothing quantizes
+        rows, done, tracked = [], 0, 0
+        for weight in self.weights:
+            start, numel = weight.fragment.start, weight.fragment.numel
+            rows += self._plain_row(done, start) + _rows(weight, tracked, *places[weight.site.name])
+            done, tracked = start + numel, tracked + numel
+        rows += self._plain_row(done, flat.numel())
+        self.tiles = torch.tensor(rows, dtype=torch.float64)
+        self.weight_of = self.tiles[:, Column.WEIGHT].long()
+        self.tracked = tracked
+
+    def _plain_row(self, start: int, stop: int) -> list[list[float]]:
+        if start == stop:
+            return []
+        self.rest.append(slice(start, stop))
+        row = [0.0] * len(Column)
+        row[Column.START], row[Column.ROWS], row[Column.COLS] = start, 1, stop - start
+        return [row]
+
+    def begin(self, latents: Mapping[str, Tensor]) -> None:
+        """Have the flat hold its latents; `latents` are those kept elsewhere so far."""
+        if any(w.tracker is not self._trackers.get(w.site.name) for w in self.weights):
+            self._take_trackers()
+        shown = self.flat.data
+        if not self.in_place:
+            self.images = torch.empty_like(shown, pin_memory=shown.is_pinned())
+            if self.latents is None or self.latents.data_ptr() != shown.data_ptr():
+                self._keep(shown)
+            return
+        self.images = shown
+        if self.latents is None:
+            self._keep(torch.empty_like(shown))
+        for weight in self.weights:
+            name, kept = weight.site.name, self.of_weights[weight.site.name]
+            if latents.get(name) is not kept:
+                kept.copy_(latents.get(name, weight.fragment.values))
+        for part in self.rest:
+            self.latents.view(-1)[part].copy_(shown.view(-1)[part])
+        self.flat.data = self.latents
+
+    def show_images(self) -> None:
+        """Have the flat hold its images."""
+        self.flat.data = self.images
+
+    def show_latents(self) -> None:
+        """Have the flat hold its latents again; the next backward pass needs the images' memory more."""
+        self.flat.data, self.images = self.latents, None
+
+    def _keep(self, latents: Tensor) -> None:
+        self.latents = latents
+        self.of_weights = {w.site.name: w.fragment.of(latents) for w in self.weights}
+
+    def _take_trackers(self) -> None:
+        """Put the trackers of all weights into one tensor a part, one behind the other; each weight keeps a view."""
+        self.state = dict.fromkeys(vars(self.weights[0].tracker))
+        for part in self.weights[0].tracker.tensors():
+            self.state[part] = torch.cat([getattr(w.tracker, part).view(-1) for w in self.weights])
+        sizes, start = [w.fragment.numel for w in self.weights], 0
+        for weight, size in zip(self.weights, sizes, strict=True):
+            views = {part: None if t is None else t[start : start + size] for part, t in self.state.items()}
+            weight.tracker = self._trackers[weight.site.name] = TrackerState(**views)
+            start += size
+
+
+def _rows(weight: ShardedWeight, tracked: int, index: int, group: int) -> list[list[float]]:
+    """Return the rows of a weight's tiles in the table of its flat; bins and pull are those of a step."""
+    levels, rows = weight.levels, []
+    for tile in weight.tiles:
+        row = [0.0] * len(Column)
+        row[Column.START], row[Column.STATE] = weight.fragment.start + tile.start, tracked + tile.start
+        row[Column.ROWS], row[Column.COLS] = tile.shape
+        row[Column.FIRST_GROUP], row[Column.N_GROUPS] = int(tile.groups.numpy()[0]), weight.n_groups
+        row[Column.GROUP], row[Column.WEIGHT] = group, index
+        row[Column.QMIN], row[Column.QMAX], row[Column.SHIFT] = levels.qmin, levels.qmax, levels.shift
+        row[Column.LOW], row[Column.HIGH] = levels.low, levels.high
+        row[Column.PLAIN], row[Column.LATE] = levels.elastic or not weight.learned, not weight.learned
+        rows.append(row)
+    return rows
+
+
+class FlatStep:
+    """Step some flats with an AdamW, quantized weights and all, by native code on CPU."""
+
+    def __init__(
+        self, flats: list[Tensor], in_flat: Mapping[int, list[ShardedWeight]], state: QuantState, in_place: bool
+    ):
+        self.flats, self.state = flats, state
+        self.weights = [w for flat in flats for w in in_flat[id(flat)]]  # also those that this rank has nothing of
+        places, self.n_groups = {}, 0
+        for index, weight in enumerate(self.weights):
+            places[weight.site.name] = index, self.n_groups
+            self.n_groups += weight.n_groups
+        self.stores: dict[int, FlatStore] = {}
+        for flat in flats:
+            if mine := [w for w in in_flat[id(flat)] if w.fragment is not None]:
+                self.stores[id(flat)] = FlatStore(flat, mine, places, in_place)
+        self._scales, self._centres = (self._entries(role) for role in ("scale", "centre"))
+        self._norms: dict[int, Tensor | None] = {}
+        self._buffer = torch.empty(0, dtype=torch.float64)
+        self.backend = backends.choose("shard_step", "cpu")
+
+    def _entries(self, role: str) -> list[slice | int]:
+        """Return where the values of a role lie in the state, in the fewest slices, or how many a weight without it would have.
+
+        It is empty where no weight has it.
+        """
+        found, any_of_them = [], False
+        for weight in self.weights:
+            entry = self.state.entries.get(f"{weight.site.name}:{role}")
+            any_of_them |= entry is not None
+            if entry is None:
+                found.append(weight.n_groups)
+            elif found and isinstance(found[-1], slice) and found[-1].stop == entry.start:
+                found[-1] = slice(found[-1].start, entry.slice.stop)
+            else:
+                found.append(entry.slice)
+        return found if any_of_them else []
+
+    def _values(self, entries: list[slice | int]) -> Tensor | None:
+        """Return a copy of the values of a role, float32 (n_groups,) on CPU; 0 where a weight has none."""
+        if not entries:
+            return None
+        values = self.state.values
+        return torch.cat([values[e] if isinstance(e, slice) else values.new_zeros(e) for e in entries]).cpu()
+
+    def begin(self, latents: Mapping[str, Tensor]) -> None:
+        """Have the flats hold their latents."""
+        for store in self.stores.values():
+            store.begin(latents)
+
+    def gather(self, regularizer: Regularizer, sizes: bool, room: int) -> Tensor:
+        """Return this rank's sums over all weights, as `ShardQuantization._gather_sums` defines them for one.
+
+        They are (2, groups) and (2, bins) in a row, float64, with `room` for other values behind them: a buffer that the next
+        step takes again.
+        """
+        self._scale, self._centre = self._values(self._scales), self._values(self._centres)
+        self._spread = [regularizer.spread(w) for w in self.weights]
+        held = [w.n_bins if s else 0 for w, s in zip(self.weights, self._spread, strict=True)]
+        self._pull = [regularizer.pull(w) for w in self.weights]
+        first, size = [], 0
+        for weight, n_bins in zip(self.weights, held, strict=True):
+            first.append(size)
+            size += weight.n_groups * n_bins
+        columns = torch.tensor([first, held, self._pull], dtype=torch.float64)
+        if self._buffer.numel() != 2 * (self.n_groups + size) + room:
+            self._buffer = torch.empty(2 * (self.n_groups + size) + room, dtype=torch.float64)
+        sums, bins, _ = self._buffer.zero_().split([2 * self.n_groups, 2 * size, room])
+        for store in self.stores.values():
+            quantized = (store.tiles[:, Column.N_GROUPS] > 0).double()
+            wanted = columns[:, store.weight_of] * quantized
+            store.tiles[:, Column.BIN], store.tiles[:, Column.N_BINS], store.tiles[:, Column.PULL] = wanted
+            shard_step.flat_gather(
+                store.latents, store.flat.grad, store.state["codes"], store.state["frozen"], self._scale, self._centre,
+                store.tiles, sizes, sums, bins, self.backend,
+            )  # fmt: skip
+        return self._buffer
+
+    def prepare(self, bins: Tensor, regularizer: Regularizer) -> None:
+        """Note what the regularizers' gradient is formed with; `bins` are over all shards."""
+        self._bins = bins.cpu().contiguous()
+        pulled = [w.fragment is not None and bool(p or s)
+                  for w, p, s in zip(self.weights, self._pull, self._spread, strict=True)]  # fmt: skip
+        self._norms = {i: regularizer.new_norms(w) for i, w in enumerate(self.weights) if pulled[i]}
+
+    def step(self, inner: torch.optim.AdamW, momentum: float, threshold: float | None) -> None:
+        """Step every flat; weights whose scale is a statistic have no image yet."""
+        after = self._values(self._scales)
+        observed = any(norms is not None for norms in self._norms.values())
+        norms = torch.zeros(len(self.weights), 2, dtype=torch.float64) if observed else None
+        for group in inner.param_groups:
+            for flat in group["params"]:
+                if flat.grad is None:
+                    continue
+                state, numbers = next_step(inner, flat, group)
+                moments = state["exp_avg"], state["exp_avg_sq"]
+                store = self.stores.get(id(flat))
+                if store is None:
+                    parts = (flat.data, flat.grad, *moments)
+                    shard_step.adamw(*(part.view(-1) for part in parts), numbers, self.backend)
+                    continue
+                shard_step.flat_step(
+                    store.latents, flat.grad, *moments, store.images, store.state, self._scale, after, self._centre,
+                    self._bins, max(self._spread), store.tiles, numbers, momentum, threshold, norms, self.backend,
+                )  # fmt: skip
+        for index, found in self._norms.items():
+            if found is not None:
+                found.copy_(norms[index])
+
+    def finish(self, momentum: float, threshold: float | None) -> dict[str, Tensor]:
+        """Form the images that are missing, have the flats hold images, and return the latents by name."""
+        late, found = any(not w.learned for w in self.weights), {}
+        scale, centre = (self._values(of) for of in (self._scales, self._centres)) if late else (None, None)
+        for store in self.stores.values():
+            if late:
+                parts = (store.latents, store.images, store.state)
+                shard_step.flat_image(*parts, scale, centre, store.tiles, momentum, threshold, self.backend)
+            store.show_images()
+            found |= store.of_weights
+        return found
