@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from dsquant.errors import ConfigError
 from dsquant.ops import backends
+from dsquant.ops.fake_quantize import QuantArgs
 from dsquant.ops.pack import pack
 from dsquant.ops.packed_linear import packed_linear, packed_matrix
-from dsquant.ops.quant_attention import QuantArgs
 from dsquant.ops.timing import interleaved
 from dsquant.spec import Levels, qrange
 

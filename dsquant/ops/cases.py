@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from dsquant.ops import backends, shard_step
-from dsquant.ops.fake_quantize import ScaleGradient, backward_into, quantize_dequantize
+from dsquant.ops.fake_quantize import QuantArgs, ScaleGradient, backward_into, quantize_dequantize
 from dsquant.ops.pack import pack
 from dsquant.ops.packed_linear import PackedMatrix, packed_matrix, run
-from dsquant.ops.quant_attention import QuantArgs, quant_attention
+from dsquant.ops.quant_attention import quant_attention
 from dsquant.spec import Levels
 
 FLOAT_BYTES = 4
@@ -123,7 +123,7 @@ def fake_quantize_cases(device: str) -> list[Case]:
 
 
 def attention_cases(device: str) -> list[Case]:
-    """Return forward and backward of `quant_attention` at 2 bits; on CPU its definition calls native quantizers."""
+    """Return forward and backward of `quant_attention` at 2 bits."""
     shape = (4, 3, 197, 64)
     leaves = [t.requires_grad_() for t in _randn(3, *shape, device=device)]
     grad = _randn(*shape, device=device, seed=1)

@@ -138,6 +138,15 @@ def dot_like(x: Tensor, y: Tensor, like: Tensor) -> Tensor:
     return sum_like(x * y, like)
 
 
+class QuantArgs(NamedTuple):
+    """Bundle what one quantizer needs: scale and offset tensors, the grid, gradient factor."""
+
+    scale: Tensor
+    offset: Tensor | None
+    levels: Levels
+    grad_scale: float = 1.0
+
+
 class ScaleGradient:
     """Accumulate d scale and d offset over blocks in float64."""
 

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsquant.ops import backends
-from dsquant.ops.fake_quantize import quantize, quantize_dequantize
+from dsquant.ops.fake_quantize import QuantArgs, quantize, quantize_dequantize
 from dsquant.ops.pack import unpack
-from dsquant.ops.quant_attention import QuantArgs
 from dsquant.spec import Levels
 
 EXACT_FLOAT32, EXACT_INT32 = 1 << 24, 1 << 31

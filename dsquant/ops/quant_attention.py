@@ -1,38 +1,26 @@
 """Attention with quantized q, k, probabilities and v that saves q, k, v and what is added to the scores only.
 
 The scores and probabilities of a few images at a time are formed, used and dropped; backward forms them again. So the
-memory of a training step does not grow with the square of the sequence, and the work stays in a core's cache. On GPUs
-Triton's kernels (gpu/quant_attention.py) hold a block of scores at a time.
+memory of a training step does not grow with the square of the sequence, and the work stays in a core's cache. Where there is
+native code (native_attention.py), it runs instead.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dsquant.ops import backends
+from dsquant.ops import backends, native_attention
 from dsquant.ops.fake_quantize import (
     BLOCK_ELEMENTS,
+    QuantArgs,
     ScaleGradient,
     backward_block,
-    backward_into,
     blocks,
     quantize_dequantize,
     sum_like,
 )
-from dsquant.spec import Levels
+from dsquant.ops.native_attention import through_site
 
-FUSED_DIM = {torch.float32: 128, torch.bfloat16: 256}  # the most features of q, k and v that Triton's kernels take
 NATIVE_BLOCK = 1 << 18  # elements of the scores at a time: 1 MiB, which a core's caches hold
-
-
-class QuantArgs(NamedTuple):
-    """Bundle what one quantizer needs: scale and offset tensors, the grid, gradient factor."""
-
-    scale: Tensor
-    offset: Tensor | None
-    levels: Levels
-    grad_scale: float = 1.0
 
 
 def _apply(x: Tensor, args: QuantArgs | None) -> Tensor:
@@ -40,14 +28,6 @@ def _apply(x: Tensor, args: QuantArgs | None) -> Tensor:
     if args is None:
         return x.float()
     return quantize_dequantize(x.float(), args.scale, args.offset, args.levels)
-
-
-def _apply_backward(x: Tensor, grad: Tensor, args: QuantArgs | None, sums: ScaleGradient | None, d_x: Tensor) -> None:
-    """Write dL/dx to contiguous `d_x`."""
-    if args is None:
-        d_x.copy_(grad)
-    else:
-        backward_into(x, grad, args.scale, args.offset, args.levels, sums, d_x)
 
 
 def _probabilities(q_scaled: Tensor, k_hat: Tensor, *additions: Tensor | None) -> Tensor:
@@ -65,8 +45,9 @@ class _QuantAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, softmax_scale if learned else None, bias, mask, *tensors)
         ctx.softmax_scale, ctx.specs = None if learned else softmax_scale, specs
         args = _assemble(specs, tensors)
-        if _fused(q, k, v, softmax_scale, args[2]):
-            return _fused_forward(q, k, v, softmax_scale, bias, mask, args)
+        of = native_attention.Attention(q, k, v, softmax_scale, bias, mask, args)
+        if (backend := native_attention.choose(of)) != backends.TORCH:
+            return native_attention.forward(of, backend)
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
         for block in _image_blocks(q, k):
             q_scaled = _apply(q[block], args[0]) * softmax_scale
@@ -81,14 +62,18 @@ class _QuantAttention(torch.autograd.Function):
         sums = [None if a is None else ScaleGradient(a.scale, a.offset) for a in args]
         softmax_scale = ctx.softmax_scale if scale is None else scale
         d_scale, d_bias = (None if t is None else torch.zeros_like(t, dtype=torch.float64) for t in (scale, bias))
-        run = _fused_backward if _fused(q, k, v, softmax_scale, args[2]) else _backward_by_blocks
-        d_qkv = run(q, k, v, softmax_scale, bias, mask, args, grad, sums, d_scale, d_bias)
+        of = native_attention.Attention(q, k, v, softmax_scale, bias, mask, args)
+        if (backend := native_attention.choose(of)) != backends.TORCH:
+            d_qkv = native_attention.backward(of, backend, grad, native_attention.Gradients(sums, d_scale, d_bias))
+        else:
+            d_qkv = _backward_by_blocks(of, grad, sums, d_scale, d_bias)
         d_scale, d_bias = (None if d is None else d.to(t.dtype) for d, t in ((d_scale, scale), (d_bias, bias)))
         return *d_qkv, d_scale, d_bias, None, None, *_flat_results(args, sums)
 
 
-def _backward_by_blocks(q, k, v, softmax_scale, bias, mask, args, grad, sums, d_scale, d_bias) -> list[Tensor]:
+def _backward_by_blocks(of: native_attention.Attention, grad, sums, d_scale, d_bias) -> list[Tensor]:
     """Return dL/dq, dL/dk and dL/dv; add what is summed over the batch to `sums`, d_scale and d_bias."""
+    q, k, v, softmax_scale, bias, mask, args = of
     d_q, d_k, d_v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     for block in _image_blocks(q, k):
         g = grad[block].float()
@@ -96,90 +81,16 @@ def _backward_by_blocks(q, k, v, softmax_scale, bias, mask, args, grad, sums, d_
         q_scaled = q_hat * softmax_scale
         p = _probabilities(q_scaled, k_hat, bias, _rows(mask, block, q.shape[0]))
         d_p, p_hat = _through_probabilities(p, g @ v_hat.transpose(-2, -1), args[2], sums[2])
-        _apply_backward(v[block], p_hat.transpose(-2, -1) @ g, args[3], sums[3], d_v[block])
+        through_site(v[block], p_hat.transpose(-2, -1) @ g, args[3], sums[3], d_v[block])
         d_s = torch._softmax_backward_data(d_p, p, -1, torch.float32)
         d_q_scaled = d_s @ k_hat
         if d_scale is not None:
             d_scale += sum_like(d_q_scaled * q_hat, d_scale)
         if d_bias is not None:
             d_bias += sum_like(d_s, d_bias)
-        _apply_backward(q[block], d_q_scaled.mul_(softmax_scale), args[0], sums[0], d_q[block])
-        _apply_backward(k[block], d_s.transpose(-2, -1) @ q_scaled, args[1], sums[1], d_k[block])
+        through_site(q[block], d_q_scaled.mul_(softmax_scale), args[0], sums[0], d_q[block])
+        through_site(k[block], d_s.transpose(-2, -1) @ q_scaled, args[1], sums[1], d_k[block])
     return [d_q, d_k, d_v]
-
-
-def _fused(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | Tensor, probs_args: QuantArgs | None) -> bool:
-    """Say whether Triton's kernels run. Raises ConfigError where they are forced and do not take these."""
-    if not q.numel():
-        return False
-    lacking = _beyond_kernels(q, k, v, softmax_scale, probs_args)
-    native = backends.ON_CPU if lacking else backends.NATIVE
-    return backends.choose("quant_attention", q.device.type, native, lacking) == backends.TRITON
-
-
-def _beyond_kernels(q, k, v, softmax_scale, probs_args) -> str:
-    """Name what Triton's kernels do not take, which want a query to have one softmax scale and one scale of probabilities."""
-    if q.dtype not in FUSED_DIM or not q.dtype == k.dtype == v.dtype:
-        return f"q, k and v of {q.dtype}, {k.dtype} and {v.dtype}: they must share float32 or bfloat16"
-    if not q.shape[:3] == k.shape[:3] == v.shape[:3]:
-        return f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}: they must share batch, heads and tokens"
-    if max(q.shape[-1], v.shape[-1]) > FUSED_DIM[q.dtype]:
-        limits = " and ".join(f"{most} of {dtype}" for dtype, most in FUSED_DIM.items())
-        return f"q {tuple(q.shape)} and v {tuple(v.shape)} of {q.dtype}: at most {limits} features"
-    given = {"softmax scale": softmax_scale}
-    if probs_args is not None:
-        given |= {"scale of probabilities": probs_args.scale, "offset of probabilities": probs_args.offset}
-    for name, value in given.items():
-        if isinstance(value, Tensor) and not _one_a_query(value.shape):
-            return f"a {name} of shape {tuple(value.shape)}: it must be the same for all images and keys"
-    return ""
-
-
-def _one_a_query(shape: torch.Size) -> bool:
-    """Say whether what broadcasts to (B, H, N, N) is the same for all images and keys."""
-    return shape.numel() == 1 or (shape[-1] == 1 and (len(shape) < 4 or shape[0] == 1))
-
-
-def _fused_arguments(q, k, v, softmax_scale, bias, mask, args) -> tuple:
-    """Return what both operators take: images in the dtype of q, what is added, values of each query, the grid."""
-    q_hat, k_hat, v_hat = (
-        x if a is None else quantize_dequantize(x, a.scale, a.offset, a.levels)
-        for x, a in ((q, args[0]), (k, args[1]), (v, args[3]))
-    )
-    probs = QuantArgs(1.0, None, Levels(0, 1)) if args[2] is None else args[2]
-    rows = torch.empty(3, *q.shape[1:3], 1, dtype=torch.float32, device=q.device)
-    for row, value in zip(rows, (softmax_scale, probs.scale, probs.offset), strict=True):
-        if isinstance(value, Tensor):
-            row.copy_(value.view(value.shape[-3:]))
-        else:
-            row.fill_(value or 0.0)
-    q_hat = q_hat if q_hat.stride()[2:] == (q.shape[-1], 1) else q_hat.contiguous()  # heads may share one
-    return q_hat, k_hat.contiguous(), v_hat.contiguous(), bias, mask, rows, *probs.levels, args[2] is not None
-
-
-def _fused_forward(q, k, v, softmax_scale, bias, mask, args) -> Tensor:
-    run = backends.operator("quant_attention", backends.TRITON, q.device.type)
-    return run(*_fused_arguments(q, k, v, softmax_scale, bias, mask, args))
-
-
-def _fused_backward(q, k, v, softmax_scale, bias, mask, args, grad, sums, d_scale, d_bias) -> list[Tensor]:
-    """Do `_backward_by_blocks` by Triton's kernels."""
-    run = backends.operator("quant_attention_backward", backends.TRITON, q.device.type)
-    of_images = [torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v)]
-    of_rows = torch.empty(3, *q.shape[:3], 1, dtype=torch.float32, device=q.device)
-    of_bias = None if bias is None else torch.empty(q.shape[1], *[q.shape[2]] * 2, device=q.device, dtype=torch.float64)
-    told = _fused_arguments(q, k, v, softmax_scale, bias, mask, args)
-    run(*told, grad.contiguous(), *of_images, of_rows, of_bias)
-    probs = (None, None) if sums[2] is None else (sums[2].scale, sums[2].offset)
-    for total, part in zip((d_scale, *probs, d_bias), (*of_rows.double(), of_bias), strict=True):
-        if total is not None:
-            total += sum_like(part, total.view(total.shape[-part.dim() :])).view(total.shape)
-    found = []
-    for x, of_image, i in zip((q, k, v), of_images, (0, 1, 3), strict=True):
-        d_x = of_image if x.dtype is torch.float32 else torch.empty_like(x, memory_format=torch.contiguous_format)
-        _apply_backward(x, of_image, args[i], sums[i], d_x)
-        found.append(d_x)
-    return found
 
 
 def _through_probabilities(
@@ -290,26 +201,3 @@ def _checked_mask(mask: Tensor, batch: int) -> Tensor:
     if batch % mask.shape[0]:
         raise ValueError(f"mask {tuple(mask.shape)} has {mask.shape[0]} rows, which do not divide a batch of {batch}")
     return mask
-
-
-# The schemas are here and their kernels in gpu/, attached where a GPU is used.
-_LIBRARY = torch.library.Library("dsquant", "FRAGMENT")
-_TOLD = (
-    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor rows, int qmin, int qmax, float shift, float reach, "
-    "bool elastic, bool quantized"
-)
-_LIBRARY.define(f"quant_attention({_TOLD}) -> Tensor")
-_LIBRARY.define(
-    f"quant_attention_backward({_TOLD}, Tensor grad, Tensor(a!) d_q, Tensor(b!) d_k, Tensor(c!) d_v, Tensor(d!) d_rows, "
-    "Tensor(e!)? d_bias) -> ()"
-)
-
-
-@torch.library.register_fake("dsquant::quant_attention", lib=_LIBRARY)
-def _(q, k, v, *_):
-    return torch.empty_like(v)
-
-
-@torch.library.register_fake("dsquant::quant_attention_backward", lib=_LIBRARY)
-def _(*_):
-    return None

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsquant.errors import ConfigError
-from dsquant.ops.fake_quantize import fake_quantize
-from dsquant.ops.quant_attention import QuantArgs
+from dsquant.ops.fake_quantize import QuantArgs, fake_quantize
 from dsquant.ops.quant_linear import quant_linear
 from dsquant.spec import ActivationSite, Granularity
 

@@ -9,8 +9,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsquant.ops import backends
-from dsquant.ops.fake_quantize import fake_quantize
-from dsquant.ops.quant_attention import QuantArgs, quant_attention
+from dsquant.ops.fake_quantize import QuantArgs, fake_quantize
+from dsquant.ops.quant_attention import quant_attention
 from dsquant.ops.quant_linear import quant_linear
 from dsquant.spec import Levels
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsquant.ops.fake_quantize import fake_quantize, quantize
-from dsquant.ops.quant_attention import QuantArgs, quant_attention
+from dsquant.ops.fake_quantize import QuantArgs, fake_quantize, quantize
+from dsquant.ops.quant_attention import quant_attention
 from dsquant.ops.quant_linear import quant_linear
 from dsquant.spec import Method, levels_of
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from dsquant.errors import ConfigError
 from dsquant.ops import backends, build
+from dsquant.ops.fake_quantize import QuantArgs
 from dsquant.ops.pack import pack
 from dsquant.ops.packed_linear import PackedMatrix, image, is_integer, packed_linear, packed_matrix, run
-from dsquant.ops.quant_attention import QuantArgs
 from dsquant.spec import Levels
 
 BACKENDS = (backends.TORCH, *backends.NATIVE)

@@ -3,8 +3,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from dsquant.ops import backends, gpu
-from dsquant.ops.fake_quantize import fake_quantize
-from dsquant.ops.quant_attention import QuantArgs, quant_attention
+from dsquant.ops.fake_quantize import QuantArgs, fake_quantize
+from dsquant.ops.quant_attention import quant_attention
 from dsquant.spec import Levels
 
 pytestmark = pytest.mark.usefixtures("each_backend")

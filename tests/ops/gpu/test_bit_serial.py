@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsquant.errors import BuildError, ConfigError
 from dsquant.ops import backends, build
+from dsquant.ops.fake_quantize import QuantArgs
 from dsquant.ops.pack import pack, packed_words
 from dsquant.ops.packed_linear import PackedMatrix, integer_definition, packed_linear, packed_matrix, run
-from dsquant.ops.quant_attention import QuantArgs
 from dsquant.spec import Levels
 
 # Rows, in, out: one; primes; around a tile's 4 and 32 rows and 64 columns, and the 1024 codes that shared memory holds of a row.

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from dsquant.ops import backends, gpu
+from dsquant.ops.fake_quantize import QuantArgs
 from dsquant.ops.pack import pack
 from dsquant.ops.packed_linear import image, packed_matrix, run
-from dsquant.ops.quant_attention import QuantArgs
 from dsquant.spec import Levels
 
 ROWS = (1, 16, 67)  # a row, a thin tile, a tile and more

@@ -6,9 +6,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsquant.errors import ConfigError
 from dsquant.ops import backends, gpu
-from dsquant.ops import quant_attention as op
-from dsquant.ops.fake_quantize import fake_quantize
-from dsquant.ops.quant_attention import QuantArgs, quant_attention
+from dsquant.ops.fake_quantize import QuantArgs, fake_quantize
+from dsquant.ops.native_attention import Attention, choose
+from dsquant.ops.quant_attention import quant_attention
 from dsquant.spec import Levels
 
 GRIDS = {"q": Levels(-2, 1), "k": Levels(-4, 3), "probs": Levels(0, 3), "v": Levels(-2, 1)}
@@ -200,10 +200,13 @@ def test_kernels_that_are_forced_and_do_not_take_the_inputs_are_an_error(name):
 def test_on_a_gpu_what_the_kernels_do_not_take_runs_the_definition_under_auto(name, monkeypatch):
     given, _ = beyond(name)
     monkeypatch.setenv("DSQ_BACKEND", "auto")
-    args = given[0][0], given[0][1], given[0][2], given[2], given[3][2]
-    assert not on_gpu(op._fused, *args)
+    assert on_gpu(chosen, *given[0], given[2], *given[3]) == backends.TORCH
     taken = case((2, 2, 35, 16, 16))
-    assert on_gpu(op._fused, *taken[0], taken[2], taken[3][2])
+    assert on_gpu(chosen, *taken[0], taken[2], *taken[3]) == backends.TRITON
+
+
+def chosen(q, k, v, softmax_scale, *args):
+    return choose(Attention(q, k, v, softmax_scale, None, None, list(args)))
 
 
 def on_gpu(run, *args):

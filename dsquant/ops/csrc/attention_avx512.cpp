@@ -1,0 +1,42 @@
+// Attention with AVX-512. As in avx2.cpp, standard headers come before the pragma.
+#if defined(__x86_64__)
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "attention.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi2,avx512f,avx512bw,avx512vl"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512vl")
+#endif
+#include <immintrin.h>
+
+namespace dsq {
+namespace {
+using Vec = __m512;
+constexpr int kWidth = 16, kRows = 6, kVecs = 4;
+inline Vec load(const float* x) { return _mm512_loadu_ps(x); }
+inline void store(float* x, Vec v) { _mm512_storeu_ps(x, v); }
+inline Vec spread(float x) { return _mm512_set1_ps(x); }
+inline Vec madd(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec plus(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline float plus(float a, float b) { return a + b; }
+inline float larger(float a, float b) { return a < b ? b : a; }
+inline float madd(float a, float b, float c) { return std::fma(a, b, c); }
+}  // namespace
+}  // namespace dsq
+
+#include "attention_runs.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+namespace dsq {
+const AttentionKernels kAttentionAvx512{attend, attend_backward};
+}  // namespace dsq
+#endif

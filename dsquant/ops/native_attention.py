@@ -1,0 +1,251 @@
+"""`quant_attention` in native code: what its kernels on CPU (csrc/) and GPU (gpu/) take, and how their operators are called.
+
+On CPU a head of an image is worked on at a time: q, k and v are quantized as they are read, scores and probabilities stay in
+the core's caches, and nothing else is written. On GPUs q, k and v come as images, and Triton's kernels hold a block of scores.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsquant.ops import backends
+from dsquant.ops.fake_quantize import QuantArgs, ScaleGradient, backward_into, quantize_dequantize, sum_like
+from dsquant.spec import Levels
+
+TRITON_DIM = {torch.float32: 128, torch.bfloat16: 256}  # the most features of q, k and v that Triton's kernels take
+FLOAT = (0.0,) * 7  # the grid of a site that is not quantized
+
+
+class Attention(NamedTuple):
+    """Bundle the inputs of `quant_attention`, whose docstring says what they are."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    softmax_scale: float | Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+    args: list[QuantArgs | None]
+
+
+class Gradients(NamedTuple):
+    """Bundle what is summed over the batch, to be added to: d scale of q, k, probabilities and v, and the others, float64."""
+
+    of_sites: list[ScaleGradient | None]
+    softmax_scale: Tensor | None
+    bias: Tensor | None
+
+
+def choose(of: Attention) -> str:
+    """Return the backend that runs. Raises ConfigError where one is forced that does not take these inputs."""
+    if not (of.q.numel() and of.k.numel()):
+        return backends.TORCH
+    device, lacking = of.q.device.type, lacking_everywhere(of)
+    if lacking:
+        native: tuple[str, ...] = ()
+    else:
+        lacking = lacking_in_triton(of)
+        native = backends.ON_CPU if lacking else backends.NATIVE
+    return backends.choose("quant_attention", device, native, lacking)
+
+
+def lacking_everywhere(of: Attention) -> str:
+    """Name what no kernel takes; all want a query to have one softmax scale and one scale of probabilities."""
+    q, k, v = of.q, of.k, of.v
+    if not (q.shape[:2] == k.shape[:2] == v.shape[:2] and k.shape[2] == v.shape[2] and q.shape[3] == k.shape[3]):
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
+        return f"{shapes}: they must share batch and heads, k and v tokens, q and k features"
+    given = {"softmax scale": of.softmax_scale}
+    if of.args[2] is not None:
+        given |= {"scale of probabilities": of.args[2].scale, "offset of probabilities": of.args[2].offset}
+    for name, value in given.items():
+        if isinstance(value, Tensor) and not _one_a_query(value.shape):
+            return f"a {name} of shape {tuple(value.shape)}: it must be the same for all images and keys"
+    return ""
+
+
+def lacking_in_triton(of: Attention) -> str:
+    """Name what Triton's kernels alone do not take."""
+    q, k, v = of.q, of.k, of.v
+    if q.dtype not in TRITON_DIM or not q.dtype == k.dtype == v.dtype:
+        return f"q, k and v of {q.dtype}, {k.dtype} and {v.dtype}: they must share float32 or bfloat16"
+    if q.shape[2] != k.shape[2]:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
+        return f"{shapes}: they must share batch, heads and tokens"
+    if max(q.shape[-1], v.shape[-1]) > TRITON_DIM[q.dtype]:
+        limits = " and ".join(f"{most} of {dtype}" for dtype, most in TRITON_DIM.items())
+        return f"q {tuple(q.shape)} and v {tuple(v.shape)} of {q.dtype}: at most {limits} features"
+    return ""
+
+
+def _one_a_query(shape: torch.Size) -> bool:
+    """Say whether what broadcasts to (B, H, N, N) is the same for all images and keys."""
+    return shape.numel() == 1 or (shape[-1] == 1 and (len(shape) < 4 or shape[0] == 1))
+
+
+def _one_a_head(of: Attention, scale: Tensor) -> bool:
+    """Say whether what broadcasts to (B, H, N, D) is the same for all of a head."""
+    return scale.numel() == 1 or (scale.dim() >= 3 and scale.shape[-3] == scale.numel() == of.q.shape[1])
+
+
+def through_site(x: Tensor, grad: Tensor, args: QuantArgs | None, sums: ScaleGradient | None, d_x: Tensor) -> None:
+    """Write dL/dx of a site to contiguous `d_x`, and add to the sums."""
+    if args is None:
+        d_x.copy_(grad)
+    else:
+        backward_into(x, grad, args.scale, args.offset, args.levels, sums, d_x)
+
+
+def forward(of: Attention, backend: str) -> Tensor:
+    """Do what the definition does."""
+    if backend == backends.TRITON:
+        return backends.operator("quant_attention", backend, of.q.device.type)(*_on_gpu(of))
+    batch, heads, queries, _ = of.q.shape
+    out = torch.empty(batch, queries, heads, of.v.shape[-1])
+    torch.ops.dsquant.quant_attention_cpu(*_on_cpu(of), out, backends.isa(backend))
+    return out.transpose(1, 2).to(of.v.dtype)
+
+
+def backward(of: Attention, backend: str, grad: Tensor, sums: Gradients) -> list[Tensor]:
+    """Return dL/dq, dL/dk and dL/dv, and add to what is summed over the batch."""
+    d_qkv = [torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (of.q, of.k, of.v)]
+    run = _backward_on_gpu if backend == backends.TRITON else _backward_on_cpu
+    done, of_queries, of_bias = run(of, backend, grad, d_qkv, sums)
+    probs = sums.of_sites[2]
+    totals = (sums.softmax_scale, *((None, None) if probs is None else (probs.scale, probs.offset)), sums.bias)
+    for total, part in zip(totals, (*of_queries.double(), of_bias), strict=True):
+        if total is not None:
+            total += sum_like(part, total.view(total.shape[-part.dim() :])).view(total.shape)
+    found = []
+    for x, of_image, i in zip((of.q, of.k, of.v), d_qkv, (0, 1, 3), strict=True):
+        d_x = of_image if x.dtype is torch.float32 else torch.empty_like(x, memory_format=torch.contiguous_format)
+        if i not in done:
+            through_site(x, of_image, of.args[i], sums.of_sites[i], d_x)
+        elif d_x is not of_image:
+            d_x.copy_(of_image)
+        found.append(d_x)
+    return found
+
+
+def _of_queries(of: Attention) -> Tensor:
+    """Return softmax scale, scale and offset of the probabilities of each query, float32 (3, H, N, 1)."""
+    probs = QuantArgs(1.0, None, Levels(0, 1)) if of.args[2] is None else of.args[2]
+    rows = torch.empty(3, *of.q.shape[1:3], 1, dtype=torch.float32, device=of.q.device)
+    for row, value in zip(rows, (of.softmax_scale, probs.scale, probs.offset), strict=True):
+        if isinstance(value, Tensor):
+            row.copy_(value.view(value.shape[-3:]))
+        else:
+            row.fill_(value or 0.0)
+    return rows
+
+
+def _on_cpu(of: Attention) -> tuple:
+    """Return what the operators on CPU take: q, k, v, what is added to the scores, scales of heads and queries, grids.
+
+    Of q, k and v with another scale than one a head the images.
+    """
+    heads, tokens, keys = of.q.shape[1], of.q.shape[2], of.k.shape[2]
+    scales, grids, qkv = torch.zeros(3, 2, heads), [], []
+    for i, x in enumerate((of.q, of.k, of.v)):
+        args, x = of.args[(0, 1, 3)[i]], x.float()
+        if args is not None and not _one_a_head(of, args.scale):
+            x, args = quantize_dequantize(x, args.scale, args.offset, args.levels), None
+        if args is not None:
+            scales[i, 0] = args.scale.view(-1)
+            if args.offset is not None:
+                scales[i, 1] = args.offset.view(-1)
+        qkv.append(x)
+        grids.append(_grid(args))
+    grids.insert(2, _grid(of.args[2]))
+    bias = None if of.bias is None else of.bias.float().expand(1, heads, tokens, keys)
+    mask = None if of.mask is None else of.mask.float().expand(-1, heads, tokens, keys)
+    return *qkv, bias, mask, scales, _of_queries(of), torch.tensor(grids, dtype=torch.float64)
+
+
+def _grid(args: QuantArgs | None) -> tuple[float, ...]:
+    if args is None:
+        return FLOAT
+    levels = args.levels
+    return 1.0, levels.qmin, levels.qmax, levels.shift, levels.low, levels.high, levels.elastic
+
+
+def _backward_on_cpu(
+    of: Attention, backend: str, grad: Tensor, d_qkv: list[Tensor], sums: Gradients
+) -> tuple[set[int], Tensor, Tensor | None]:
+    """Form gradients; return which sites are done, and what is summed of queries (3, B, H, N, 1) and of the bias (H, N, N)."""
+    batch, heads, queries, _ = of.q.shape
+    of_heads = torch.empty(batch, heads, 6, dtype=torch.float64)
+    of_queries = torch.empty(3, batch, heads, queries, 1, dtype=torch.float64)
+    of_bias = None if sums.bias is None else torch.zeros(heads, queries, of.k.shape[2], dtype=torch.float64)
+    learned = sums.softmax_scale is not None
+    told = *_on_cpu(of), grad.float(), learned, *d_qkv, of_heads, of_queries, of_bias, backends.isa(backend)
+    torch.ops.dsquant.quant_attention_cpu_backward(*told)
+    done, by_head = set(), of_heads.sum(0)
+    for i, first in ((0, 0), (1, 2), (3, 4)):
+        args, to = of.args[i], sums.of_sites[i]
+        if args is None:
+            done.add(i)
+        elif _one_a_head(of, args.scale):
+            done.add(i)
+            to.scale += sum_like(by_head[:, first].view(heads, 1, 1), to.scale.view(-1, 1, 1)).view(to.scale.shape)
+            if to.offset is not None:
+                found = sum_like(by_head[:, first + 1].view(heads, 1, 1), to.offset.view(-1, 1, 1))
+                to.offset += found.view(to.offset.shape)
+    return done, of_queries, of_bias
+
+
+def _on_gpu(of: Attention) -> tuple:
+    """Return what the operators on GPUs take: images in the dtype of q, what is added, values of each query, the grid."""
+    q_hat, k_hat, v_hat = (
+        x if a is None else quantize_dequantize(x, a.scale, a.offset, a.levels)
+        for x, a in ((of.q, of.args[0]), (of.k, of.args[1]), (of.v, of.args[3]))
+    )
+    levels = Levels(0, 1) if of.args[2] is None else of.args[2].levels
+    q_hat = q_hat if q_hat.stride()[2:] == (q_hat.shape[-1], 1) else q_hat.contiguous()  # heads may share one
+    images = q_hat, k_hat.contiguous(), v_hat.contiguous()
+    return *images, of.bias, of.mask, _of_queries(of), *levels, of.args[2] is not None
+
+
+def _backward_on_gpu(
+    of: Attention, backend: str, grad: Tensor, d_qkv: list[Tensor], sums: Gradients
+) -> tuple[set[int], Tensor, Tensor | None]:
+    """Do as `_backward_on_cpu`, of images: no site is done."""
+    run = backends.operator("quant_attention_backward", backend, of.q.device.type)
+    of_queries = torch.empty(3, *of.q.shape[:3], 1, dtype=torch.float32, device=of.q.device)
+    shape = of.q.shape[1], *[of.q.shape[2]] * 2
+    of_bias = None if sums.bias is None else torch.empty(shape, device=of.q.device, dtype=torch.float64)
+    run(*_on_gpu(of), grad.contiguous(), *d_qkv, of_queries, of_bias)
+    return set(), of_queries, of_bias
+
+
+# The schemas are here and their kernels in csrc/ and gpu/, attached when native code is loaded: tracing needs no compiler.
+_LIBRARY = torch.library.Library("dsquant", "FRAGMENT")
+_ON_GPU = (
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor rows, int qmin, int qmax, float shift, float reach, "
+    "bool elastic, bool quantized"
+)
+_ON_CPU = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor heads, Tensor queries, Tensor grids"
+_LIBRARY.define(f"quant_attention({_ON_GPU}) -> Tensor")
+_LIBRARY.define(
+    f"quant_attention_backward({_ON_GPU}, Tensor grad, Tensor(a!) d_q, Tensor(b!) d_k, Tensor(c!) d_v, Tensor(d!) d_rows, "
+    "Tensor(e!)? d_bias) -> ()"
+)
+_LIBRARY.define(f"quant_attention_cpu({_ON_CPU}, Tensor(a!) out, int isa) -> ()")
+_LIBRARY.define(
+    f"quant_attention_cpu_backward({_ON_CPU}, Tensor grad, bool with_softmax_scale, Tensor(a!) d_q, Tensor(b!) d_k, "
+    "Tensor(c!) d_v, Tensor(d!) d_heads, Tensor(e!) d_queries, Tensor(f!)? d_bias, int isa) -> ()"
+)
+
+
+@torch.library.register_fake("dsquant::quant_attention", lib=_LIBRARY)
+def _(q, k, v, *_):
+    return torch.empty_like(v)
+
+
+def _nothing(*_):
+    return None
+
+
+for _name in ("quant_attention_backward", "quant_attention_cpu", "quant_attention_cpu_backward"):
+    torch.library.register_fake(f"dsquant::{_name}", _nothing, lib=_LIBRARY)
