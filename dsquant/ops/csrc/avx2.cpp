@@ -160,10 +160,12 @@ void stream_rows(const int8_t* x, const uint8_t* const* rows, int64_t row_bytes,
   const int64_t at_once = std::max(1, layout.flush / per);
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i total[4] = {}, packed[4];
+  const uint8_t* ahead = rows[0] + 4 * 4 * row_bytes;  // see packed_linear_vnni.cpp
   for (int64_t c = 0; c < chunks;) {
     __m256i part[4] = {};
     const int64_t end = std::min(c + at_once, chunks);
-    for (; c < std::min(end, whole); ++c) {
+    for (; c < std::min(end, whole); ++c, ahead += 4 * 32) {
+      for (int line = 0; line < 4 * 32; line += 64) __builtin_prefetch(ahead + line);
 #pragma GCC unroll 4
       for (int n = 0; n < 4; ++n) packed[n] = load(rows[n] + 32 * c);
       stream_chunk<n_bits>(packed, x + 32 * per * c, part);

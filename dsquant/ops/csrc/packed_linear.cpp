@@ -248,10 +248,7 @@ bool stream_panel(const Product& product, const uint8_t* codes, int64_t rows, in
   if (rows > kFewRows || !product.kernels.stream) return false;
   const Weight& w = product.w;
   const uint8_t* packed[kPanelRows];  // behind the last row the last again: its sums are not used
-  for (int64_t n = 0; n < kPanelRows; ++n) {
-    packed[n] = w.row(first + std::min(n, held - 1));
-    w.prefetch(first + n + kPanelRows, 0, w.cols);
-  }
+  for (int64_t n = 0; n < kPanelRows; ++n) packed[n] = w.row(first + std::min(n, held - 1));
   for (int64_t m = 0; m < rows; ++m)
     if (!product.kernels.stream(codes + m * product.bytes(), packed, w.row_bytes, product.layout, sums + m * kPanelRows))
       return false;

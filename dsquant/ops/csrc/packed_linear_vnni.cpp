@@ -24,6 +24,8 @@ namespace {
 // In place, as an instruction: see add16 in avx2.cpp.
 inline void add_products(__m256i& sum, __m256i u, __m256i a) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(a)); }
 
+constexpr int kTileRows = 12;
+
 using Four = int32_t __attribute__((may_alias, aligned(1)));  // levels of x, taken as one
 
 inline void store_lanes(int32_t* sums, __m256i a, __m256i b, __m256i c, __m256i d) {
@@ -71,12 +73,13 @@ inline void tile(const int8_t* x, int64_t x_stride, const uint8_t* panel, int64_
   for (int m = 0; m < ROWS; ++m) _mm512_storeu_si512(sums + m * kPanelRows, total[m]);
 }
 
+// The rows that whole tiles leave, at once: one by one each would wait for its own sums.
 template <int ROWS>
-int64_t tiles(const int8_t* x, int64_t x_stride, int64_t first, int64_t rows, const uint8_t* panel, int64_t depth,
-              int32_t* sums) {
-  int64_t m = first;
-  for (; m + ROWS <= rows; m += ROWS) tile<ROWS>(x + m * x_stride, x_stride, panel, depth, sums + m * kPanelRows);
-  return m;
+inline void rest(int64_t rows, const int8_t* x, int64_t x_stride, const uint8_t* panel, int64_t depth, int32_t* sums) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS) return tile<ROWS>(x, x_stride, panel, depth, sums);
+    rest<ROWS - 1>(rows, x, x_stride, panel, depth, sums);
+  }
 }
 
 // One chunk of each of eight packed rows. Of every two codes of a byte the upper stays where it is, 2^n_bits times its value:
@@ -104,7 +107,11 @@ void stream_rows(const int8_t* x, const uint8_t* const* rows, int64_t row_bytes,
   __m256i lower[8], upper[8], packed[8];
 #pragma GCC unroll 8
   for (int n = 0; n < 8; ++n) lower[n] = upper[n] = _mm256_setzero_si256();
-  for (int64_t c = 0; c < whole; ++c) {
+  // Rows lie one after another: what is read two calls from now comes into the cache while this one computes, a few lines a
+  // step, as asking for all of it at once would wait for the first of it.
+  const uint8_t* ahead = rows[0] + 2 * 8 * row_bytes;
+  for (int64_t c = 0; c < whole; ++c, ahead += 8 * 32) {
+    for (int line = 0; line < 8 * 32; line += 64) __builtin_prefetch(ahead + line);
 #pragma GCC unroll 8
     for (int n = 0; n < 8; ++n) packed[n] = load(rows[n] + 32 * c);
     stream_chunk<n_bits>(packed, x + chunk * c, lower, upper);
@@ -130,9 +137,10 @@ void multiply_vnni(const void* x, int64_t x_stride, int64_t rows, const void* pa
   alignas(64) uint8_t interleaved[kPanelRows * kIntDepth];
   const auto* codes = static_cast<const int8_t*>(x);
   interleave(static_cast<const uint8_t*>(panel), panel_stride, depth, interleaved);
-  int64_t m = tiles<12>(codes, x_stride, 0, rows, interleaved, depth, sums);
-  m = tiles<4>(codes, x_stride, m, rows, interleaved, depth, sums);
-  tiles<1>(codes, x_stride, m, rows, interleaved, depth, sums);
+  int64_t m = 0;
+  for (; m + kTileRows <= rows; m += kTileRows)
+    tile<kTileRows>(codes + m * x_stride, x_stride, interleaved, depth, sums + m * kPanelRows);
+  rest<kTileRows - 1>(rows - m, codes + m * x_stride, x_stride, interleaved, depth, sums + m * kPanelRows);
 }
 
 bool stream_vnni(const void* x, const uint8_t* const* rows, int64_t row_bytes, const IntLayout& layout, int32_t* sums) {
