@@ -42,7 +42,7 @@ constexpr int64_t kTaskWork = 400 * 1000;    // products that are worth a thread
 
 const Kernels& kernels_for(int64_t isa) {
 #if defined(__x86_64__)
-  static const Kernels vnni = {kAvx2.step,     true,          false,       kAvx2.quantize,     kAvx2.decode,
+  static const Kernels vnni = {kAvx2.step,     true,          false,       quantize_vnni,      kAvx2.decode,
                                multiply_vnni, stream_vnni, kAvx2.decode_float, kAvx2.multiply_float};
   if (isa == 2 && cpu_level() == 2) return vnni;
 #endif

@@ -60,6 +60,7 @@ extern const Kernels kPortable;
 extern const Kernels kAvx2;
 constexpr const Kernels* kAvx2OrNone = &kAvx2;
 // With AVX-512 VNNI; the rest of its kernels are kAvx2's.
+void quantize_vnni(const float* x, int64_t cols, const InputGrid&, const IntLayout&, void* codes, RowStats*);
 void multiply_vnni(const void* x, int64_t x_stride, int64_t rows, const void* panel, int64_t panel_stride, int64_t depth,
                    const IntLayout&, int32_t* sums);
 bool stream_vnni(const void* x, const uint8_t* const* rows, int64_t row_bytes, const IntLayout&, int32_t* sums);
