@@ -6,7 +6,7 @@
     torch     the definitions
     cpu       native code on CPU: avx2 where the processor has it, else portable
     portable  native code in plain C++
-    avx2      native code with AVX2, FMA and BMI2; AVX-512 where there is that, in products of packed weights and the shard step
+    avx2      native code with AVX2, FMA and BMI2; AVX-512 where there is that, in all but activation quantizers
     triton    native code on GPUs; on CPU, for tests, in Triton's interpreter (TRITON_INTERPRET=1)
     cuda      native code on GPUs in CUDA C++, which `packed_linear` has where weights and inputs have 1 or 2 bits
 

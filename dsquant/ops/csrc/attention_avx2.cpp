@@ -24,8 +24,6 @@ inline Vec spread(float x) { return _mm256_set1_ps(x); }
 inline Vec madd(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec plus(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-inline float plus(float a, float b) { return a + b; }
-inline float larger(float a, float b) { return a < b ? b : a; }
 inline float madd(float a, float b, float c) { return std::fma(a, b, c); }
 }  // namespace
 }  // namespace dsq

@@ -67,9 +67,12 @@ inline float exp_of(float x) {
   return x < kLeast ? 0.0f : y * power;
 }
 
+inline float plus(float a, float b) { return a + b; }
+inline float larger(float a, float b) { return a < b ? b : a; }
+
 // join(... join(start, x[0]) ..., x[width - 1]), in an order that the instruction set sets.
 template <class F>
-inline float joined(const float* x, int64_t width, float start, const F& join) {
+float joined(const float* x, int64_t width, float start, const F& join) {
   constexpr int kChains = 4;  // so that one does not wait for another
   Vec part[kChains];
   for (Vec& p : part) p = spread(start);
