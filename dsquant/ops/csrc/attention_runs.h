@@ -53,7 +53,8 @@ inline float held(float x, float low, float high) {
 // e^x for x <= 0, to 1 unit in the last place or so; 0 where that is no normal number. Cody and Waite, Cephes' polynomial.
 inline float exp_of(float x) {
   constexpr float kLeast = -87.33654f;
-  const float at = at_least(x, kLeast), n = std::nearbyint(at * 1.44269504f);
+  constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, which its last bits hold
+  const float at = at_least(x, kLeast), shifted = madd(at, 1.44269504f, kWhole), n = shifted - kWhole;
   const float r = madd(n, 2.12194440e-4f, madd(n, -0.693359375f, at));
   float y = madd(1.9875691500e-4f, r, 1.3981999507e-3f);
   y = madd(y, r, 8.3334519073e-3f);
@@ -61,7 +62,9 @@ inline float exp_of(float x) {
   y = madd(y, r, 1.6666665459e-1f);
   y = madd(y, r, 5.0000001201e-1f);
   y = madd(y, r * r, r) + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 127) << 23;  // 2^n; unsigned, as x may be no number
   float power;
   std::memcpy(&power, &bits, sizeof power);
   return x < kLeast ? 0.0f : y * power;
