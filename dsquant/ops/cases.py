@@ -11,6 +11,7 @@ from dsquant.ops.fake_quantize import QuantArgs, ScaleGradient, backward_into, q
 from dsquant.ops.pack import pack
 from dsquant.ops.packed_linear import PackedMatrix, packed_matrix, run
 from dsquant.ops.quant_attention import quant_attention
+from dsquant.ops.shard_step import Column
 from dsquant.spec import Levels
 
 FLOAT_BYTES = 4
@@ -141,50 +142,82 @@ def attention_cases(device: str) -> list[Case]:
 
 
 def shard_step_cases(device: str) -> list[Case]:
-    """Return the three passes of the shard step on a weight of 768 x 768, a scale a row, 2 bits; each written out for torch."""
-    levels, rows, cols, pull = Levels(-2, 1), 768, 768, 0.01
-    w, grad, m, v, often, kept = _randn(6, rows, cols, device=device) * 0.05
+    """Return the passes of the shard step: two over a flat of four 2-bit weights, and images alone; written out for torch."""
+    levels, n_weights, size, pull = Levels(-2, 1), 4, 768, 0.01
+    rows = n_weights * size  # of all weights, a scale a row
+    w, grad, m, v, often, kept = _randn(6, rows, size, device=device) * 0.05
     groups, scale = torch.arange(rows, device=device), torch.full((rows,), 0.05, device=device)
-    column = scale[:, None]
+    column, after = scale[:, None], 1.01 * scale
     codes = (w / column).clamp(levels.qmin, levels.qmax).round().to(torch.int8)
     inside = (w / column >= levels.low) & (w / column <= levels.high)
     adamw = shard_step.AdamWStep(1e-3, 0.9, 0.999, 1e-8, 0.05, 10)
+    tiles = torch.zeros(n_weights, len(Column), dtype=torch.float64)
+    for weight, tile in enumerate(tiles):
+        tile[Column.WEIGHT], tile[Column.GROUP], tile[Column.BIN] = weight, weight * size, 4 * weight * size
+        tile[Column.START] = tile[Column.STATE] = weight * size * size
+        tile[Column.ROWS] = tile[Column.COLS] = tile[Column.N_GROUPS] = size
+        tile[Column.QMIN], tile[Column.QMAX], tile[Column.LOW], tile[Column.HIGH] = -2, 1, -2, 1
+        tile[Column.N_BINS], tile[Column.PULL] = 4, pull
 
-    def view(backend: str, values: Tensor) -> shard_step.TileView:
-        return shard_step.TileView(values, groups, scale, None, levels, backend)
+    def of_bins() -> Tensor:
+        bins = torch.zeros(2, 4 * rows, dtype=torch.float64, device=device)
+        index = (groups[:, None] * 4 + codes.long() - levels.qmin).view(-1)
+        bins[0].index_add_(0, index, torch.ones(rows * size, dtype=torch.float64, device=device))
+        bins[1].index_add_(0, index, w.clamp(levels.low * column, levels.high * column).double().view(-1))
+        return bins
+
+    known_bins = of_bins()
 
     def gather(backend: str) -> Tensor:
-        sums, bins = (torch.zeros(2, n * rows, dtype=torch.float64, device=device) for n in (1, 4))
         if backend != backends.TORCH:
-            shard_step.gather(view(backend, w), grad, codes, None, False, sums, bins)
+            sums, bins = (torch.zeros(2, n * rows, dtype=torch.float64, device=device) for n in (1, 4))
+            shard_step.flat_gather(w, grad, codes, None, scale, None, tiles, True, sums, bins, backend)
             return torch.cat([sums.flatten(), bins.flatten()])
         of_scale = grad * torch.where(inside, codes - w / column, codes.float())
-        index = (groups[:, None] * 4 + codes.long() - levels.qmin).view(-1)
-        bins[0].index_add_(0, index, torch.ones(rows * cols, dtype=torch.float64, device=device))
-        bins[1].index_add_(0, index, w.clamp(levels.low * column, levels.high * column).double().view(-1))
-        return torch.cat([of_scale.double().sum(1), w.abs().double().sum(1), bins.flatten()])
+        return torch.cat([of_scale.double().sum(1), w.abs().double().sum(1), of_bins().flatten()])
 
-    def update(backend: str) -> Tensor:
-        values, first, second = w.clone(), m.clone(), v.square()
+    def recorded(own: Tensor, before: Tensor) -> Tensor:
+        """Return what a tracker holds once codes went from `before` to `own`, each time from the same start."""
+        delta = (own > before).to(torch.int8) - (own < before).to(torch.int8)
+        frequency = often.abs().mul(0.99).add((delta * codes.sign() == -1).float(), alpha=0.01)
+        return torch.cat([frequency, own.float(), torch.where(delta != 0, delta, codes.sign()).float()])
+
+    def step(backend: str) -> Tensor:
+        values, first, second, shown = w.clone(), m.clone(), v.square(), torch.empty_like(w)
+        tracker = {
+            "codes": codes.clone(),
+            "direction": codes.sign(),
+            "frequency": often.abs(),
+            "code_mean": None,
+            "frozen": None,
+        }
         if backend != backends.TORCH:
-            shard_step.update(view(backend, values), grad, first, second, codes, None, pull, None, adamw, None)
-            return torch.cat([values, first, second])
-        decay, beta1, beta2, correction, eps, step = adamw.numbers()
-        g = torch.where(inside, grad + 2 * pull * (w - codes * column), 0.0)
+            shard_step.flat_step(
+                values, grad, first, second, shown, tracker, scale, after, None, known_bins, pull, tiles, adamw, 0.01, None,
+                None, backend,
+            )  # fmt: skip
+            left = tracker["frequency"], tracker["codes"].float(), tracker["direction"].float()
+            return torch.cat([values, first, second, shown, *left])
+        decay, beta1, beta2, correction, eps, size_of_step = adamw.numbers()
+        counts, totals = known_bins.view(2, rows, 4)
+        index = codes.long() - levels.qmin
+        mean = (totals / counts.clamp(min=1)).float().gather(1, index)
+        factor = torch.where(counts > 1, 2 * pull / (counts - 1).clamp(min=1), 0.0).float().gather(1, index)
+        g = torch.where(inside, grad + 2 * pull * (w - codes * column) + (w - mean) * factor, 0.0)
         first.lerp_(g, 1 - beta1)
         second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        values.mul_(decay).sub_(step * first / (second.sqrt() / correction + eps))
-        return torch.cat([values, first, second])
+        values.mul_(decay).sub_(size_of_step * first / (second.sqrt() / correction + eps))
+        own = (values / after[:, None]).clamp(levels.qmin, levels.qmax).round()
+        return torch.cat([values, first, second, own * after[:, None], recorded(own.to(torch.int8), codes)])
 
     def image(backend: str) -> Tensor:
         values, own, direction, latent, frequency = w.clone(), 1 - codes.abs(), codes.sign(), kept.clone(), often.abs()
         if backend != backends.TORCH:
-            shard_step.image(view(backend, values), latent, own, direction, frequency, None, None, 0.01, None)
+            view = shard_step.TileView(values, groups, scale, None, levels, backend)
+            shard_step.image(view, latent, own, direction, frequency, None, None, 0.01, None)
             return torch.cat([values, latent, frequency, own.float(), direction.float()])
-        delta = (codes > own).to(torch.int8) - (codes < own).to(torch.int8)
-        frequency.mul_(0.99).add_((delta * direction == -1).float(), alpha=0.01)
-        direction = torch.where(delta != 0, delta, direction)
-        return torch.cat([codes * column, w, frequency, codes.float(), direction.float()])
+        return torch.cat([codes * column, w, recorded(codes, own)])
 
-    sizes, of = {gather: 9, update: 29, image: 22}, {"op": "shard_step", "shape": f"{rows} x {cols}"}
-    return [Case(label=f.__name__, bytes_moved=n * rows * cols, run=f, tolerance=1e-6, **of) for f, n in sizes.items()]
+    moved = {gather: 9, step: 48, image: 22}  # bytes a weight
+    of = {"op": "shard_step", "shape": f"{n_weights} x {size} x {size}"}
+    return [Case(label=f.__name__, bytes_moved=n * rows * size, run=f, tolerance=1e-6, **of) for f, n in moved.items()]

@@ -3,7 +3,7 @@
 Their definitions are the tile methods of `shard/weight_quantizers.py`, `shard/regularizers.py` and `shard/oscillation.py` and
 torch's fused AdamW. Native code gives the same bits, but for sums over elements (float64), for what torch's AdamW computes
 outside its vectors, the last few elements of a tensor, and, where freezing is on, for `code_mean`: each of these may round
-once where the definition rounds twice. On CPU `flat_*` do the same for all tiles of a flat in one call, update and image at once.
+once where the definition rounds twice. `flat_*` take all tiles of a flat in one call; the others serve what these do not.
 """
 
 from dataclasses import dataclass
@@ -65,39 +65,6 @@ class AdamWStep:
         return decay, self.beta1, self.beta2, correction2**0.5, self.eps, self.lr / correction1
 
 
-def gather(
-    tile: TileView, grad: Tensor, codes: Tensor, frozen: Tensor | None, plain: bool, sums: Tensor, bins: Tensor | None
-) -> None:
-    """Add to float64 `sums` (2, n_groups) the sums of d scale and of |w|, and to `bins` those of each bin.
-
-    bins: (2, n_groups * n_bins), how many weights a bin holds and the sum of their clipped values, or None. plain: d scale is
-    sum G * level, as for an elastic grid. The gradient is only read.
-    """
-    levels = tile.levels
-    tile.call(
-        "gather", tile.w, grad, codes, frozen, tile.centre, tile.scale, tile.groups, levels.qmin, levels.qmax, levels.shift,
-        levels.low, levels.high, plain, sums, bins,
-    )  # fmt: skip
-
-
-def update(
-    tile: TileView, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, codes: Tensor, frozen: Tensor | None,
-    pull: float, tables: tuple[Tensor, Tensor] | None, adamw: AdamWStep, norms: Tensor | None,
-) -> None:  # fmt: skip
-    """Step the latents with the gradient of their image where it passes, plus that of the regularizers, by AdamW.
-
-    Args:
-        pull: factor of (w_hat - w)^2.
-        tables: float32 (n_groups * n_bins,) means of the bins and factors of (w - mean), or None.
-        norms: float64 (2,) to which the squared norms of both gradients are added where there is a regularizer.
-    """
-    levels, (mean, factor) = tile.levels, tables or (None, None)
-    tile.call(
-        "update", tile.w, grad, exp_avg, exp_avg_sq, codes, frozen, tile.centre, tile.scale, tile.groups, levels.qmin,
-        levels.qmax, levels.shift, levels.low, levels.high, pull, mean, factor, *adamw.numbers(), norms,
-    )  # fmt: skip
-
-
 def adamw(w: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamWStep, backend: str) -> None:
     """Step float32 values that nothing quantizes, each tensor one-dimensional."""
     call("adamw", backend, w.device.type, w, grad, exp_avg, exp_avg_sq, *step.numbers())
@@ -121,7 +88,7 @@ def image(
 
 
 class Column(IntEnum):
-    """Name the columns of a table of the tiles of a flat, float64 (tiles, 18), which `csrc/shard_flat.cpp` reads.
+    """Name the columns of a table of the tiles of a flat, float64 (tiles, 18), which native code reads.
 
     A tile is `rows * cols` elements from START on, row r of group `(FIRST_GROUP + r) % N_GROUPS` of a weight whose groups lie
     from GROUP on in all scales, and whose bins lie from BIN on in all bins, N_BINS a group; its tracker begins at STATE.
@@ -152,10 +119,11 @@ def flat_gather(
     w: Tensor, grad: Tensor, codes: Tensor, frozen: Tensor | None, scale: Tensor, centre: Tensor | None, tiles: Tensor,
     sizes: bool, sums: Tensor, bins: Tensor, backend: str,
 ) -> None:  # fmt: skip
-    """Add to float64 `sums` (2, n_groups) and `bins` (2, n_bins) what `gather` does, for all tiles of a flat.
+    """Add to float64 `sums` (2, n_groups) those of d scale and of |w|, and to `bins` (2, n_bins) what each bin holds: how many
+    weights, and the sum of their clipped values.
 
-    The sums of |w| are there where `sizes` asks for them; w and grad are the flat and its gradient, codes and frozen those of
-    its quantized elements alone.
+    The sums of |w| are there where `sizes` asks for them. The gradient is only read. w and grad are the flat and its gradient,
+    codes and frozen those of its quantized elements alone.
     """
     call("flat_gather", backend, w.device.type, w, grad, codes, frozen, scale, centre, tiles, sizes, sums, bins)
 
@@ -165,7 +133,10 @@ def flat_step(
     before: Tensor, after: Tensor, centre: Tensor | None, bins: Tensor, spread: float, tiles: Tensor, adamw: AdamWStep,
     momentum: float, threshold: float | None, norms: Tensor | None, backend: str,
 ) -> None:  # fmt: skip
-    """Step a flat as `update` and then `image` do for a tile, and leave its image beside it; late tiles as `update` alone.
+    """Step a flat by AdamW, leave its image beside it and record its codes; late tiles by AdamW alone.
+
+    The gradient of latents is that of their image where it passes, plus that of the regularizers: PULL of (w_hat - w)^2, and the
+    variance of bins.
 
     Args:
         image: float32 like the flat; what nothing quantizes is copied to it.
@@ -195,10 +166,6 @@ _TILE = "Tensor? centre, Tensor scale, Tensor groups, int qmin, int qmax, float 
 _TRACKER = "Tensor(w!) codes, Tensor(x!) direction, Tensor(y!) frequency, Tensor(z!)? code_mean, Tensor(u!)? frozen"
 _ADAMW = "float decay, float beta1, float beta2, float correction, float eps, float step"
 for _schema in (
-    f"shard_gather(Tensor w, Tensor grad, Tensor codes, Tensor? frozen, {_TILE}, float low, float high, bool plain, "
-    "Tensor(a!) sums, Tensor(b!)? bins, int isa) -> ()",
-    f"shard_update(Tensor(a!) w, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor codes, Tensor? frozen, {_TILE}, "
-    f"float low, float high, float pull, Tensor? mean, Tensor? factor, {_ADAMW}, Tensor(d!)? norms, int isa) -> ()",
     f"shard_adamw(Tensor(a!) w, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, {_ADAMW}, int isa) -> ()",
     "shard_moments(Tensor w, Tensor groups, Tensor(a!) sums, int isa) -> ()",
     "shard_image(Tensor(a!) w, Tensor(b!) latent, Tensor(c!) codes, Tensor(d!) direction, Tensor(e!) frequency, "

@@ -1,4 +1,4 @@
-"""The shard step on CPU, in two passes over a flat whatever the number of weights in it.
+"""The shard step in native code, where the inner optimizer is AdamW: two passes over a flat, however many weights lie in it.
 
 The first reads weights, gradients and codes for the sums that are reduced over ranks; the second does all the rest and writes
 each byte once. Latents stay where they are and images go to a tensor beside them: between the step and its end
@@ -17,11 +17,6 @@ from dsquant.shard.native_step import next_step
 from dsquant.shard.oscillation import TrackerState
 from dsquant.shard.regularizers import Regularizer
 from dsquant.shard.weight_quantizers import ShardedWeight
-
-
-def on_cpu(flat: Tensor) -> bool:
-    """Say whether a flat lies on CPU and C++ serves it there."""
-    return flat.device.type == "cpu" and backends.choose("shard_step", "cpu") in backends.ON_CPU
 
 
 class FlatStore:
@@ -123,12 +118,13 @@ def _rows(weight: ShardedWeight, tracked: int, index: int, group: int) -> list[l
 
 
 class FlatStep:
-    """Step some flats with an AdamW, quantized weights and all, by native code on CPU."""
+    """Step some flats, all on one device, with an AdamW, quantized weights and all, by native code."""
 
     def __init__(
         self, flats: list[Tensor], in_flat: Mapping[int, list[ShardedWeight]], state: QuantState, in_place: bool
     ):
         self.flats, self.state = flats, state
+        self.device = flats[0].device if flats else state.values.device
         self.weights = [w for flat in flats for w in in_flat[id(flat)]]  # also those that this rank has nothing of
         places, self.n_groups = {}, 0
         for index, weight in enumerate(self.weights):
@@ -141,7 +137,7 @@ class FlatStep:
         self._scales, self._centres = (self._entries(role) for role in ("scale", "centre"))
         self._norms: dict[int, Tensor | None] = {}
         self._buffer = torch.empty(0, dtype=torch.float64)
-        self.backend = backends.choose("shard_step", "cpu")
+        self.backend = backends.choose("shard_step", self.device.type)
 
     def _entries(self, role: str) -> list[slice | int]:
         """Return where the values of a role lie in the state, in the fewest slices, or how many a weight without it would have.
@@ -161,11 +157,11 @@ class FlatStep:
         return found if any_of_them else []
 
     def _values(self, entries: list[slice | int]) -> Tensor | None:
-        """Return a copy of the values of a role, float32 (n_groups,) on CPU; 0 where a weight has none."""
+        """Return a copy of the values of a role, float32 (n_groups,) on the device of the flats; 0 where a weight has none."""
         if not entries:
             return None
         values = self.state.values
-        return torch.cat([values[e] if isinstance(e, slice) else values.new_zeros(e) for e in entries]).cpu()
+        return torch.cat([values[e] if isinstance(e, slice) else values.new_zeros(e) for e in entries]).to(self.device)
 
     def begin(self, latents: Mapping[str, Tensor]) -> None:
         """Have the flats hold their latents."""
@@ -188,7 +184,7 @@ class FlatStep:
             size += weight.n_groups * n_bins
         columns = torch.tensor([first, held, self._pull], dtype=torch.float64)
         if self._buffer.numel() != 2 * (self.n_groups + size) + room:
-            self._buffer = torch.empty(2 * (self.n_groups + size) + room, dtype=torch.float64)
+            self._buffer = torch.empty(2 * (self.n_groups + size) + room, dtype=torch.float64, device=self.device)
         sums, bins, _ = self._buffer.zero_().split([2 * self.n_groups, 2 * size, room])
         for store in self.stores.values():
             quantized = (store.tiles[:, Column.N_GROUPS] > 0).double()
@@ -202,7 +198,7 @@ class FlatStep:
 
     def prepare(self, bins: Tensor, regularizer: Regularizer) -> None:
         """Note what the regularizers' gradient is formed with; `bins` are over all shards."""
-        self._bins = bins.cpu().contiguous()
+        self._bins = bins.to(self.device).contiguous()
         pulled = [w.fragment is not None and bool(p or s)
                   for w, p, s in zip(self.weights, self._pull, self._spread, strict=True)]  # fmt: skip
         self._norms = {i: regularizer.new_norms(w) for i, w in enumerate(self.weights) if pulled[i]}
@@ -211,7 +207,8 @@ class FlatStep:
         """Step every flat; weights whose scale is a statistic have no image yet."""
         after = self._values(self._scales)
         observed = any(norms is not None for norms in self._norms.values())
-        norms = torch.zeros(len(self.weights), 2, dtype=torch.float64) if observed else None
+        shape = len(self.weights), 2
+        norms = torch.zeros(shape, dtype=torch.float64, device=self.device) if observed else None
         for group in inner.param_groups:
             for flat in group["params"]:
                 if flat.grad is None:

@@ -15,9 +15,9 @@ from dsquant.errors import ShardError
 from dsquant.ops import backends
 from dsquant.ops.fake_quantize import near_boundary
 from dsquant.quant.state import SCALE_FLOOR, QuantState
-from dsquant.shard.flat_step import FlatStep, on_cpu
+from dsquant.shard.flat_step import FlatStep
 from dsquant.shard.fragments import Fragment, ShardMap, part_of
-from dsquant.shard.native_step import NativeStep, can_step, gathered, write_image
+from dsquant.shard.native_step import can_step, step_float, write_image
 from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, track
 from dsquant.shard.regularizers import Regularizer, bin_index, bin_sums
 from dsquant.shard.scale_step import ScaleStep
@@ -68,7 +68,7 @@ class ShardOptimizer(torch.optim.Optimizer):
         if self.quantization is not None:
             self.quantization.step(flats, self.inner)
         elif can_step(self.inner, flats):
-            NativeStep(self.inner).step()
+            step_float(self.inner)
         else:
             self.inner.step()
 
@@ -123,8 +123,7 @@ class ShardQuantization:
         self._latents: dict[str, Tensor] = {}
         self._lr_factor, self._threshold, self._activations_pending = 1.0, None, False
         self._held: dict[str, tuple[Tensor, Tensor]] = {}  # CGA: which weights may move, and where all were
-        self._native: NativeStep | None = None  # of the step that is being taken
-        self._flat: FlatStep | None = None  # likewise, on CPU
+        self._flat: FlatStep | None = None  # of the step that is being taken, where native code takes it
         self._flat_steps: dict[tuple[int, ...], FlatStep] = {}  # by their flats
         self._shown: list[FlatStep] = []  # whose flats hold images
         self.regularizer = Regularizer(config.obr, config.oscillation.dampening)
@@ -225,19 +224,14 @@ class ShardQuantization:
     @torch.no_grad()
     def step(self, flats: list[Tensor], inner: torch.optim.Optimizer) -> None:
         """Step the flats by the inner optimizer, with what quantization does before and after it."""
-        native = NativeStep(inner) if can_step(inner, flats) and not self.config.oscillation.cga.enabled else None
-        if native is not None and all(on_cpu(flat) for flat in flats):
+        in_one_place = len({flat.device for flat in flats}) <= 1
+        if in_one_place and can_step(inner, flats) and not self.config.oscillation.cga.enabled:
             self._flat = self._flat_step(flats)
-        else:
-            self._native = native
         self.before_inner_step(flats)
         if self._flat is not None:
             self._flat.step(inner, self.config.oscillation.momentum, self._threshold)
-        elif native is None:
-            inner.step()
         else:
-            native.step(self._in_flat)
-        self._native = None
+            inner.step()
         self.after_inner_step(flats)
         self._flat = None
 
@@ -293,13 +287,9 @@ class ShardQuantization:
         return torch.cat([*parts, torch.zeros(room, dtype=torch.float64, device=device)])
 
     def _prepare(self, weights: list[ShardedWeight], bins: Tensor) -> None:
-        """Add the regularizers' gradient, or tell a native step how to; `bins` (2, all bins) are over all shards."""
+        """Add the regularizers' gradient; `bins` (2, all bins) are over all shards."""
         sizes = [w.n_groups * w.n_bins if self.regularizer.spread(w) > 0 else 0 for w in weights]
-        parts = list(bins.split(sizes, dim=1))
-        if self._native is not None:
-            self._native.prepare(weights, parts, self.regularizer)
-            return
-        for weight, held in zip(weights, parts, strict=True):
+        for weight, held in zip(weights, bins.split(sizes, dim=1), strict=True):
             self.regularizer.add(weight, held)
             self._hold(weight)
 
@@ -315,9 +305,6 @@ class ShardQuantization:
         groups = torch.zeros(2, weight.n_groups, dtype=torch.float64, device=device)
         if weight.fragment is None:
             return groups, bins
-        if self._native is not None:
-            groups, bins = (part.to(device) for part in gathered(weight, spread))
-            return (groups, bins) if self.contributes else (torch.zeros_like(groups), torch.zeros_like(bins))
         scales = weight.scales()
         grad_flat = weight.gradient
         for tile in weight.tiles:

@@ -1,7 +1,5 @@
 """Passes over a flat: the same bits whatever the instructions, the threads and the place of a weight in its flat."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 
@@ -15,6 +13,7 @@ from tests.shard.test_native_step import OBR, trained
 SMALL = 5, 83  # five whole vectors of 16 a row, and three weights
 GRIDS = {"lsq": 2, "seq": 2, "ternary": 2, "elastic": 1, "lsq of 4 bits": 4}
 CPU_LEVELS = {"portable": 0, "AVX2": 1, "AVX-512": 2}
+INTERPRETED = -1  # stands for Triton's interpreter where others say how much of the processor is used
 
 
 def level(name):
@@ -23,6 +22,26 @@ def level(name):
     if CPU_LEVELS[name] > backends._level():
         pytest.skip(f"this processor lacks {name}")
     return CPU_LEVELS[name]
+
+
+def operator(name, isa):
+    """Return an operator on CPU; INTERPRETED is Triton's."""
+    return backends.operator(name, backends.TRITON if isa == INTERPRETED else backends.PORTABLE, "cpu")
+
+
+def table(tiles, levels):
+    """Return the table of a flat of such tiles, one behind the other, each said by its columns."""
+    found = torch.zeros(len(tiles), len(Column), dtype=torch.float64)
+    grid = {"QMIN": levels.qmin, "QMAX": levels.qmax, "SHIFT": levels.shift, "LOW": levels.low, "HIGH": levels.high}
+    start = state = 0
+    for row, tile in zip(found, tiles, strict=True):
+        quantized = tile.get("N_GROUPS", 0) > 0
+        places = {"START": start, "ROWS": 1} | ({"STATE": state, "PLAIN": levels.elastic} if quantized else {})
+        for name, value in (places | (grid if quantized else {}) | tile).items():
+            row[Column[name]] = value
+        size = int(row[Column.ROWS] * row[Column.COLS])
+        start, state = start + size, state + size * quantized
+    return found
 
 
 def stepped(isa, method, shape=SMALL, spread=0.01, pull=0.02, before=3, steps=4, freeze=False):
@@ -39,27 +58,18 @@ def stepped(isa, method, shape=SMALL, spread=0.01, pull=0.02, before=3, steps=4,
     if freeze:
         tracker.frozen[::7] = True
     m, v, image = torch.zeros(3, w.numel())
-    tiles = torch.zeros(3, len(Column), dtype=torch.float64)
-    ends = 0, before, before + numel, w.numel()
-    for row, (start, stop) in zip(tiles, pairwise(ends), strict=True):
-        row[Column.START], row[Column.ROWS], row[Column.COLS] = start, 1, stop - start
-    for column, value in {
-        Column.ROWS: rows, Column.COLS: cols, Column.N_GROUPS: rows, Column.N_BINS: n_bins if spread else 0,
-        Column.QMIN: levels.qmin, Column.QMAX: levels.qmax, Column.SHIFT: levels.shift, Column.LOW: levels.low,
-        Column.HIGH: levels.high, Column.PLAIN: levels.elastic, Column.PULL: pull,
-    }.items():  # fmt: skip
-        tiles[1, column] = value
-    ops, found = torch.ops.dsquant, {}
+    own_rows = {"ROWS": rows, "COLS": cols, "N_GROUPS": rows, "N_BINS": n_bins if spread else 0, "PULL": pull}
+    tiles = table([{"COLS": before}, own_rows, {"COLS": 2}], levels)
+    gather, step_flat = (operator(f"shard_flat_{name}", isa) for name in ("gather", "step"))
+    isa, found = max(isa, 0), {}
     for step in range(steps):
         grad = torch.cat([torch.ones(before), torch.randn(numel, generator=generator), torch.ones(2)])
         sums = torch.zeros(2, rows, dtype=torch.float64)
         bins = torch.zeros(2, rows * n_bins if spread else 0, dtype=torch.float64)
-        ops.shard_flat_gather(w, grad, tracker.codes, tracker.frozen, scale, None, tiles, True, sums, bins, isa)
+        gather(w, grad, tracker.codes, tracker.frozen, scale, None, tiles, True, sums, bins, isa)
         after = scale * (1 + 0.03 * (-1) ** step)
         state, numbers = vars(tracker).values(), AdamWStep(0.05, 0.9, 0.999, 1e-8, 0.05, step + 1).numbers()
-        ops.shard_flat_step(
-            w, grad, m, v, image, *state, scale, after, None, bins, spread, tiles, *numbers, 0.1, 0.15, None, isa
-        )
+        step_flat(w, grad, m, v, image, *state, scale, after, None, bins, spread, tiles, *numbers, 0.1, 0.15, None, isa)
         scale = after
         found |= {f"sums {step}": sums, f"bins {step}": bins}
     part = slice(before, before + numel)
@@ -85,6 +95,74 @@ def assert_same(one, two):
 def test_every_instruction_set_leaves_the_same_bits(isa, method, how):
     wanted, found = (stepped(level(name), method, **how) for name in ("portable", isa))
     assert_same(wanted, found)
+
+
+KINDS = {method: (method, {}) for method in GRIDS} | {
+    "no regularizer": ("lsq", {"spread": 0.0, "pull": 0.0}),
+    "freezing": ("seq", {"freeze": True}),
+    "rows that several programs share": ("lsq", {"shape": (3, 2300)}),
+}
+
+
+@pytest.mark.parametrize(("method", "how"), KINDS.values(), ids=KINDS)
+def test_kernels_for_gpus_step_as_c_plus_plus_does(method, how):
+    """The interpreter's fma rounds twice, and a long row is summed in pieces: all but codes may differ in last bits."""
+    require(backends.TRITON)
+    wanted, found = (stepped(isa, method, **how) for isa in (level("portable"), INTERPRETED))
+    assert wanted.keys() == found.keys()
+    for name, tensor in wanted.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(
+                found[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda text, of=name: f"{of}: {text}"
+            )
+        else:
+            assert torch.equal(found[name], tensor), name
+
+
+CUT = (  # a weight of 7 rows of 300 that begins and ends within a row, one scale for 5,000, heads that share scales, and others
+    {"COLS": 5}, {"COLS": 100, "N_GROUPS": 7, "WEIGHT": 0}, {"ROWS": 5, "COLS": 300, "FIRST_GROUP": 1, "N_GROUPS": 7},
+    {"COLS": 40, "FIRST_GROUP": 6, "N_GROUPS": 7}, {"COLS": 1}, {"COLS": 5000, "N_GROUPS": 1, "WEIGHT": 1, "GROUP": 7},
+    {"ROWS": 9, "COLS": 33, "FIRST_GROUP": 2, "N_GROUPS": 4, "WEIGHT": 2, "GROUP": 8},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", [*CPU_LEVELS, "triton"])
+@pytest.mark.parametrize("n_bits", [2, 4])
+def test_sums_are_those_of_float64(isa, n_bits):
+    isa = INTERPRETED if isa == "triton" else level(isa)
+    require(backends.TRITON if isa == INTERPRETED else backends.PORTABLE)
+    generator, levels, n_bins = torch.Generator().manual_seed(0), QuantSpec(n_bits).levels, 2**n_bits
+    tiles = table(
+        [t | ({"N_BINS": n_bins, "BIN": n_bins * t.get("GROUP", 0)} if "N_GROUPS" in t else {}) for t in CUT], levels
+    )
+    numel, of_codes = (int((tiles[rows, Column.ROWS] * tiles[rows, Column.COLS]).sum())
+                       for rows in (slice(None), tiles[:, Column.N_GROUPS] > 0))  # fmt: skip
+    w, grad = torch.randn(2, numel, generator=generator)
+    scale = 2.0 ** torch.randint(-2, 2, (12,), generator=generator)  # powers of two: v is exact
+    codes = torch.empty(of_codes, dtype=torch.int8)
+    expected, held = torch.zeros(2, 12, dtype=torch.float64), torch.zeros(2, 12, n_bins, dtype=torch.float64)
+    for tile in tiles[tiles[:, Column.N_GROUPS] > 0].long():
+        rows, cols = int(tile[Column.ROWS]), int(tile[Column.COLS])
+        for row in range(rows):
+            group = int(tile[Column.GROUP] + (tile[Column.FIRST_GROUP] + row) % tile[Column.N_GROUPS])
+            at, beside = int(tile[Column.START]) + row * cols, int(tile[Column.STATE]) + row * cols
+            v, g = w[at : at + cols].double() / scale[group], grad[at : at + cols].double()
+            level_of = v.clamp(levels.qmin, levels.qmax).round()
+            codes[beside : beside + cols] = level_of
+            inside = (v >= levels.low) & (v <= levels.high)
+            expected[0, group] += (g * torch.where(inside, level_of - v, level_of)).sum()
+            expected[1, group] += w[at : at + cols].double().abs().sum()
+            index = level_of.long() - levels.qmin
+            held[0, group] += torch.bincount(index, minlength=n_bins)
+            clipped = v.clamp(levels.low, levels.high) * scale[group]
+            held[1, group] += torch.bincount(index, clipped, minlength=n_bins)
+    sums, bins = torch.zeros_like(expected), torch.zeros(2, 12 * n_bins, dtype=torch.float64)
+    run = operator("shard_flat_gather", isa)
+    run(w, grad, codes, None, scale, None, tiles, True, sums, bins, max(isa, 0))
+    torch.testing.assert_close(sums[0], expected[0], rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(sums[1], expected[1], rtol=1e-12, atol=0)
+    assert torch.equal(bins[0].view(12, n_bins), held[0])
+    torch.testing.assert_close(bins[1].view(12, n_bins), held[1], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("isa", CPU_LEVELS)
@@ -123,8 +201,9 @@ def test_a_flat_that_other_code_stepped_in_between_goes_on_from_there(monkeypatc
             assert torch.equal(found[key], tensor), key
 
 
-def test_tiles_that_do_not_lie_in_their_flat_are_refused():
-    require(backends.PORTABLE)
+@pytest.mark.parametrize("backend", [backends.PORTABLE, backends.TRITON])
+def test_tiles_that_do_not_lie_in_their_flat_are_refused(backend):
+    require(backend)
     w, grad, m, v, image = torch.zeros(5, 8)
     rows = torch.zeros(1, len(Column), dtype=torch.float64)
     rows[0, Column.START], rows[0, Column.ROWS], rows[0, Column.COLS] = 4, 1, 8
@@ -132,9 +211,7 @@ def test_tiles_that_do_not_lie_in_their_flat_are_refused():
     bins = torch.zeros(2, 0, dtype=torch.float64)
     step = AdamWStep(1e-3, 0.9, 0.999, 1e-8, 0.0, 1)
     with pytest.raises(RuntimeError, match="tile 0 does not lie in the flat"):
-        shard_step.flat_step(
-            w, grad, m, v, image, tracker, w, w, None, bins, 0.0, rows, step, 0.1, None, None, backends.PORTABLE
-        )
+        shard_step.flat_step(w, grad, m, v, image, tracker, w, w, None, bins, 0.0, rows, step, 0.1, None, None, backend)
 
 
 def test_operators_of_flats_pass_torchs_checks():
@@ -156,3 +233,47 @@ def test_operators_of_flats_pass_torchs_checks():
         ops.shard_flat_image: (w, image, *tracker, scale, None, rows, 0.1, -1.0, 0),
     }.items():  # fmt: skip
         torch.library.opcheck(op.default, arguments)
+
+
+def test_the_number_of_launches_is_that_of_block_shapes_not_of_weights():
+    require(backends.TRITON)
+    from dsquant.ops import gpu
+
+    def launches(n_weights):
+        shapes = [(6, 64), (4, 200)] * n_weights
+        tiles = [{"ROWS": r, "COLS": c, "N_GROUPS": r, "N_BINS": 4, "WEIGHT": i} for i, (r, c) in enumerate(shapes)]
+        groups = 0
+        for tile in tiles:
+            tile["GROUP"], tile["BIN"], groups = groups, 4 * groups, groups + tile["ROWS"]
+        numel = sum(r * c for r, c in shapes)
+        w, grad, m, v, image = torch.zeros(5, numel)
+        tracker = vars(TrackerState.start(torch.zeros(numel), freeze=False))
+        scale, sums = torch.ones(groups), torch.zeros(2, groups, dtype=torch.float64)
+        bins, rows = torch.zeros(2, 4 * groups, dtype=torch.float64), table(tiles, QuantSpec(2).levels)
+        step = AdamWStep(1e-3, 0.9, 0.999, 1e-8, 0.0, 1)
+        with gpu.recorded() as found:
+            shard_step.flat_gather(
+                w, grad, tracker["codes"], None, scale, None, rows, True, sums, bins, backends.TRITON
+            )
+            shard_step.flat_step(
+                w,
+                grad,
+                m,
+                v,
+                image,
+                tracker,
+                scale,
+                scale,
+                None,
+                bins,
+                0.1,
+                rows,
+                step,
+                0.1,
+                None,
+                None,
+                backends.TRITON,
+            )
+        return [launch.kernel.__name__ for launch in found]
+
+    assert launches(1) == launches(7) == ["_gather", "_gather", "_step", "_step"]

@@ -5,9 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from dsquant.ops import backends, shard_step
-from dsquant.shard.regularizers import bin_index
-from dsquant.shard.weight_quantizers import make_tiles
-from dsquant.spec import Grouping, Levels, QuantSpec
+from dsquant.spec import Levels
 from tests.ops.conftest import require
 from tests.shard.test_step import BINARY, make
 
@@ -99,78 +97,23 @@ def test_native_passes_serve_other_optimizers_behind_the_inner_step(monkeypatch,
         assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items() if not key.startswith("norms"))
 
 
-@pytest.mark.parametrize("backend", backends.NATIVE)
-@pytest.mark.parametrize(("method", "n_bits"), [("seq", 1), ("lsq", 2), ("lsq", 5)])
-def test_sums_are_those_of_float64(backend, method, n_bits):
-    require(backend)
-    generator = torch.Generator().manual_seed(0)
-    w, grad = torch.randn(2, 6, 401, generator=generator)
-    levels, n_bins = QuantSpec(n_bits, method=method).levels, 2**n_bits
-    scale, groups = 2.0 ** torch.arange(-2.0, 1.0), torch.tensor([2, 0, 1, 2, 0, 1])  # powers of two: v is exact
-    v = w / scale[groups, None]
-    codes = (v - levels.shift).clamp(levels.qmin, levels.qmax).round()
-    sums, bins = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 3 * n_bins, dtype=torch.float64)
-    view = shard_step.TileView(w, groups, scale, None, levels, backend)
-    shard_step.gather(view, grad, codes.to(torch.int8), None, False, sums, bins)
-    level, clipped = codes.double() + levels.shift, v.double().clamp(levels.low, levels.high)
-    inside = (v >= levels.low) & (v <= levels.high)
-    expected = (grad.double() * torch.where(inside, level - v, level)).sum(1)
-    index = bin_index(codes.to(torch.int8), groups, levels.qmin, n_bins).view(-1)
-    held = clipped * scale[groups, None].double()
-    assert torch.allclose(sums[0], torch.zeros(3, dtype=torch.float64).index_add_(0, groups, expected), rtol=1e-6)
-    assert torch.allclose(
-        sums[1], torch.zeros(3, dtype=torch.float64).index_add_(0, groups, w.double().abs().sum(1)), rtol=1e-12
-    )
-    assert torch.equal(bins[0], torch.bincount(index, minlength=3 * n_bins).double())
-    assert torch.allclose(bins[1], torch.bincount(index, held.view(-1), minlength=3 * n_bins), rtol=1e-6, atol=1e-9)
-
-
-def test_sums_do_not_depend_on_the_number_of_threads():
-    generator = torch.Generator().manual_seed(0)
-    w, grad = torch.randn(2, 300_000, generator=generator)
-    codes = torch.randint(-2, 2, w.shape, generator=generator).to(torch.int8)
-    grouping, scale = Grouping(3, 100_000), torch.tensor([0.5, 1.0, 2.0])
-
-    def sums(threads):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        found, bins = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 12, dtype=torch.float64)
-        try:
-            for tile in make_tiles(70_000, 230_000, grouping, torch.device("cpu")):
-                view = shard_step.TileView(tile.of(w), tile.groups, scale, None, Levels(-2, 1), "portable")
-                shard_step.gather(view, tile.of(grad), tile.of(codes), None, False, found, bins)
-        finally:
-            torch.set_num_threads(before)
-        return found, bins
-
-    for one, two in zip(sums(1), sums(2), strict=True):
-        assert torch.equal(one, two)
-        assert one.abs().min() > 0
-
-
-def test_a_tile_of_another_size_is_refused():
+def test_an_image_of_another_size_is_refused():
     view = shard_step.TileView(
         torch.zeros(4), torch.zeros(1, dtype=torch.int64), torch.ones(1), None, Levels(-2, 1), "portable"
     )
-    sums = torch.zeros(2, 1, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="grad must be of 4 values"):
-        shard_step.gather(view, torch.zeros(3), torch.zeros(4, dtype=torch.int8), None, False, sums, None)
+    codes, direction = torch.zeros(2, 4, dtype=torch.int8)
+    with pytest.raises(RuntimeError, match="latent must be of 4 values"):
+        shard_step.image(view, torch.zeros(3), codes, direction, torch.zeros(4), None, None, 0.1, None)
 
 
 def test_operators_pass_torchs_checks():
-    tile = torch.tensor([0, 1, 2]), torch.tensor([0.5, 1.0, 2.0])  # groups and scales of three rows
-    grid, adam = (-2, 1, 0.0), (0.999, 0.9, 0.999, 0.1, 1e-8, 1e-3)
     w, grad, m, v, latent, frequency = torch.rand(6, 3, 8)
     codes, direction = torch.zeros(2, 3, 8, dtype=torch.int8)
-    (groups, scale), sums = tile, torch.zeros(2, 3, dtype=torch.float64)
-    bins, tables = torch.zeros(2, 12, dtype=torch.float64), torch.rand(2, 12)
-    ops = torch.ops.dsquant
-    tiled = (scale, groups, *grid)
+    groups, scale = torch.tensor([0, 1, 2]), torch.tensor([0.5, 1.0, 2.0])
+    ops, tracker = torch.ops.dsquant, (codes, direction, frequency, None, None)
     for op, arguments in {
-        ops.shard_gather: (w, grad, codes, None, None, *tiled, -2.0, 1.0, False, sums, bins, 0),
-        ops.shard_update: (w, grad, m, v, codes, None, None, *tiled, -2.0, 1.0, 0.1, *tables, *adam, None, 0),
-        ops.shard_adamw: (w, grad, m, v, *adam, 0),
+        ops.shard_adamw: (w, grad, m, v, 0.999, 0.9, 0.999, 0.1, 1e-8, 1e-3, 0),
         ops.shard_moments: (w, groups, torch.zeros(3, 3, dtype=torch.float64), 0),
-        ops.shard_image: (w, latent, codes, direction, frequency, None, None, None, *tiled, 0.1, -1.0, 0),
+        ops.shard_image: (w, latent, *tracker, None, scale, groups, -2, 1, 0.0, 0.1, -1.0, 0),
     }.items():
         torch.library.opcheck(op.default, arguments)

@@ -28,7 +28,7 @@ struct TileRuns {
   RunGrid grid;
 
   TileRuns(const Tensor& w, const Tensor& group_of, const Tensor& scales, const std::optional<Tensor>& centres,
-           int64_t qmin, int64_t qmax, double shift, double low, double high, bool plain)
+           int64_t qmin, int64_t qmax, double shift)
       : numel(w.numel()), rows(group_of.numel()), n_groups(scales.numel()) {
     STD_TORCH_CHECK(rows > 0 && numel % rows == 0, "a tile of ", numel, " weights has no ", rows, " rows");
     STD_TORCH_CHECK(-128 <= qmin && qmin <= qmax && qmax <= 127, "codes of weights are int8");
@@ -39,8 +39,7 @@ struct TileRuns {
     centre = values_of<const float>(centres, ScalarType::Float, n_groups, "centre");
     for (int64_t r = 0; r < rows; ++r)
       STD_TORCH_CHECK(groups[r] >= 0 && groups[r] < n_groups, "row ", r, " is of group ", groups[r]);
-    grid = {1.0f, 0.0f, static_cast<float>(shift), static_cast<float>(low), static_cast<float>(high),
-            static_cast<int32_t>(qmin), static_cast<int32_t>(qmax), plain};
+    grid = {1.0f, 0.0f, static_cast<float>(shift), 0.0f, 0.0f, static_cast<int32_t>(qmin), static_cast<int32_t>(qmax), false};
   }
 
   int64_t count() const { return rows * pieces; }
@@ -62,75 +61,6 @@ struct TileRuns {
   }
 };
 
-// Sums over a tile, (width, n_groups * each) float64, from what every run has found: `of` is (runs, width * each).
-void add_up(const TileRuns& tile, const std::vector<double>& of, int64_t width, int64_t each, double* sums) {
-  for (int64_t run = 0; run < tile.count(); ++run)
-    for (int64_t k = 0; k < width; ++k)
-      for (int64_t i = 0; i < each; ++i)
-        sums[(k * tile.n_groups + tile.group(run)) * each + i] += of[(run * width + k) * each + i];
-}
-
-void shard_gather(const Tensor& w, const Tensor& grad, const Tensor& codes, std::optional<Tensor> frozen,
-                  std::optional<Tensor> centre, const Tensor& scale, const Tensor& groups, int64_t qmin, int64_t qmax,
-                  double shift, double low, double high, bool plain, const Tensor& sums, std::optional<Tensor> bins,
-                  int64_t isa) {
-  const StepKernels& kernels = kernels_of(isa, kStepPortable, kStepAvx2OrNone);
-  const TileRuns tile(w, groups, scale, centre, qmin, qmax, shift, low, high, plain);
-  const int64_t n = tile.numel, n_bins = bins ? bins->numel() / (2 * tile.n_groups) : 0;
-  const auto* x = values_of<const float>(w, ScalarType::Float, n, "w");
-  const auto* g = values_of<const float>(grad, ScalarType::Float, n, "grad");
-  const auto* c = values_of<const int8_t>(codes, ScalarType::Char, n, "codes");
-  const auto* still = values_of<const bool>(frozen, ScalarType::Bool, n, "frozen");
-  auto* totals = values_of<double>(sums, ScalarType::Double, 2 * tile.n_groups, "sums");
-  auto* histogram = values_of<double>(bins, ScalarType::Double, 2 * n_bins * tile.n_groups, "bins");
-  STD_TORCH_CHECK(!bins || (n_bins > qmax - qmin && n_bins <= 256), "bins hold ", n_bins, " codes a group");
-  std::vector<double> found(2 * tile.count()), held(2 * n_bins * tile.count());
-  tile.each([&](int64_t run, int64_t first, int64_t count, const RunGrid& grid) {
-    kernels.gather(count, x + first, g + first, c + first, still ? still + first : nullptr, grid, n_bins, &found[2 * run],
-                   histogram ? &held[2 * n_bins * run] : nullptr);
-  });
-  add_up(tile, found, 2, 1, totals);
-  if (histogram) add_up(tile, held, 2, n_bins, histogram);
-}
-
-AdamW adamw_of(double decay, double beta1, double beta2, double correction, double eps, double step) {
-  return {static_cast<float>(decay),      static_cast<float>(1 - beta1), static_cast<float>(beta2),
-          static_cast<float>(1 - beta2),  static_cast<float>(correction), static_cast<float>(eps),
-          static_cast<float>(step)};
-}
-
-void shard_update(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                  const Tensor& codes, std::optional<Tensor> frozen, std::optional<Tensor> centre, const Tensor& scale,
-                  const Tensor& groups, int64_t qmin, int64_t qmax, double shift, double low, double high, double pull,
-                  std::optional<Tensor> mean, std::optional<Tensor> factor, double decay, double beta1, double beta2,
-                  double correction, double eps, double step, std::optional<Tensor> norms, int64_t isa) {
-  const StepKernels& kernels = kernels_of(isa, kStepPortable, kStepAvx2OrNone);
-  const TileRuns tile(w, groups, scale, centre, qmin, qmax, shift, low, high, false);
-  const int64_t n = tile.numel, n_bins = mean ? mean->numel() / tile.n_groups : 0;
-  auto* x = values_of<float>(w, ScalarType::Float, n, "w");
-  const auto* g = values_of<const float>(grad, ScalarType::Float, n, "grad");
-  auto* m = values_of<float>(exp_avg, ScalarType::Float, n, "exp_avg");
-  auto* v = values_of<float>(exp_avg_sq, ScalarType::Float, n, "exp_avg_sq");
-  const auto* c = values_of<const int8_t>(codes, ScalarType::Char, n, "codes");
-  const auto* still = values_of<const bool>(frozen, ScalarType::Bool, n, "frozen");
-  const auto* means = values_of<const float>(mean, ScalarType::Float, n_bins * tile.n_groups, "mean");
-  const auto* factors = values_of<const float>(factor, ScalarType::Float, n_bins * tile.n_groups, "factor");
-  auto* squares = values_of<double>(norms, ScalarType::Double, 2, "norms");
-  STD_TORCH_CHECK(!mean == !factor && (!mean || n_bins > qmax - qmin), "mean and factor hold ", n_bins, " codes a group");
-  const AdamW adam = adamw_of(decay, beta1, beta2, correction, eps, step);
-  std::vector<double> found(squares ? 2 * tile.count() : 0);
-  tile.each([&](int64_t run, int64_t first, int64_t count, const RunGrid& grid) {
-    const int64_t table = tile.group(run) * n_bins;
-    const Pull own{static_cast<float>(2 * pull), means ? means + table : nullptr, factors ? factors + table : nullptr,
-                   n_bins, pull != 0 || means != nullptr};
-    kernels.update(count, x + first, g + first, m + first, v + first, c + first, still ? still + first : nullptr, grid,
-                   own, adam, squares ? &found[2 * run] : nullptr);
-  });
-  if (squares)
-    for (int64_t run = 0; run < tile.count(); ++run)
-      for (int k = 0; k < 2; ++k) squares[k] += found[2 * run + k];
-}
-
 void shard_adamw(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, double decay,
                  double beta1, double beta2, double correction, double eps, double step, int64_t isa) {
   const StepKernels& kernels = kernels_of(isa, kStepPortable, kStepAvx2OrNone);
@@ -139,7 +69,9 @@ void shard_adamw(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, con
   const auto* g = values_of<const float>(grad, ScalarType::Float, n, "grad");
   auto* m = values_of<float>(exp_avg, ScalarType::Float, n, "exp_avg");
   auto* v = values_of<float>(exp_avg_sq, ScalarType::Float, n, "exp_avg_sq");
-  const AdamW adam = adamw_of(decay, beta1, beta2, correction, eps, step);
+  const AdamW adam{static_cast<float>(decay),      static_cast<float>(1 - beta1),  static_cast<float>(beta2),
+                   static_cast<float>(1 - beta2),  static_cast<float>(correction), static_cast<float>(eps),
+                   static_cast<float>(step)};
   torch::stable::parallel_for(0, n, kRun, [&](int64_t begin, int64_t end) {
     kernels.adamw(end - begin, x + begin, g + begin, m + begin, v + begin, adam);
   });
@@ -174,7 +106,7 @@ void shard_image(const Tensor& w, const Tensor& latent, const Tensor& codes, con
                  std::optional<Tensor> centre, const Tensor& scale, const Tensor& groups, int64_t qmin, int64_t qmax,
                  double shift, double momentum, double threshold, int64_t isa) {
   const StepKernels& kernels = kernels_of(isa, kStepPortable, kStepAvx2OrNone);
-  const TileRuns tile(w, groups, scale, centre, qmin, qmax, shift, 0.0, 0.0, false);
+  const TileRuns tile(w, groups, scale, centre, qmin, qmax, shift);
   const int64_t n = tile.numel;
   auto* x = values_of<float>(w, ScalarType::Float, n, "w");
   auto* kept = values_of<float>(latent, ScalarType::Float, n, "latent");
@@ -200,8 +132,6 @@ void shard_image(const Tensor& w, const Tensor& latent, const Tensor& codes, con
 
 // The schemas are in dsquant/ops/shard_step.py.
 STABLE_TORCH_LIBRARY_IMPL(dsquant, CPU, m) {
-  m.impl("shard_gather", TORCH_BOX(&dsq::shard_gather));
-  m.impl("shard_update", TORCH_BOX(&dsq::shard_update));
   m.impl("shard_adamw", TORCH_BOX(&dsq::shard_adamw));
   m.impl("shard_moments", TORCH_BOX(&dsq::shard_moments));
   m.impl("shard_image", TORCH_BOX(&dsq::shard_image));

@@ -6,10 +6,17 @@ of it without a GPU.
 
 import torch
 
-from dsquant.ops.gpu import fake_quantize, packed_linear, quant_attention, quant_attention_backward, shard_step
+from dsquant.ops.gpu import (
+    fake_quantize,
+    packed_linear,
+    quant_attention,
+    quant_attention_backward,
+    shard_flat,
+    shard_step,
+)
 from dsquant.ops.gpu.launch import interpreted, recorded
 
-_MODULES = (fake_quantize, packed_linear, quant_attention, quant_attention_backward, shard_step)
+_MODULES = (fake_quantize, packed_linear, quant_attention, quant_attention_backward, shard_flat, shard_step)
 OPERATORS = {operator.__name__: operator for module in _MODULES for operator in module.OPERATORS}
 SAMPLES = tuple(module.samples for module in _MODULES if hasattr(module, "samples"))  # what is compiled ahead of time
 
