@@ -33,24 +33,32 @@ struct Quantizer {
   }
 };
 
-// Move the codes of one chunk, in natural order, to their places.
-inline void place(const int8_t* codes, int8_t* out, int per) {
-  const __m256i quads = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
-                                         0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  if (per == 1) {
-    store(out, load(codes));
-  } else if (per == 4) {
-    for (int t = 0; t < 4; ++t) {
-      const __m256i grouped = _mm256_shuffle_epi8(load(codes + 32 * t), quads);
-      const __m256i v = _mm256_permutevar8x32_epi32(grouped, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-      alignas(32) int8_t lanes[32];
-      store(lanes, v);
-      for (int j = 0; j < 4; ++j) std::memcpy(out + 32 * j + 8 * t, lanes + 8 * j, 8);
-    }
-  } else {
-    for (int j = 0; j < per; ++j)
-      for (int i = 0; i < 32; ++i) out[32 * j + i] = codes[per * i + j];
+// Move the codes of one chunk, in natural order, to their places: bytes are told apart by the lowest bit of j, then by the next.
+template <int per>
+inline void place(const int8_t* codes, int8_t* out) {
+  const __m256i low = _mm256_set1_epi16(0xff);
+  __m256i v[per], apart[per];
+  for (int j = 0; j < per; ++j) v[j] = load(codes + 32 * j);
+  for (int found = 1; found < per; found *= 2) {  // v holds so many runs of vectors, by what is known of j
+    const int half = per / (2 * found);
+    for (int of = 0; of < found; ++of)
+      for (int i = 0; i < half; ++i) {
+        const __m256i a = v[2 * (of * half + i)], b = v[2 * (of * half + i) + 1];
+        const __m256i even = _mm256_packus_epi16(_mm256_and_si256(a, low), _mm256_and_si256(b, low));
+        const __m256i odd = _mm256_packus_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8));
+        apart[of * half + i] = _mm256_permute4x64_epi64(even, 0b11011000);
+        apart[(of + found) * half + i] = _mm256_permute4x64_epi64(odd, 0b11011000);
+      }
+    for (int j = 0; j < per; ++j) v[j] = apart[j];
   }
+  for (int j = 0; j < per; ++j) store(out + 32 * j, v[j]);
+}
+
+inline void place(const int8_t* codes, int8_t* out, int per) {
+  if (per == 8) place<8>(codes, out);
+  else if (per == 4) place<4>(codes, out);
+  else if (per == 2) place<2>(codes, out);
+  else place<1>(codes, out);
 }
 
 void quantize(const float* x, int64_t cols, const InputGrid& grid, const IntLayout& layout, void* out, RowStats* stats) {
