@@ -81,7 +81,7 @@ def test_integer_sums_are_those_of_int64_arithmetic(backend, n_bits, shape):
 
 @pytest.mark.parametrize("n_bits", range(1, 9))
 def test_every_level_of_instructions_that_this_processor_has_gives_the_same_bits(monkeypatch, n_bits):
-    """`avx2` takes the highest, here each has its turn: 0 is plain C++, 1 AVX2, 2 AVX-512 VNNI."""
+    """`avx2` takes the highest, here each has its turn: 0 is plain C++, 1 AVX2, 2 AVX-512 VNNI, 3 VPOPCNTDQ."""
     for level in range(build.load().dsquant_cpu_level() + 1):
         monkeypatch.setattr(backends, "isa", lambda _, level=level: level)
         for rows, cols, features in [*SHAPES, (14, 300, 37)]:
@@ -177,10 +177,11 @@ def test_inputs_of_any_layout_and_rank_give_the_same(backend):
         assert run(backend, x[:, :0], weight, None, q).shape == (4, 0, 20)
 
 
-def test_many_rows_go_in_blocks_and_threads_do_not_show(backend):
+@pytest.mark.parametrize(("n_bits", "levels"), [(2, Levels(0, 255)), (1, Levels(-1, 0, 0.5)), (1, Levels(0, 3))])
+def test_many_rows_go_in_blocks_and_threads_do_not_show(backend, n_bits, levels):
     """1500 rows of 1536 take several blocks of x, and more than one batch of them; 70 take several interpreted tiles."""
-    weight, _ = random_matrix(40, 1536, 2)
-    quant = QuantArgs(torch.tensor([0.05]), torch.tensor([0.3]), Levels(0, 255))
+    weight, _ = random_matrix(40, 1536, n_bits)
+    quant = QuantArgs(torch.tensor([0.05]), torch.tensor([0.3]), levels)
     rows = 70 if backend == backends.TRITON else 1500
     x = torch.randn(rows, 1536, generator=generator_of(3))
     before = torch.get_num_threads()
@@ -208,11 +209,23 @@ def test_ties_edges_and_outliers_take_the_codes_of_the_definition(backend):
         assert torch.equal(run(backend, x, weight, None, quant), run(backends.TORCH, x, weight, None, quant))
 
 
-def test_a_row_with_nan_is_nan_and_no_other(backend):
-    weight, _ = random_matrix(19, 70, 2)
+@pytest.mark.parametrize("levels", [Levels(-1, 0, 0.5), Levels(-2, 1)])
+@pytest.mark.parametrize("cols", [70, 20_000])
+def test_bit_planes_of_rows_of_any_length_give_the_bits_of_the_formula(backend, levels, cols):
+    """20,000 bits are more than are multiplied at a time, and end within a word."""
+    weight, _ = random_matrix(18, cols, 1, 0.5)
+    quant = QuantArgs(torch.tensor([0.6]), torch.tensor([-0.1]), levels)
+    x = torch.randn(13, cols, generator=generator_of(6))
+    bias = torch.randn(18, generator=generator_of(7))
+    assert torch.equal(run(backend, x, weight, bias, quant), run(backends.TORCH, x, weight, bias, quant))
+
+
+@pytest.mark.parametrize(("n_bits", "levels"), [(2, Levels(-8, 7)), (1, Levels(-1, 0, 0.5))])
+def test_a_row_with_nan_is_nan_and_no_other(backend, n_bits, levels):
+    weight, _ = random_matrix(19, 70, n_bits)
     x = torch.randn(7, 70, generator=generator_of(4))
     x[3, 69] = float("nan")
-    for quant in (None, QuantArgs(torch.tensor([0.1]), None, Levels(-8, 7))):
+    for quant in (None, QuantArgs(torch.tensor([0.1]), None, levels)):
         y = run(backend, x, weight, None, quant)
         assert y.isnan().all(dim=1).tolist() == [False] * 3 + [True] + [False] * 3
         assert not y[[0, 1, 2, 4, 5, 6]].isnan().any()

@@ -8,7 +8,7 @@
 
 namespace dsq {
 
-int cpu_level();  // 0 plain C++ alone, 1 AVX2 too, 2 AVX-512 VNNI too
+int cpu_level();  // 0 plain C++ alone, 1 AVX2 too, 2 AVX-512 VNNI too, 3 VPOPCNTDQ too
 
 // Return the kernels of an instruction set, which this processor must have; `avx2` is null where the build has none.
 template <class Kernels>

@@ -25,7 +25,7 @@ int cpu_level() {
   if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))) return 0;
   const bool vnni = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512bw");
-  return vnni ? 2 : 1;
+  return vnni && __builtin_cpu_supports("avx512vpopcntdq") ? 3 : vnni ? 2 : 1;
 #else
   return 0;
 #endif
@@ -42,9 +42,17 @@ constexpr int64_t kTaskWork = 400 * 1000;    // products that are worth a thread
 
 const Kernels& kernels_for(int64_t isa) {
 #if defined(__x86_64__)
-  static const Kernels vnni = {kAvx2.step,     true,          false,       quantize_vnni,      kAvx2.decode,
-                               multiply_vnni, stream_vnni, kAvx2.decode_float, kAvx2.multiply_float};
-  if (isa == 2 && cpu_level() == 2) return vnni;
+  static const Kernels vnni = [] {
+    Kernels found = kAvx2;
+    found.flushes = false, found.quantize = quantize_vnni, found.multiply = multiply_vnni, found.stream = stream_vnni;
+    return found;
+  }();
+  static const Kernels popcount = [] {
+    Kernels found = vnni;
+    found.quantize_bits = quantize_bits, found.multiply_bits = multiply_bits;
+    return found;
+  }();
+  if (isa >= 2 && isa <= cpu_level()) return isa == 2 ? vnni : popcount;
 #endif
   return kernels_of(isa, kPortable, kAvx2OrNone);
 }
@@ -177,7 +185,8 @@ struct Product {
   IntLayout layout;
   int32_t p, q;
 
-  int64_t bytes() const { return layout.padded * (layout.wide ? 2 : 1); }
+  // of a row of x
+  int64_t bytes() const { return layout.planes ? layout.padded / 8 * layout.planes : layout.padded * (layout.wide ? 2 : 1); }
   // sum of p (code_x + shift_x) over a row of x
   int32_t row_sum(const RowStats& stats) const {
     const int64_t shift = static_cast<int64_t>(p * (grid.zero + grid.shift));
@@ -185,7 +194,15 @@ struct Product {
   }
 };
 
-Product make_product(const Kernels& kernels, const Weight& w, const InputGrid& grid, const int32_t* code_sums) {
+// Bit planes that x is cut into; 0: none. Of more bits, or of a row or two, a code in a byte is faster.
+int planes_of(const Kernels& kernels, const Weight& w, int64_t rows, int64_t qmin, int64_t qmax) {
+  if (!kernels.multiply_bits || w.n_bits != 1 || qmax - qmin > 3 || rows <= kFewRows) return 0;
+  return qmax - qmin > 1 ? 2 : 1;
+}
+
+Product make_product(const Kernels& kernels, const Weight& w, const InputGrid& grid, const int32_t* code_sums, int planes) {
+  if (planes)
+    return {kernels, w, grid, code_sums, {1, false, 0, round_up(w.cols, 32), planes}, grid.shift != 0 ? 2 : 1, w.shift != 0 ? 2 : 1};
   const float reach = std::max(grid.zero - grid.qmin, grid.qmax - grid.zero);
   const int64_t pair = 2 * ((1 << w.n_bits) - 1) * static_cast<int64_t>(reach);
   const int flush = static_cast<int>(std::min<int64_t>(32767 / std::max<int64_t>(1, pair), 1 << 20));
@@ -242,13 +259,17 @@ void finish(const Product& product, const int32_t* sums, const RowStats* stats, 
   }
 }
 
-// Multiply a row or two of x by the rows of a panel without forming it. False where the kernels cannot.
+// Multiply x by the rows of a panel as they lie: bit planes, or a row or two of x. False where the kernels cannot.
 bool stream_panel(const Product& product, const uint8_t* codes, int64_t rows, int64_t first, int64_t held,
                   int32_t* sums) {
-  if (rows > kFewRows || !product.kernels.stream) return false;
+  if (!product.layout.planes && (rows > kFewRows || !product.kernels.stream)) return false;
   const Weight& w = product.w;
   const uint8_t* packed[kPanelRows];  // behind the last row the last again: its sums are not used
   for (int64_t n = 0; n < kPanelRows; ++n) packed[n] = w.row(first + std::min(n, held - 1));
+  if (product.layout.planes) {
+    product.kernels.multiply_bits(codes, product.bytes(), rows, packed, product.layout, sums);
+    return true;
+  }
   for (int64_t m = 0; m < rows; ++m)
     if (!product.kernels.stream(codes + m * product.bytes(), packed, w.row_bytes, product.layout, sums + m * kPanelRows))
       return false;
@@ -282,9 +303,10 @@ void int_rows(const Product& product, const float* x, int64_t rows, int64_t size
   const Weight& w = product.w;
   const int64_t bytes = product.bytes(), panels = (w.rows + kPanelRows - 1) / kPanelRows;
   const int64_t grain = std::max<int64_t>(1, kTaskWork / (20 * std::max<int64_t>(1, w.cols)));
+  const auto quantize = product.layout.planes ? product.kernels.quantize_bits : product.kernels.quantize;
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m)
-      product.kernels.quantize(x + m * w.cols, w.cols, product.grid, product.layout, codes + m * bytes, stats + m);
+      quantize(x + m * w.cols, w.cols, product.grid, product.layout, codes + m * bytes, stats + m);
   });
   for_tasks((rows + size - 1) / size, panels, size * kPanelRows * w.cols, [&](int64_t block, int64_t panel) {
     const int64_t m = block * size;
@@ -302,13 +324,16 @@ Tensor packed_linear_int(const Tensor& input, const Tensor& words, const Tensor&
                   "code_sums must be int32 (out,)");
   STD_TORCH_CHECK(-128 <= qmin && qmin <= qmax && qmax <= 255 && qmax - qmin <= 255, "codes of x must have 8 bits");
   const float offset = in_offset ? scalar_of(*in_offset, "in_offset") : 0.0f;
-  const InputGrid grid{scalar_of(in_scale, "in_scale"), offset, static_cast<float>(in_shift), static_cast<float>(qmin),
-                       static_cast<float>(qmax), qmax > 127 ? 128 : 0};
   Tensor y = output_like(x, w.rows);
   if (y.numel() == 0) return y;
+  const int64_t rows = y.numel() / w.rows;
+  const int planes = planes_of(kernels, w, rows, qmin, qmax);
+  const auto zero = static_cast<int32_t>(planes ? qmin : qmax > 127 ? 128 : 0);  // planes hold no sign
+  const InputGrid grid{scalar_of(in_scale, "in_scale"), offset, static_cast<float>(in_shift), static_cast<float>(qmin),
+                       static_cast<float>(qmax), zero};
   const auto* sums = static_cast<const int32_t*>(code_sums.const_data_ptr());
-  const Product product = make_product(kernels, w, grid, sums);
-  const int64_t rows = y.numel() / w.rows, size = std::min(rows, block_rows(product.bytes()));
+  const Product product = make_product(kernels, w, grid, sums, planes);
+  const int64_t size = std::min(rows, block_rows(product.bytes()));
   const int64_t batch = std::min(rows, 8 * size);  // what is quantized at a time: workspace stays small at any batch
   const std::unique_ptr<uint8_t[]> codes(new uint8_t[batch * product.bytes() + 32]);  // behind it a vector may be read
   const std::unique_ptr<RowStats[]> stats(new RowStats[batch]);

@@ -32,6 +32,7 @@ struct IntLayout {
   bool wide;
   int flush;
   int64_t padded;  // elements of a row of x, a multiple of the kernel's step; those behind the last are 0
+  int planes = 0;  // bit planes of x, one behind the other, element k at bit k; 0: a code has bytes of its own
 };
 
 struct Kernels {
@@ -53,16 +54,22 @@ struct Kernels {
                        float* out);
   void (*multiply_float)(const float* x, int64_t x_stride, int64_t rows, const float* panel, int64_t panel_stride,
                          int64_t depth, float* sums);
+  // `quantize` and `multiply` for bit planes of x and the 16 packed rows of a panel, of 1 bit, as they lie. May be null.
+  void (*quantize_bits)(const float* x, int64_t cols, const InputGrid&, const IntLayout&, void* codes, RowStats*) = nullptr;
+  void (*multiply_bits)(const void* x, int64_t x_stride, int64_t rows, const uint8_t* const* packed, const IntLayout&,
+                        int32_t* sums) = nullptr;
 };
 
 extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 constexpr const Kernels* kAvx2OrNone = &kAvx2;
-// With AVX-512 VNNI; the rest of its kernels are kAvx2's.
+// With AVX-512 VNNI and VPOPCNTDQ; the rest of their kernels are kAvx2's.
 void quantize_vnni(const float* x, int64_t cols, const InputGrid&, const IntLayout&, void* codes, RowStats*);
 void multiply_vnni(const void* x, int64_t x_stride, int64_t rows, const void* panel, int64_t panel_stride, int64_t depth,
                    const IntLayout&, int32_t* sums);
+void quantize_bits(const float* x, int64_t cols, const InputGrid&, const IntLayout&, void* codes, RowStats* stats);
+void multiply_bits(const void* x, int64_t x_stride, int64_t rows, const uint8_t* const* packed, const IntLayout&, int32_t* sums);
 bool stream_vnni(const void* x, const uint8_t* const* rows, int64_t row_bytes, const IntLayout&, int32_t* sums);
 #else
 constexpr const Kernels* kAvx2OrNone = nullptr;

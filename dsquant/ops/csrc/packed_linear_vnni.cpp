@@ -17,6 +17,7 @@
 #include <immintrin.h>
 
 #include "avx2_codes.h"
+#include "wide_quantizer.h"
 
 namespace dsq {
 namespace {
@@ -130,24 +131,6 @@ void stream_rows(const int8_t* x, const uint8_t* const* rows, int64_t row_bytes,
   store_lanes(sums + 4, lower[4], lower[5], lower[6], lower[7]);
 }
 
-// avx2_codes.h's quantizer, 16 values at a time, with its bits. Codes have 8 bits: with VNNI no layout is wide.
-struct WideQuantizer {
-  const InputGrid& g;
-  __m512i sum = _mm512_setzero_si512();
-  __mmask16 nan = 0;
-
-  // Codes of the values that `inside` names, 0 elsewhere.
-  inline __m128i operator()(const float* x, __mmask16 inside) {
-    const __m512 moved = _mm512_sub_ps(_mm512_maskz_loadu_ps(inside, x), _mm512_set1_ps(g.offset));
-    const __m512 v = _mm512_sub_ps(_mm512_div_ps(moved, _mm512_set1_ps(g.scale)), _mm512_set1_ps(g.shift));
-    nan |= _mm512_mask_cmp_ps_mask(inside, v, v, _CMP_UNORD_Q);
-    const __m512 clipped = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(g.qmin)), _mm512_set1_ps(g.qmax));
-    const __m512i code = _mm512_maskz_sub_epi32(inside, _mm512_cvtps_epi32(clipped), _mm512_set1_epi32(g.zero));
-    sum = _mm512_add_epi32(sum, code);
-    return _mm512_cvtsepi32_epi8(code);
-  }
-};
-
 }  // namespace
 
 void quantize_vnni(const float* x, int64_t cols, const InputGrid& grid, const IntLayout& layout, void* out, RowStats* stats) {
@@ -158,11 +141,12 @@ void quantize_vnni(const float* x, int64_t cols, const InputGrid& grid, const In
     for (int k = 0; k < chunk; k += 16) {
       const int64_t left = std::clamp<int64_t>(cols - begin - k, 0, 16);
       const auto inside = static_cast<__mmask16>((1u << left) - 1);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k), quantizer(x + begin + k, inside));
+      const __m512i code = quantizer(x + begin + k, inside);  // 8 bits: with VNNI no layout is wide
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k), _mm512_cvtsepi32_epi8(code));
     }
     place(codes, static_cast<int8_t*>(out) + begin, per);
   }
-  *stats = {_mm512_reduce_add_epi32(quantizer.sum), quantizer.nan};
+  *stats = quantizer.stats();
 }
 
 void multiply_vnni(const void* x, int64_t x_stride, int64_t rows, const void* panel, int64_t panel_stride, int64_t depth,
