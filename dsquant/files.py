@@ -9,22 +9,22 @@ import shutil
 from pathlib import Path
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a UTF-8 file so that readers see the old one or the new one, whole, even across a power cut."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file, text as UTF-8, so that readers see the old one or the new one, whole, even across a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write_synced(temporary, text)
+        write_synced(temporary, content)
         os.replace(temporary, path)
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_synced(path: Path, text: str) -> None:
-    """Write a UTF-8 file and return once its content is on the disk."""
+def write_synced(path: Path, content: str | bytes) -> None:
+    """Write a file, text as UTF-8, and return once its content is on the disk."""
     with open(path, "wb") as file:
-        file.write(text.encode())
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
 

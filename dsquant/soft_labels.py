@@ -25,11 +25,12 @@ from dsquant.checkpoint import load_model, load_run_checkpoint
 from dsquant.config import ModelConfig
 from dsquant.data.reading import Record, decode, read_shard
 from dsquant.data.shard_writing import begin_set, finish_set, write_shard
-from dsquant.data.shards import ShardSet, count_samples, shard_name, write_whole
+from dsquant.data.shards import ShardSet, count_samples, shard_name
 from dsquant.data.soft_labels import MEMBER, SETTINGS, SoftLabels, SoftLabelSettings, cut, draw_crops
 from dsquant.data.transforms import ToMode
 from dsquant.engine import World
 from dsquant.errors import ConfigError, DataError
+from dsquant.files import write_atomically
 from dsquant.models import logits_of
 from dsquant.models.registry import build_model, pretrained_view
 from dsquant.preemption import Stopped, StopRequest
@@ -238,7 +239,7 @@ class SoftLabelWriter:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / STOPPING).unlink(missing_ok=True)  # of a start that was stopped
             if not path.exists():
-                write_whole(path, self.settings.to_json())
+                write_atomically(path, self.settings.to_json())
         dist.barrier()
         self.settings.check_same(SoftLabelSettings.from_json(path.read_bytes(), str(path)), self.out)
         pending = [[]]

@@ -10,8 +10,9 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from dsquant.data.shard_jobs import write_sources
-from dsquant.data.shards import IMAGE_MEMBERS, LABEL_MEMBER, ShardSet, write_whole
+from dsquant.data.shards import IMAGE_MEMBERS, LABEL_MEMBER, ShardSet
 from dsquant.errors import DataError
+from dsquant.files import write_atomically
 
 
 def shard_image_folder(
@@ -51,7 +52,7 @@ def write_classes(path: Path, classes: list[str]) -> None:
             f"{path} lists other classes than the {len(classes)} folders found, so labels would mean different things; "
             f"write to another folder, or remove the old shards and {path.name}"
         )
-    write_whole(path, text.encode())
+    write_atomically(path, text.encode())
 
 
 @dataclass(frozen=True)

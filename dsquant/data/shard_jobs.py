@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, Protocol
 from filelock import FileLock, Timeout
 
 from dsquant.data.shard_writing import index_entry, put_in_place, write_shard
-from dsquant.data.shards import ShardSet, file_hash, write_whole
+from dsquant.data.shards import ShardSet, file_hash
 from dsquant.data.workers import map_in_processes
 from dsquant.errors import DataError
+from dsquant.files import write_atomically
 
 RECORD = ".json"  # beside a finished shard
 LOCK_SECONDS = 10.0  # the processes of a run that was killed end within this time
@@ -111,5 +112,5 @@ def _finished_shard(job: _Job) -> dict[str, Any]:
     record.unlink(missing_ok=True)
     count = write_shard(job.path, ((key, source.members()) for key, source in job.samples))
     entry = index_entry(job.path, job.path.name, count)
-    write_whole(record, json.dumps({"made_from": made_from, "entry": entry}).encode())
+    write_atomically(record, json.dumps({"made_from": made_from, "entry": entry}).encode())
     return entry

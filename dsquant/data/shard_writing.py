@@ -22,9 +22,9 @@ from dsquant.data.shards import (
     is_remote,
     local_shards,
     read_index,
-    write_whole,
 )
 from dsquant.errors import DataError
+from dsquant.files import write_atomically
 
 Sample = tuple[str, dict[str, bytes]]  # key, and bytes by member
 
@@ -69,14 +69,14 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> int:
 
 def begin_set(folder: Path) -> None:
     """Mark a folder as half-written until finish_set."""
-    write_whole(folder / PENDING_INDEX, _index_bytes([]))
+    write_atomically(folder / PENDING_INDEX, _index_bytes([]))
 
 
 def finish_set(folder: Path, counts: Mapping[str, int]) -> ShardSet:
     """Write the index of the shards {file name: samples} of a folder, beside those it lists already."""
     entries = [index_entry(folder / name, name, count) for name, count in counts.items()]
     others = [entry for name, entry in (read_index(str(folder / INDEX)) or {}).items() if name not in counts]
-    write_whole(folder / PENDING_INDEX, _index_bytes(entries + others))
+    write_atomically(folder / PENDING_INDEX, _index_bytes(entries + others))
     os.replace(folder / PENDING_INDEX, folder / INDEX)
     return _set_of(folder, entries)
 
@@ -91,7 +91,7 @@ def write_index(location: str | Path) -> ShardSet:
         raise DataError(f"{location} spans {len(folders)} folders; write one index a folder")
     folder = Path(folders.pop())
     entries = [index_entry(path, os.path.basename(path), count_samples(path)) for path in paths]
-    write_whole(folder / INDEX, _index_bytes(entries))
+    write_atomically(folder / INDEX, _index_bytes(entries))
     return _set_of(folder, entries)
 
 
@@ -100,7 +100,7 @@ def put_in_place(folder: Path, prefix: str, entries: list[dict[str, Any]], parti
     old, names = read_index(str(folder / INDEX)) or {}, {entry["url"] for entry in entries}
     superseded = re.compile(re.escape(prefix) + r"-\d+\.tar")
     others = [entry for name, entry in old.items() if not superseded.fullmatch(name)]
-    write_whole(folder / PENDING_INDEX, _index_bytes(entries + others))
+    write_atomically(folder / PENDING_INDEX, _index_bytes(entries + others))
     for path in folder.glob("*.tar"):
         if superseded.fullmatch(path.name) and path.name not in names:
             path.unlink()

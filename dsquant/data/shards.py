@@ -25,6 +25,7 @@ from webdataset.tariterators import group_by_keys
 
 from dsquant.data.remote import READ_BYTES, open_url
 from dsquant.errors import DataError
+from dsquant.files import write_atomically
 
 if TYPE_CHECKING:
     from dsquant.data.shard_cache import ShardCache
@@ -286,20 +287,10 @@ class _CountCache:
     def save(self) -> None:
         if self.path and self.changed:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path, json.dumps(self.entries).encode())
+            write_atomically(self.path, json.dumps(self.entries).encode())
 
 
 def file_hash(path: str | Path) -> str:
     """Return the blake2b of a file, 16 bytes in hex, as index.json holds it."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # every rank may write the same file
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
