@@ -70,11 +70,6 @@ def adamw(w: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Ad
     call("adamw", backend, w.device.type, w, grad, exp_avg, exp_avg_sq, *step.numbers())
 
 
-def moments(w: Tensor, groups: Tensor, sums: Tensor, backend: str) -> None:
-    """Add to float64 `sums` (n_groups, 3) the sums of |w|, w and w^2 of a tile's rows."""
-    call("moments", backend, w.device.type, w, groups, sums)
-
-
 def image(
     tile: TileView, latent: Tensor, codes: Tensor, direction: Tensor, frequency: Tensor, code_mean: Tensor | None,
     frozen: Tensor | None, momentum: float, threshold: float | None,
@@ -151,6 +146,11 @@ def flat_step(
     )  # fmt: skip
 
 
+def flat_moments(w: Tensor, tiles: Tensor, sums: Tensor, backend: str) -> None:
+    """Add to float64 `sums` (n_groups, 3) those of |w|, w and w^2 of a flat's late tiles."""
+    call("flat_moments", backend, w.device.type, w, tiles, sums)
+
+
 def flat_image(
     w: Tensor, image: Tensor, tracker: dict[str, Tensor | None], scale: Tensor, centre: Tensor | None, tiles: Tensor,
     momentum: float, threshold: float | None, backend: str,
@@ -167,7 +167,6 @@ _TRACKER = "Tensor(w!) codes, Tensor(x!) direction, Tensor(y!) frequency, Tensor
 _ADAMW = "float decay, float beta1, float beta2, float correction, float eps, float step"
 for _schema in (
     f"shard_adamw(Tensor(a!) w, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, {_ADAMW}, int isa) -> ()",
-    "shard_moments(Tensor w, Tensor groups, Tensor(a!) sums, int isa) -> ()",
     "shard_image(Tensor(a!) w, Tensor(b!) latent, Tensor(c!) codes, Tensor(d!) direction, Tensor(e!) frequency, "
     f"Tensor(f!)? code_mean, Tensor(g!)? frozen, {_TILE}, float momentum, float threshold, int isa) -> ()",
     "shard_flat_gather(Tensor w, Tensor grad, Tensor codes, Tensor? frozen, Tensor scale, Tensor? centre, Tensor tiles, "
@@ -175,6 +174,7 @@ for _schema in (
     f"shard_flat_step(Tensor(a!) w, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) image, {_TRACKER}, "
     f"Tensor before, Tensor after, Tensor? centre, Tensor bins, float spread, Tensor tiles, {_ADAMW}, float momentum, "
     "float threshold, Tensor(e!)? norms, int isa) -> ()",
+    "shard_flat_moments(Tensor w, Tensor tiles, Tensor(a!) sums, int isa) -> ()",
     f"shard_flat_image(Tensor(a!) w, Tensor(b!) image, {_TRACKER}, Tensor scale, Tensor? centre, Tensor tiles, float momentum, "
     "float threshold, int isa) -> ()",
 ):

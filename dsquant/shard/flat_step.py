@@ -228,6 +228,17 @@ class FlatStep:
             if found is not None:
                 found.copy_(norms[index])
 
+    def moments(self, weights: list[ShardedWeight]) -> Tensor:
+        """Return this rank's sums of |w|, w and w^2, float64 (groups, 3), of weights whose scales are statistics."""
+        found = torch.zeros(self.n_groups, 3, dtype=torch.float64, device=self.device)
+        for store in self.stores.values():
+            shard_step.flat_moments(store.latents, store.tiles, found, self.backend)
+        if len(weights) == len(self.weights):
+            return found
+        wanted = {id(weight) for weight in weights}
+        parts = zip(self.weights, found.split([w.n_groups for w in self.weights]), strict=True)
+        return torch.cat([part for weight, part in parts if id(weight) in wanted])
+
     def finish(self, momentum: float, threshold: float | None) -> dict[str, Tensor]:
         """Form the images that are missing, have the flats hold images, and return the latents by name."""
         late, found = any(not w.learned for w in self.weights), {}

@@ -20,7 +20,7 @@ from dsquant.shard.fragments import Fragment, ShardMap, part_of
 from dsquant.shard.native_step import can_step, step_float, write_image
 from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, track
 from dsquant.shard.regularizers import Regularizer, bin_index, bin_sums
-from dsquant.shard.scale_step import ScaleStep
+from dsquant.shard.scale_step import ScaleStep, StatisticStep
 from dsquant.shard.statistics import weight_statistics
 from dsquant.shard.weight_quantizers import ShardedWeight, moment_scales, mse_scales
 from dsquant.spec import WeightSite
@@ -119,7 +119,7 @@ class ShardQuantization:
             self.weights.update((w.site.name, w) for w in found)
         if missing := [site.name for site in sites if site.name not in self.weights]:
             raise ShardError(f"{missing[0]} is to be quantized and no optimizer steps it (is it frozen?)")
-        self._scales = ScaleStep(state, config.grad_scale, betas)
+        self._scales, self._statistics = ScaleStep(state, config.grad_scale, betas), StatisticStep(state)
         self._latents: dict[str, Tensor] = {}
         self._lr_factor, self._threshold, self._activations_pending = 1.0, None, False
         self._held: dict[str, tuple[Tensor, Tensor]] = {}  # CGA: which weights may move, and where all were
@@ -137,23 +137,28 @@ class ShardQuantization:
                 weight.replicated_scale.copy_(scale)
         else:
             self._take_moments(learned, self.config.weight_init)
-        self._take_moments(list(self.weights.values()), "statistic")
+        self._take_statistics(list(self.weights.values()))
 
-    def _moments(self, weights: list[ShardedWeight]) -> list[Tensor]:
-        """Return, for each weight, float64 (n_groups, 3) sums of |w|, w and w^2 over all shards."""
-        sums = [w.moment_sums().to(self.state.values.device) for w in weights]
-        if not self.contributes:
-            sums = [torch.zeros_like(s) for s in sums]
-        return list(self._sum(torch.cat(sums)).split([w.n_groups for w in weights])) if weights else []
+    def _moments(self, weights: list[ShardedWeight]) -> Tensor:
+        """Return float64 (groups of all weights, 3) sums of |w|, w and w^2 over all shards."""
+        if self._flat is not None:
+            sums = self._flat.moments(weights)
+        else:
+            sums = torch.cat([w.moment_sums().to(self.state.values.device) for w in weights])
+        return self._sum((sums if self.contributes else torch.zeros_like(sums)).to(self.state.values.device))
 
     def _take_moments(self, weights: list[ShardedWeight], rule: str) -> None:
-        """Set the scales (and centres) that a rule finds from moments; "statistic" leaves learned scales alone."""
-        weights = [w for w in weights if rule != "statistic" or not w.learned]
-        for weight, total in zip(weights, self._moments(weights), strict=True):
-            scale, mean = moment_scales(weight, total, rule)
-            weight.replicated_scale.copy_(scale.clamp(min=SCALE_FLOOR))
-            if weight.replicated_centre is not None:
-                weight.replicated_centre.copy_(mean)
+        """Set the scales of some weights that are learned, for a start."""
+        if not weights:
+            return
+        sums = self._moments(weights).split([w.n_groups for w in weights])
+        for weight, total in zip(weights, sums, strict=True):
+            weight.replicated_scale.copy_(moment_scales(weight, total, rule)[0].clamp(min=SCALE_FLOOR))
+
+    def _take_statistics(self, weights: list[ShardedWeight]) -> None:
+        """Set the scales and centres that are statistics of the latents; those that are learned stay as they are."""
+        if late := [w for w in weights if not w.learned]:
+            self._statistics.step(late, self._moments(late))
 
     @torch.no_grad()
     def start(self) -> None:
@@ -340,7 +345,7 @@ class ShardQuantization:
             if weight.site.name in self._held:
                 free, before = self._held.pop(weight.site.name)
                 weight.fragment.values.copy_(torch.where(free, weight.fragment.values, before))
-        self._take_moments(weights, "statistic")
+        self._take_statistics(weights)
         if self._flat is not None:
             self._latents |= self._flat.finish(self.config.oscillation.momentum, self._threshold)
             self._shown.append(self._flat)

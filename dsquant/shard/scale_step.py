@@ -1,11 +1,11 @@
-"""The step of learned weight scales, all of them at once, from sums over all shards."""
+"""The step of weight scales, all of them at once, from sums over all shards: those that are learned, and statistics."""
 
 import torch
 from torch import Tensor
 
 from dsquant.quant.modules import lsq_grad_scale, mdq_grad_scale
-from dsquant.quant.state import QuantState
-from dsquant.shard.weight_quantizers import ShardedWeight
+from dsquant.quant.state import SCALE_FLOOR, QuantState
+from dsquant.shard.weight_quantizers import ShardedWeight, half_of, statistic_scale
 
 
 class ScaleStep:
@@ -38,16 +38,12 @@ class ScaleStep:
     def _learned_among(self, weights: list[ShardedWeight]) -> tuple[Tensor | None, slice | Tensor, Tensor]:
         """Return which columns of the sums are of learned scales (None: all), where these lie, and their gradients' factors."""
         device, learned = self.state.values.device, [w for w in weights if w.learned]
-        where, factor = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
+        factor = torch.zeros(0, dtype=torch.float64)
         for weight in learned:
-            entry = self.state.entries[f"{weight.site.name}:scale"]
-            where = torch.cat([where, torch.arange(entry.start, entry.start + entry.numel)])
-            factor = torch.cat([factor, torch.full((entry.numel,), self._factor(weight), dtype=torch.float64)])
+            factor = torch.cat([factor, torch.full((weight.n_groups,), self._factor(weight), dtype=torch.float64)])
         columns = torch.cat([torch.full((w.n_groups,), w.learned) for w in weights]).nonzero().view(-1)
         all_of_them = None if len(learned) == len(weights) else columns.to(device)
-        if learned and bool((where.diff() == 1).all()):  # a slice is read and written without a look-up
-            return all_of_them, slice(int(where[0]), int(where[-1]) + 1), factor.to(device)
-        return all_of_them, where.to(device), factor.to(device)
+        return all_of_them, places(self.state, learned, "scale"), factor.to(device)
 
     def _factor(self, weight: ShardedWeight) -> float:
         """Return the factor of the gradient of a weight's scales, or what mdq's follows from: qmax."""
@@ -55,3 +51,46 @@ class ScaleStep:
         if self.grad_scale == "mdq":
             return float(max(1, qmax))
         return lsq_grad_scale(per_group, qmax) if self.grad_scale == "lsq" else 1.0
+
+
+class StatisticStep:
+    """Set the scales and centres in a QuantState that are statistics of the latents."""
+
+    def __init__(self, state: QuantState):
+        self.state = state
+        self._known: dict[tuple[str, ...], tuple[Tensor, ...]] = {}
+
+    def step(self, weights: list[ShardedWeight], sums: Tensor) -> None:
+        """Set those of weights by float64 `sums` (groups of all weights, 3) of |w|, w and w^2, over all shards."""
+        key = tuple(w.site.name for w in weights)
+        if key not in self._known:
+            self._known[key] = self._places_of(weights)
+        size, half, scales, centred, centres = self._known[key]
+        mean_abs, mean, _ = (sums / size).unbind(1)
+        self.state.values[scales] = statistic_scale(mean_abs, half).float().clamp(min=SCALE_FLOOR)
+        if len(centred):
+            self.state.values[centres] = mean[centred].float()
+
+    def _places_of(self, weights: list[ShardedWeight]) -> tuple[Tensor | slice, ...]:
+        """Return elements a group (groups, 1), half its levels, where scales lie; which groups have centres, and where."""
+        device, groups = self.state.values.device, torch.tensor([w.n_groups for w in weights])
+        with_centre = [w for w in weights if w.replicated_centre is not None]
+
+        def of_groups(values: list[int | bool]) -> Tensor:
+            return torch.tensor(values).repeat_interleave(groups).to(device)
+
+        size = of_groups([w.site.numel // w.n_groups for w in weights])
+        centred = of_groups([w.replicated_centre is not None for w in weights]).nonzero().view(-1)
+        half, state = of_groups([half_of(w) for w in weights]), self.state
+        return size[:, None], half, places(state, weights, "scale"), centred, places(state, with_centre, "centre")
+
+
+def places(state: QuantState, weights: list[ShardedWeight], role: str) -> slice | Tensor:
+    """Return where the values of a role of some weights lie: in one slice, which takes no look-up, or as an index."""
+    found = torch.zeros(0, dtype=torch.int64)
+    for weight in weights:
+        entry = state.entries[f"{weight.site.name}:{role}"]
+        found = torch.cat([found, torch.arange(entry.start, entry.start + entry.numel)])
+    if len(found) and bool((found.diff() == 1).all()):
+        return slice(int(found[0]), int(found[-1]) + 1)
+    return found.to(state.values.device)

@@ -140,11 +140,6 @@ class ShardedWeight:
 
     def moment_sums(self) -> Tensor:
         """Return float64 (n_groups, 3): sums of |w|, w and w^2 over this rank's part."""
-        if self.backend != backends.TORCH:
-            sums = torch.zeros(self.n_groups, 3, dtype=torch.float64, device=self.device)
-            for tile in self.tiles:
-                shard_step.moments(tile.of(self.fragment.values), tile.groups, sums, self.backend)
-            return sums
 
         def rows_of(tile: Tile) -> Tensor:
             w = tile.of(self.fragment.values).double()
@@ -245,13 +240,23 @@ def moment_scales(weight: ShardedWeight, sums: Tensor, rule: str) -> tuple[Tenso
     lsq: 2 mean|w| / sqrt(qmax) (Esser et al. 2020). lsq_plus: max(|mu - 3 sigma|, |mu + 3 sigma|) / 2^(b-1) (Bhalgat et
     al. 2020, weights). statistic: 2 mean|w| / 2^(b-1), which is StatsQ's (OFQ) and at 1 bit BWN's step 2 mean|w|.
     """
-    n, half = weight.site.numel // weight.n_groups, 2 ** (weight.site.spec.n_bits - 1)
+    n = weight.site.numel // weight.n_groups
     mean_abs, mean, mean_square = (sums / n).unbind(1)
     if rule == "lsq":
         scale = 2 * mean_abs / weight.site.spec.grad_qmax**0.5
     elif rule == "lsq_plus":
         sigma = (mean_square - mean.square()).clamp(min=0).sqrt()
-        scale = torch.maximum((mean - 3 * sigma).abs(), (mean + 3 * sigma).abs()) / half
+        scale = torch.maximum((mean - 3 * sigma).abs(), (mean + 3 * sigma).abs()) / half_of(weight)
     else:
-        scale = 2 * mean_abs / half
+        scale = statistic_scale(mean_abs, half_of(weight))
     return scale.float(), mean.float()
+
+
+def half_of(weight: ShardedWeight) -> int:
+    """Return half the number of a weight's levels."""
+    return 2 ** (weight.site.spec.n_bits - 1)
+
+
+def statistic_scale(mean_abs: Tensor, half: Tensor | int) -> Tensor:
+    """Return the scale that StatsQ and BWN take from mean |w|, for half that number of levels."""
+    return 2 * mean_abs / half

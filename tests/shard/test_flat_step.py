@@ -126,6 +126,9 @@ CUT = (  # a weight of 7 rows of 300 that begins and ends within a row, one scal
 )  # fmt: skip
 
 
+LONG = {"COLS": 20_000, "N_GROUPS": 1, "WEIGHT": 3, "GROUP": 12}  # more than any program takes at once
+
+
 @pytest.mark.parametrize("isa", [*CPU_LEVELS, "triton"])
 @pytest.mark.parametrize("n_bits", [2, 4])
 def test_sums_are_those_of_float64(isa, n_bits):
@@ -163,6 +166,27 @@ def test_sums_are_those_of_float64(isa, n_bits):
     torch.testing.assert_close(sums[1], expected[1], rtol=1e-12, atol=0)
     assert torch.equal(bins[0].view(12, n_bins), held[0])
     torch.testing.assert_close(bins[1].view(12, n_bins), held[1], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("isa", [*CPU_LEVELS, "triton"])
+def test_moments_are_those_of_late_tiles_in_float64(isa):
+    isa = INTERPRETED if isa == "triton" else level(isa)
+    require(backends.TRITON if isa == INTERPRETED else backends.PORTABLE)
+    tiles = [t | ({"LATE": t.get("WEIGHT", 0) != 1} if "N_GROUPS" in t else {}) for t in (*CUT, LONG)]
+    tiles = table(tiles, QuantSpec(2).levels)
+    w = torch.randn(
+        int((tiles[:, Column.ROWS] * tiles[:, Column.COLS]).sum()), generator=torch.Generator().manual_seed(0)
+    )
+    expected, found = torch.zeros(2, 13, 3, dtype=torch.float64)
+    for tile in tiles[tiles[:, Column.LATE] > 0].long():
+        for row in range(int(tile[Column.ROWS])):
+            at = int(tile[Column.START]) + row * int(tile[Column.COLS])
+            x = w[at : at + int(tile[Column.COLS])].double()
+            group = int(tile[Column.GROUP] + (tile[Column.FIRST_GROUP] + row) % tile[Column.N_GROUPS])
+            expected[group] += torch.stack([x.abs().sum(), x.sum(), x.square().sum()])
+    operator("shard_flat_moments", isa)(w, tiles, found, max(isa, 0))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert expected[[0, 6, 8, 12], 0].gt(0).all()
 
 
 @pytest.mark.parametrize("isa", CPU_LEVELS)
@@ -230,6 +254,7 @@ def test_operators_of_flats_pass_torchs_checks():
         ops.shard_flat_step: (
             w, grad, m, v, image, *tracker, scale, scale.clone(), None, bins, 0.1, rows, *adam, 0.1, -1.0, None, 0
         ),
+        ops.shard_flat_moments: (w, rows, torch.zeros(3, 3, dtype=torch.float64), 0),
         ops.shard_flat_image: (w, image, *tracker, scale, None, rows, 0.1, -1.0, 0),
     }.items():  # fmt: skip
         torch.library.opcheck(op.default, arguments)

@@ -113,7 +113,6 @@ def test_operators_pass_torchs_checks():
     ops, tracker = torch.ops.dsquant, (codes, direction, frequency, None, None)
     for op, arguments in {
         ops.shard_adamw: (w, grad, m, v, 0.999, 0.9, 0.999, 0.1, 1e-8, 1e-3, 0),
-        ops.shard_moments: (w, groups, torch.zeros(3, 3, dtype=torch.float64), 0),
         ops.shard_image: (w, latent, *tracker, None, scale, groups, -2, 1, 0.0, 0.1, -1.0, 0),
     }.items():
         torch.library.opcheck(op.default, arguments)

@@ -168,6 +168,31 @@ void shard_flat_gather(const Tensor& w, const Tensor& grad, const Tensor& codes,
   }
 }
 
+void shard_flat_moments(const Tensor& w, const Tensor& table, const Tensor& sums, int64_t isa) {
+  const StepKernels kernels = kernels_for(isa);
+  const int64_t n = w.numel(), n_groups = sums.numel() / 3;
+  const FlatTiles flat(table, n, INT64_MAX, n_groups, INT64_MAX, INT64_MAX);
+  const auto* x = values_of<const float>(w, ScalarType::Float, n, "w");
+  auto* totals = values_of<double>(sums, ScalarType::Double, 3 * n_groups, "sums");
+  const auto late = [](const FlatTile& tile) { return tile.quantized() && tile.late; };
+  const auto add = [&](const Run& at, const double* own) {
+    for (int k = 0; k < 3; ++k) totals[3 * at.group + k] += own[k];
+  };
+  std::vector<std::vector<double>> found(flat.units.size());  // as in shard_flat_gather
+  flat.each(late, [&](const FlatTile& tile, int64_t run, int64_t unit) {
+    const Run at(tile, run);
+    double own[3] = {};
+    kernels.moments(at.size, x + at.element, own);
+    if (tile.alone) return add(at, own);
+    found[unit].insert(found[unit].end(), own, own + 3);
+  });
+  for (size_t u = 0; u < flat.units.size(); ++u) {
+    const Unit& unit = flat.units[u];
+    for (int64_t run = unit.begin; !found[u].empty() && run < unit.end; ++run)
+      add(Run(flat.tiles[unit.tile], run), &found[u][3 * (run - unit.begin)]);
+  }
+}
+
 // The passes of shard_step.cpp one after another, on a run that stays in L1 or L2 between them.
 void step_in_passes(const StepKernels& kernels, int64_t n, const RunStep& s, double* norms) {
   constexpr int64_t kPart = 1024;  // of a run of 16 Ki elements the second pass would find nothing in L1
@@ -324,5 +349,6 @@ void shard_flat_image(const Tensor& w, const Tensor& image, const Tensor& codes,
 STABLE_TORCH_LIBRARY_IMPL(dsquant, CPU, m) {
   m.impl("shard_flat_gather", TORCH_BOX(&dsq::shard_flat_gather));
   m.impl("shard_flat_step", TORCH_BOX(&dsq::shard_flat_step));
+  m.impl("shard_flat_moments", TORCH_BOX(&dsq::shard_flat_moments));
   m.impl("shard_flat_image", TORCH_BOX(&dsq::shard_flat_image));
 }

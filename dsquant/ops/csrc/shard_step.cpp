@@ -77,30 +77,6 @@ void shard_adamw(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, con
   });
 }
 
-void shard_moments(const Tensor& w, const Tensor& groups, const Tensor& sums, int64_t isa) {
-  const StepKernels& kernels = kernels_of(isa, kStepPortable, kStepAvx2OrNone);
-  const int64_t n = w.numel(), rows = groups.numel(), n_groups = sums.numel() / 3;
-  STD_TORCH_CHECK(rows > 0 && n % rows == 0, "a tile of ", n, " weights has no ", rows, " rows");
-  const auto* x = values_of<const float>(w, ScalarType::Float, n, "w");
-  const auto* of = values_of<const int64_t>(groups, ScalarType::Long, rows, "groups");
-  auto* totals = values_of<double>(sums, ScalarType::Double, 3 * n_groups, "sums");
-  const int64_t cols = n / rows, pieces = (cols + kRun - 1) / kRun;
-  std::vector<double> found(3 * rows * pieces);
-  torch::stable::parallel_for(0, rows * pieces, std::max<int64_t>(1, kRun / std::min(cols, kRun)),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t run = begin; run < end; ++run) {
-                                  const int64_t first = run % pieces * kRun;
-                                  kernels.moments(std::min(kRun, cols - first), x + run / pieces * cols + first,
-                                                  &found[3 * run]);
-                                }
-                              });
-  for (int64_t run = 0; run < rows * pieces; ++run) {
-    const int64_t group = of[run / pieces];
-    STD_TORCH_CHECK(group >= 0 && group < n_groups, "a row is of group ", group);
-    for (int k = 0; k < 3; ++k) totals[3 * group + k] += found[3 * run + k];
-  }
-}
-
 void shard_image(const Tensor& w, const Tensor& latent, const Tensor& codes, const Tensor& direction,
                  const Tensor& frequency, std::optional<Tensor> code_mean, std::optional<Tensor> frozen,
                  std::optional<Tensor> centre, const Tensor& scale, const Tensor& groups, int64_t qmin, int64_t qmax,
@@ -133,6 +109,5 @@ void shard_image(const Tensor& w, const Tensor& latent, const Tensor& codes, con
 // The schemas are in dsquant/ops/shard_step.py.
 STABLE_TORCH_LIBRARY_IMPL(dsquant, CPU, m) {
   m.impl("shard_adamw", TORCH_BOX(&dsq::shard_adamw));
-  m.impl("shard_moments", TORCH_BOX(&dsq::shard_moments));
   m.impl("shard_image", TORCH_BOX(&dsq::shard_image));
 }

@@ -24,10 +24,11 @@ CHUNK = 1024  # partial sums that are added up at a time
 
 # What the table of tiles says of one, int64. The first nine are as in `ops.shard_step.Column`; the others say how to sum it, and
 # where in a buffer: the i-th sum (of a group that one program sees whole: ALONE, else of a run) of d scale and of bin b lie at
-# SUM_AT + i and BIN_AT + i * N_BINS + b, and the other sums that far APART.
+# SUM_AT + i and BIN_AT + i * N_BINS + b, and the other sums that far APART. Moments
+# of the i-th run lie at MOMENT_AT + 3 i in a buffer of their own.
 START, ROWS, COLS, STATE, FIRST_GROUP, N_GROUPS, GROUP, BIN, N_BINS = (tl.constexpr(i) for i in range(9))
-PLAIN, LATE, ALONE, SUM_AT, SUM_APART, BIN_AT, BIN_APART = (tl.constexpr(i) for i in range(9, 16))
-FIELDS = tl.constexpr(16)
+PLAIN, LATE, ALONE, SUM_AT, SUM_APART, BIN_AT, BIN_APART, MOMENT_AT = (tl.constexpr(i) for i in range(9, 17))
+FIELDS = tl.constexpr(17)
 NUMBERS = tl.constexpr(5)  # float32: qmin, qmax, shift, low, high
 
 
@@ -92,6 +93,7 @@ class Plan(NamedTuple):
         asked, late, all_of_it: what the passes visit: tiles that sums are asked of, those with a late image, and all.
         room: float64 values of the buffer of sums: those of groups, those of bins, and of runs that make up the former.
         groups: how they do so.
+        moment_room, moments: the same of the moments of late tiles, the three of a group side by side.
         weights: how squares that programs of `all_of_it` find make up those of weights, which lie before them in a buffer.
     """
 
@@ -102,6 +104,8 @@ class Plan(NamedTuple):
     all_of_it: list[Shape]
     room: int
     groups: Sums
+    moment_room: int
+    moments: Sums
     weights: Sums
 
 
@@ -142,6 +146,7 @@ def _plan(
         mine = np.flatnonzero(quantized & (of[Column.WEIGHT] == weight))
         used = _lay_out_sums(mine, rows, runs, tiles, (room, n_groups, n_bins), groups, bool(asked[mine[0]]))
         room += used
+    moment_room, moments = _lay_out_moments(np.flatnonzero(late), rows, runs, tiles, n_groups)
     every, weights = _shapes(np.flatnonzero(runs), rows, blocks, runs, device), Sums()
     if n_weights:
         _lay_out_squares(every, of[Column.WEIGHT], quantized, n_weights, weights)
@@ -149,7 +154,7 @@ def _plan(
     return Plan(
         torch.from_numpy(tiles).to(device), torch.from_numpy(grid).to(device),
         *(_shapes(np.flatnonzero(which), rows, blocks, runs, device) for which in (asked, late)), every, room,
-        groups.to(device), weights.to(device),
+        groups.to(device), moment_room, moments.to(device), weights.to(device),
     )  # fmt: skip
 
 
@@ -171,6 +176,28 @@ def _check(rows: np.ndarray, numel: int, state: int, n_groups: int, n_bins: int)
                 raise RuntimeError(f"tile {tile} does not {what}")
 
 
+def _groups_of(tile: int, rows: np.ndarray, runs: np.ndarray) -> np.ndarray:
+    """Return the group of each run of a tile among those of its weight."""
+    pieces = runs[tile] // rows[tile, Column.ROWS]
+    return (rows[tile, Column.FIRST_GROUP] + np.arange(runs[tile]) // pieces) % rows[tile, Column.N_GROUPS]
+
+
+def _lay_out_moments(
+    late: np.ndarray, rows: np.ndarray, runs: np.ndarray, tiles: np.ndarray, n_groups: int
+) -> tuple[int, Sums]:
+    """Say in `tiles` where the moments of late tiles' runs go, behind those of all groups; return the buffer's size, and sums."""
+    moments, room = Sums(), 3 * n_groups
+    if not len(late):
+        return room, moments
+    tiles[late, MOMENT_AT.value] = room + 3 * np.cumsum([0, *runs[late][:-1]])
+    group_of = np.concatenate([rows[tile, Column.GROUP] + _groups_of(tile, rows, runs) for tile in late])
+    found, sizes = np.unique(group_of, return_counts=True)
+    order = np.argsort(group_of, kind="stable")
+    for k in range(3):
+        moments.add(room + 3 * order + k, sizes, 3 * found + k)
+    return room + 3 * len(group_of), moments
+
+
 def _lay_out_sums(
     mine: np.ndarray, rows: np.ndarray, runs: np.ndarray, tiles: np.ndarray, sizes: tuple[int, int, int], groups: Sums,
     asked: bool,
@@ -180,16 +207,11 @@ def _lay_out_sums(
     `sizes` are those of the buffer so far, of all groups and of all bins. Returns how much of the buffer its runs take.
     """
     (room, n_groups, n_bins), first = sizes, rows[mine[0]]
-    pieces = runs[mine] // rows[mine, Column.ROWS]
-    own = [
-        (rows[tile, Column.FIRST_GROUP] + np.arange(runs[tile]) // each) % rows[tile, Column.N_GROUPS]
-        for tile, each in zip(mine, pieces, strict=True)
-    ]
-    group_of, bins = np.concatenate(own), first[Column.N_BINS]
+    group_of, bins = np.concatenate([_groups_of(tile, rows, runs) for tile in mine]), first[Column.N_BINS]
     found, sizes_of = np.unique(group_of, return_counts=True)
     to_sums, to_bins = first[Column.GROUP], 2 * n_groups + first[Column.BIN]
     if sizes_of.max() == 1:
-        tiles[mine, ALONE.value :] = 1, to_sums, n_groups, to_bins, n_bins
+        tiles[mine, ALONE.value : MOMENT_AT.value] = 1, to_sums, n_groups, to_bins, n_bins
         return 0
     total, before = len(group_of), np.cumsum([0, *runs[mine][:-1]])
     from_bins = room + 2 * total

@@ -21,6 +21,7 @@ from dsquant.ops.gpu.flat_plan import (
     FIRST_GROUP,
     GROUP,
     LATE,
+    MOMENT_AT,
     N_BINS,
     N_GROUPS,
     NUMBERS,
@@ -162,6 +163,16 @@ def _step(w, grad, exp_avg, exp_avg_sq, image, codes, direction, frequency, code
 
 
 @triton.jit
+def _moments(w, unit, tiles, found, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    tile, start, _, where, there, here, run, _ = _block(unit, tiles, ALIGNED, BLOCK_ROWS, BLOCK_COLS)
+    x = tl.load(w + start + where, mask=there, other=0.0).to(tl.float64)
+    at = found + tl.load(tile + MOMENT_AT) + 3 * run
+    tl.store(at, tl.sum(tl.abs(x), axis=1), mask=here)
+    tl.store(at + 1, tl.sum(x, axis=1), mask=here)
+    tl.store(at + 2, tl.sum(x * x, axis=1), mask=here)
+
+
+@triton.jit
 def _late_image(w, image, codes, direction, frequency, code_mean, frozen, scale, centre, unit, tiles, numbers, momentum, keep,
                 threshold, HAS_CENTRE: tl.constexpr, FREEZES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
                 BLOCK_COLS: tl.constexpr):  # fmt: skip
@@ -214,7 +225,7 @@ def shard_flat_step(
     if counts.numel():
         mean = (totals / counts.clamp(min=1)).float()
         factor = torch.where(counts > 1, 2 * spread / (counts - 1).clamp(min=1), 0.0).float()
-    pulled = mean is not None or bool(pulls.any())
+    pulled = mean is not None or bool(pulls.numpy().any())
     squares = None
     if norms is not None and pulled:
         squares = w.new_zeros(2 * (n_weights + sum(len(s.units) for s in plan.all_of_it)), dtype=torch.float64)
@@ -235,13 +246,23 @@ def shard_flat_step(
         norms += squares[: 2 * n_weights].view_as(norms)
 
 
+def shard_flat_moments(w: Tensor, tiles: Tensor, sums: Tensor, isa: int = 0) -> None:
+    """Add to `sums` what `ops.shard_step.flat_moments` says."""
+    n_groups = sums.numel() // 3
+    plan = plan_of(tiles, w.numel(), w.numel(), n_groups, _n_bins(tiles), 0, w.device)
+    found = w.new_zeros(plan.moment_room, dtype=torch.float64)
+    for shape in plan.late:
+        shape.launch(_moments, w=w, tiles=plan.tiles, found=found)
+    plan.moments.add_up(found)
+    sums += found[: 3 * n_groups].view_as(sums)
+
+
 def shard_flat_image(
     w: Tensor, image: Tensor, codes: Tensor, direction: Tensor, frequency: Tensor, code_mean: Tensor | None,
     frozen: Tensor | None, scale: Tensor, centre: Tensor | None, tiles: Tensor, momentum: float, threshold: float, isa: int = 0,
 ) -> None:  # fmt: skip
     """Leave the images of late tiles in `image`, as `ops.shard_step.flat_image` says."""
-    n_bins = int((tiles[:, Column.BIN] + tiles[:, Column.N_BINS] * tiles[:, Column.N_GROUPS]).max())
-    plan = plan_of(tiles, w.numel(), codes.numel(), scale.numel(), n_bins, 0, w.device)
+    plan = plan_of(tiles, w.numel(), codes.numel(), scale.numel(), _n_bins(tiles), 0, w.device)
     for shape in plan.late:
         shape.launch(
             _late_image, w=w, image=image, codes=codes, direction=direction, frequency=frequency, code_mean=code_mean,
@@ -250,7 +271,11 @@ def shard_flat_image(
         )  # fmt: skip
 
 
-OPERATORS = (shard_flat_gather, shard_flat_step, shard_flat_image)
+def _n_bins(tiles: Tensor) -> int:
+    return int((tiles[:, Column.BIN] + tiles[:, Column.N_BINS] * tiles[:, Column.N_GROUPS]).max())
+
+
+OPERATORS = (shard_flat_gather, shard_flat_step, shard_flat_moments, shard_flat_image)
 
 
 def samples() -> None:
@@ -280,4 +305,5 @@ def samples() -> None:
         tracker = (codes, direction, often, mean, frozen)
         rest = (held, 0.1, table, *adam, 0.1, 0.1, squares)
         shard_flat_step(w, grad, m, v, image, *tracker, scale, scale, centre, *rest)
+        shard_flat_moments(w, table, torch.zeros(groups, 3, dtype=torch.float64))
         shard_flat_image(w, image, *tracker, scale, centre, table, 0.1, 0.1)

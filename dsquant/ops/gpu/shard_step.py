@@ -1,8 +1,6 @@
 """The passes of the shard step as Triton kernels: what `csrc/shard_step.cpp` does for CPU, with the arithmetic in the same order.
 
-A tile of a weight is a matrix (rows, cols), row r of scale group groups[r]; a program takes a block of it. Sums over elements
-are float64 from the first, one partial sum for each row and block, added up in one order: they must not show how ZeRO cuts
-a weight.
+A tile of a weight is a matrix (rows, cols), row r of scale group groups[r]; a program takes a block of it.
 """
 
 import torch
@@ -45,17 +43,6 @@ def _adamw(w, grad, exp_avg, exp_avg_sq, numel, decay, one_minus_beta1, beta2, o
     tl.store(w + where, stepped, mask=there)
     tl.store(exp_avg + where, m, mask=there)
     tl.store(exp_avg_sq + where, v, mask=there)
-
-
-@triton.jit
-def _moments(w, sums, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    row, _, where, there = tile_of(rows, cols, BLOCK_ROWS, BLOCK_COLS)
-    x = tl.load(w + where, mask=there, other=0.0).to(tl.float64)
-    across = tl.cdiv(cols, BLOCK_COLS)
-    slot, n_slots, here = row * across + tl.program_id(0) % across, rows * across, row < rows
-    tl.store(sums + slot, tl.sum(tl.abs(x), axis=1), mask=here)
-    tl.store(sums + n_slots + slot, tl.sum(x, axis=1), mask=here)
-    tl.store(sums + 2 * n_slots + slot, tl.sum(x * x, axis=1), mask=here)
 
 
 @triton.jit
@@ -134,14 +121,6 @@ def shard_adamw(
     )  # fmt: skip
 
 
-def shard_moments(w: Tensor, groups: Tensor, sums: Tensor, isa: int = 0) -> None:
-    """Add to `sums` (n_groups, 3) the sums of |w|, w and w^2 of a tile's rows."""
-    (down, across), layout = _layout(w, groups.numel())
-    partial = w.new_empty(3, groups.numel(), across, dtype=torch.float64)
-    launch(_moments, (down * across,), w=w, sums=partial, **layout)
-    sums.index_add_(0, groups, partial.sum(2).t())
-
-
 def shard_image(
     w: Tensor, latent: Tensor, codes: Tensor, direction: Tensor, frequency: Tensor, code_mean: Tensor | None,
     frozen: Tensor | None, centre: Tensor | None, scale: Tensor, groups: Tensor, qmin: int, qmax: int, shift: float,
@@ -158,7 +137,7 @@ def shard_image(
     )  # fmt: skip
 
 
-OPERATORS = (shard_adamw, shard_moments, shard_image)
+OPERATORS = (shard_adamw, shard_image)
 
 
 def samples() -> None:
@@ -168,7 +147,6 @@ def samples() -> None:
         codes, direction = torch.zeros(2, rows, cols, dtype=torch.int8)
         groups, scale, still = torch.arange(rows), torch.ones(rows), torch.zeros(rows, cols, dtype=torch.bool)
         shard_adamw(w, grad, m, v, 0.999, 0.9, 0.999, 0.1, 1e-8, 1e-3)
-        shard_moments(w, groups, torch.zeros(rows, 3, dtype=torch.float64))
         for centre, mean, frozen in ((None, None, None), (scale, often, still)):
             tracker = (codes, direction, often, mean, frozen)
             shard_image(w, latent, *tracker, centre, scale, groups, -2, 1, 0.0, 0.1, 0.1)
