@@ -142,10 +142,10 @@ def attention_cases(device: str) -> list[Case]:
 
 
 def shard_step_cases(device: str) -> list[Case]:
-    """Return the passes of the shard step: two over a flat of four 2-bit weights, and images alone; written out for torch."""
+    """Return the passes of the shard step: two over four 2-bit weights, and images that come later; each written out."""
     levels, n_weights, size, pull = Levels(-2, 1), 4, 768, 0.01
     rows = n_weights * size  # of all weights, a scale a row
-    w, grad, m, v, often, kept = _randn(6, rows, size, device=device) * 0.05
+    w, grad, m, v, often = _randn(5, rows, size, device=device) * 0.05
     groups, scale = torch.arange(rows, device=device), torch.full((rows,), 0.05, device=device)
     column, after = scale[:, None], 1.01 * scale
     codes = (w / column).clamp(levels.qmin, levels.qmax).round().to(torch.int8)
@@ -166,7 +166,8 @@ def shard_step_cases(device: str) -> list[Case]:
         bins[1].index_add_(0, index, w.clamp(levels.low * column, levels.high * column).double().view(-1))
         return bins
 
-    known_bins = of_bins()
+    known_bins, late = of_bins(), tiles.clone()
+    late[:, Column.LATE] = 1
 
     def gather(backend: str) -> Tensor:
         if backend != backends.TORCH:
@@ -211,13 +212,13 @@ def shard_step_cases(device: str) -> list[Case]:
         return torch.cat([values, first, second, own * after[:, None], recorded(own.to(torch.int8), codes)])
 
     def image(backend: str) -> Tensor:
-        values, own, direction, latent, frequency = w.clone(), 1 - codes.abs(), codes.sign(), kept.clone(), often.abs()
+        own, direction, frequency, shown = 1 - codes.abs(), codes.sign(), often.abs(), torch.empty_like(w)
         if backend != backends.TORCH:
-            view = shard_step.TileView(values, groups, scale, None, levels, backend)
-            shard_step.image(view, latent, own, direction, frequency, None, None, 0.01, None)
-            return torch.cat([values, latent, frequency, own.float(), direction.float()])
-        return torch.cat([codes * column, w, recorded(codes, own)])
+            tracker = dict(codes=own, direction=direction, frequency=frequency, code_mean=None, frozen=None)
+            shard_step.flat_image(w, shown, tracker, scale, None, late, 0.01, None, backend)
+            return torch.cat([shown, frequency, own.float(), direction.float()])
+        return torch.cat([codes * column, recorded(codes, own)])
 
-    moved = {gather: 9, step: 48, image: 22}  # bytes a weight
+    moved = {gather: 9, step: 48, image: 18}  # bytes a weight
     of = {"op": "shard_step", "shape": f"{n_weights} x {size} x {size}"}
     return [Case(label=f.__name__, bytes_moved=n * rows * size, run=f, tolerance=1e-6, **of) for f, n in moved.items()]

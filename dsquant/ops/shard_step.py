@@ -3,7 +3,7 @@
 Their definitions are the tile methods of `shard/weight_quantizers.py`, `shard/regularizers.py` and `shard/oscillation.py` and
 torch's fused AdamW. Native code gives the same bits, but for sums over elements (float64), for what torch's AdamW computes
 outside its vectors, the last few elements of a tensor, and, where freezing is on, for `code_mean`: each of these may round
-once where the definition rounds twice. `flat_*` take all tiles of a flat in one call; the others serve what these do not.
+once where the definition rounds twice. `flat_*` take all tiles of a flat in one call.
 """
 
 from dataclasses import dataclass
@@ -14,32 +14,6 @@ import torch
 from torch import Tensor
 
 from dsquant.ops import backends
-from dsquant.spec import Levels
-
-
-@dataclass(frozen=True)
-class TileView:
-    """View a tile of a weight, row r being of scale group `groups[r]`.
-
-    Attributes:
-        w: float32 (rows * cols,), contiguous as all that lies beside it: gradient, moments, tracker.
-        groups: int64 (rows,).
-        scale: float32 (n_groups,).
-        centre: float32 (n_groups,) that levels lie around, or None.
-        levels: the grid.
-        backend: a native one of `backends`.
-    """
-
-    w: Tensor
-    groups: Tensor
-    scale: Tensor
-    centre: Tensor | None
-    levels: Levels
-    backend: str
-
-    def call(self, name: str, *arguments: Any) -> None:
-        """Run an operator on the tile by its backend."""
-        call(name, self.backend, self.w.device.type, *arguments)
 
 
 def call(name: str, backend: str, device: str, *arguments: Any) -> None:
@@ -68,18 +42,6 @@ class AdamWStep:
 def adamw(w: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamWStep, backend: str) -> None:
     """Step float32 values that nothing quantizes, each tensor one-dimensional."""
     call("adamw", backend, w.device.type, w, grad, exp_avg, exp_avg_sq, *step.numbers())
-
-
-def image(
-    tile: TileView, latent: Tensor, codes: Tensor, direction: Tensor, frequency: Tensor, code_mean: Tensor | None,
-    frozen: Tensor | None, momentum: float, threshold: float | None,
-) -> None:  # fmt: skip
-    """Copy w to `latent`, put its image in its place and record the new codes; weights above `threshold` freeze."""
-    levels = tile.levels
-    tile.call(
-        "image", tile.w, latent, codes, direction, frequency, code_mean, frozen, tile.centre, tile.scale, tile.groups,
-        levels.qmin, levels.qmax, levels.shift, momentum, -1.0 if threshold is None else threshold,
-    )  # fmt: skip
 
 
 class Column(IntEnum):
@@ -162,13 +124,10 @@ def flat_image(
 
 # The schemas are here and their kernels in csrc/, attached when the library is loaded.
 _LIBRARY = torch.library.Library("dsquant", "FRAGMENT")
-_TILE = "Tensor? centre, Tensor scale, Tensor groups, int qmin, int qmax, float shift"
 _TRACKER = "Tensor(w!) codes, Tensor(x!) direction, Tensor(y!) frequency, Tensor(z!)? code_mean, Tensor(u!)? frozen"
 _ADAMW = "float decay, float beta1, float beta2, float correction, float eps, float step"
 for _schema in (
     f"shard_adamw(Tensor(a!) w, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, {_ADAMW}, int isa) -> ()",
-    "shard_image(Tensor(a!) w, Tensor(b!) latent, Tensor(c!) codes, Tensor(d!) direction, Tensor(e!) frequency, "
-    f"Tensor(f!)? code_mean, Tensor(g!)? frozen, {_TILE}, float momentum, float threshold, int isa) -> ()",
     "shard_flat_gather(Tensor w, Tensor grad, Tensor codes, Tensor? frozen, Tensor scale, Tensor? centre, Tensor tiles, "
     "bool sizes, Tensor(a!) sums, Tensor(b!) bins, int isa) -> ()",
     f"shard_flat_step(Tensor(a!) w, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) image, {_TRACKER}, "

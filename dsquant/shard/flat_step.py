@@ -41,7 +41,7 @@ class FlatStore:
         rows, done, tracked = [], 0, 0
         for weight in self.weights:
             start, numel = weight.fragment.start, weight.fragment.numel
-            rows += self._plain_row(done, start) + _rows(weight, tracked, *places[weight.site.name])
+            rows += self._plain_row(done, start) + weight.table_rows(start, tracked, *places[weight.site.name])
             done, tracked = start + numel, tracked + numel
         rows += self._plain_row(done, flat.numel())
         self.tiles = torch.tensor(rows, dtype=torch.float64)
@@ -99,22 +99,6 @@ class FlatStore:
             views = {part: None if t is None else t[start : start + size] for part, t in self.state.items()}
             weight.tracker = self._trackers[weight.site.name] = TrackerState(**views)
             start += size
-
-
-def _rows(weight: ShardedWeight, tracked: int, index: int, group: int) -> list[list[float]]:
-    """Return the rows of a weight's tiles in the table of its flat; bins and pull are those of a step."""
-    levels, rows = weight.levels, []
-    for tile in weight.tiles:
-        row = [0.0] * len(Column)
-        row[Column.START], row[Column.STATE] = weight.fragment.start + tile.start, tracked + tile.start
-        row[Column.ROWS], row[Column.COLS] = tile.shape
-        row[Column.FIRST_GROUP], row[Column.N_GROUPS] = int(tile.groups.numpy()[0]), weight.n_groups
-        row[Column.GROUP], row[Column.WEIGHT] = group, index
-        row[Column.QMIN], row[Column.QMAX], row[Column.SHIFT] = levels.qmin, levels.qmax, levels.shift
-        row[Column.LOW], row[Column.HIGH] = levels.low, levels.high
-        row[Column.PLAIN], row[Column.LATE] = levels.elastic or not weight.learned, not weight.learned
-        rows.append(row)
-    return rows
 
 
 class FlatStep:

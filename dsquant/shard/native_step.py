@@ -34,12 +34,12 @@ def next_step(inner: torch.optim.AdamW, flat: Tensor, group: dict) -> tuple[dict
 
 def write_image(weight: ShardedWeight, latent: Tensor, momentum: float, threshold: float | None) -> None:
     """Keep this rank's part of a weight in `latent`, put its image in its place, and record a step of the tracker."""
-    scales = weight.scales()
-    for tile in weight.tiles:
-        shard_step.image(
-            weight.view(tile, scales), tile.run_of(latent), **vars(weight.tracked(tile)), momentum=momentum,
-            threshold=threshold,
-        )  # fmt: skip
+    values = weight.fragment.values
+    latent.copy_(values)
+    shard_step.flat_image(
+        latent, values, vars(weight.tracker), weight.scales(), weight.centres(), weight.own_table, momentum, threshold,
+        weight.backend,
+    )  # fmt: skip
 
 
 @torch.no_grad()

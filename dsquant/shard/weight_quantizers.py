@@ -9,12 +9,14 @@ every granularity and every way ZeRO slices a weight. Sums over elements are flo
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from dsquant.ops import backends, shard_step
+from dsquant.ops import backends
 from dsquant.ops.fake_quantize import pass_inside, quantize
+from dsquant.ops.shard_step import Column
 from dsquant.shard.fragments import Fragment
 from dsquant.shard.oscillation import TrackerState
 from dsquant.spec import LEARNED, Grouping, WeightSite
@@ -32,12 +34,9 @@ class Tile:
 
     def of(self, values: Tensor) -> Tensor:
         """Return the tile of a 1-D tensor laid out like the fragment."""
-        return self.run_of(values).view(self.shape)
-
-    def run_of(self, values: Tensor) -> Tensor:
-        """Return the same, 1-D."""
         numel = self.shape[0] * self.shape[1]
-        return values if values.numel() == numel else values[self.start : self.start + numel]
+        run = values if values.numel() == numel else values[self.start : self.start + numel]
+        return run.view(self.shape)
 
 
 def make_tiles(offset: int, numel: int, grouping: Grouping, device: torch.device) -> list[Tile]:
@@ -81,14 +80,30 @@ class ShardedWeight:
         self.tracker: TrackerState | None = None
         self.backend = backends.choose("shard_step", self.device.type)
 
-    def view(self, tile: Tile, scale: Tensor) -> shard_step.TileView:
-        """Return what native passes take of a tile, under scales (n_groups,)."""
-        w = tile.run_of(self.fragment.values)
-        return shard_step.TileView(w, tile.groups, scale, self.centres(), self.levels, self.backend)
+    def table_rows(self, start: int, tracked: int, index: int, group: int) -> list[list[float]]:
+        """Return the rows of this part's tiles in the table of a flat, where it begins at `start`, beside a tracker at `tracked`.
 
-    def tracked(self, tile: Tile) -> TrackerState:
-        """Return the run of the tracker that lies beside a tile."""
-        return TrackerState(**{name: tile.run_of(t) for name, t in self.tracker.tensors().items()})
+        `index` is the weight's number, and `group` where its groups begin. Bins and pull are those of a step.
+        """
+        rows, levels = [], self.levels
+        for tile in self.tiles:
+            row = [0.0] * len(Column)
+            row[Column.START], row[Column.STATE] = start + tile.start, tracked + tile.start
+            row[Column.ROWS], row[Column.COLS] = tile.shape
+            row[Column.FIRST_GROUP], row[Column.N_GROUPS] = int(tile.groups[0]), self.n_groups
+            row[Column.GROUP], row[Column.WEIGHT] = group, index
+            row[Column.QMIN], row[Column.QMAX], row[Column.SHIFT] = levels.qmin, levels.qmax, levels.shift
+            row[Column.LOW], row[Column.HIGH] = levels.low, levels.high
+            row[Column.PLAIN], row[Column.LATE] = levels.elastic or not self.learned, not self.learned
+            rows.append(row)
+        return rows
+
+    @cached_property
+    def own_table(self) -> Tensor:
+        """Return the table of a flat that is this part alone, whose image is made late."""
+        table = torch.tensor(self.table_rows(0, 0, 0, 0), dtype=torch.float64)
+        table[:, Column.LATE] = 1
+        return table
 
     def scales(self) -> Tensor:
         """Return the scales on the device of the shard."""

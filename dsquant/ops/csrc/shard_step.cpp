@@ -1,11 +1,11 @@
-// The operators dsquant::shard_* on CPU: a weight's tile is cut into runs that share a scale, runs are shared out over threads,
-// and sums are added up in one order, whatever the number of threads.
+// The operators dsquant::shard_* on CPU, each of which takes all that lies in a flat shard. The flat is cut into runs that share a scale, and these into units that threads take.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -20,50 +20,330 @@ using torch::stable::Tensor;
 
 constexpr int64_t kRun = 16 * 1024;  // elements at most: what a thread takes at a time, and what stays in L2
 
-// A tile (rows, cols) of a weight, row r of scale group groups[r], and the grid of its levels.
-struct TileRuns {
-  int64_t numel, rows, cols, n_groups, pieces;
-  const int64_t* groups;
-  const float *scale, *centre;
-  RunGrid grid;
+// A row of the table of tiles: dsquant/ops/shard_step.py names the columns. Without groups: values that nothing quantizes.
+struct FlatTile {
+  int64_t start, rows, cols, state, first_group, n_groups, group_base, bin_base, n_bins, weight;
+  double qmin, qmax, shift, low, high, plain, late, pull;
+  bool alone = true;  // no other run adds to the sums of a run's group
 
-  TileRuns(const Tensor& w, const Tensor& group_of, const Tensor& scales, const std::optional<Tensor>& centres,
-           int64_t qmin, int64_t qmax, double shift)
-      : numel(w.numel()), rows(group_of.numel()), n_groups(scales.numel()) {
-    STD_TORCH_CHECK(rows > 0 && numel % rows == 0, "a tile of ", numel, " weights has no ", rows, " rows");
-    STD_TORCH_CHECK(-128 <= qmin && qmin <= qmax && qmax <= 127, "codes of weights are int8");
-    cols = numel / rows;
-    pieces = (cols + kRun - 1) / kRun;
-    groups = values_of<const int64_t>(group_of, ScalarType::Long, rows, "groups");
-    scale = values_of<const float>(scales, ScalarType::Float, n_groups, "scale");
-    centre = values_of<const float>(centres, ScalarType::Float, n_groups, "centre");
-    for (int64_t r = 0; r < rows; ++r)
-      STD_TORCH_CHECK(groups[r] >= 0 && groups[r] < n_groups, "row ", r, " is of group ", groups[r]);
-    grid = {1.0f, 0.0f, static_cast<float>(shift), 0.0f, 0.0f, static_cast<int32_t>(qmin), static_cast<int32_t>(qmax), false};
+  bool quantized() const { return n_groups > 0; }
+  int64_t pieces() const { return (cols + kRun - 1) / kRun; }
+  int64_t count() const { return rows * pieces(); }
+  RunGrid grid(float scale, float centre) const {
+    return {scale, centre, static_cast<float>(shift), static_cast<float>(low), static_cast<float>(high),
+            static_cast<int32_t>(qmin), static_cast<int32_t>(qmax), plain != 0};
+  }
+};
+constexpr int64_t kColumns = 18;
+
+// Where a run lies: its elements in the flat and beside the tracker, its group among all scales and its bins among all bins.
+struct Run {
+  int64_t size, element, state, group, bin;
+
+  // Divisions would cost as much as some vectors of a short row; most tiles need none.
+  Run(const FlatTile& tile, int64_t run) {
+    const int64_t pieces = tile.pieces(), row = pieces == 1 ? run : run / pieces, from = (run - row * pieces) * kRun;
+    int64_t own = tile.first_group + row;
+    if (own >= tile.n_groups && tile.quantized()) own %= tile.n_groups;
+    size = std::min(kRun, tile.cols - from);
+    element = tile.start + row * tile.cols + from;
+    state = tile.state + row * tile.cols + from;
+    group = tile.group_base + own;
+    bin = tile.bin_base + own * tile.n_bins;
+  }
+};
+
+struct Unit {
+  int64_t tile, begin, end;  // runs [begin, end) of a tile
+};
+
+// The tiles of a flat of `numel` elements, beside trackers of `state` ones, checked; and their units.
+struct FlatTiles {
+  std::vector<FlatTile> tiles;
+  std::vector<Unit> units;
+
+  FlatTiles(const Tensor& table, int64_t numel, int64_t state, int64_t groups, int64_t bins, int64_t weights) {
+    const int64_t count = table.numel() / kColumns;
+    const auto* row = values_of<const double>(table, ScalarType::Double, count * kColumns, "tiles");
+    for (int64_t t = 0; t < count; ++t, row += kColumns) {
+      const auto at = [row](int column) { return static_cast<int64_t>(row[column]); };
+      FlatTile tile{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), row[10], row[11], row[12],
+                    row[13], row[14], row[15], row[16], row[17]};
+      tile.alone = tile.pieces() == 1 && tile.rows <= tile.n_groups;
+      const int64_t size = tile.rows * tile.cols;
+      STD_TORCH_CHECK(tile.rows > 0 && tile.cols > 0 && tile.start >= 0 && tile.start + size <= numel, "tile ", t,
+                      " does not lie in the flat");
+      if (tile.quantized()) {
+        STD_TORCH_CHECK(tile.state >= 0 && tile.state + size <= state, "tile ", t, " has no tracker");
+        STD_TORCH_CHECK(tile.first_group >= 0 && tile.group_base >= 0 && tile.group_base + tile.n_groups <= groups,
+                        "tile ", t, " has no scales");
+        STD_TORCH_CHECK(-128 <= tile.qmin && tile.qmin <= tile.qmax && tile.qmax <= 127, "codes of weights are int8");
+        STD_TORCH_CHECK(tile.weight >= 0 && tile.weight < weights, "tile ", t, " is of weight ", tile.weight);
+        STD_TORCH_CHECK(tile.n_bins == 0 || (tile.n_bins > tile.qmax - tile.qmin && tile.n_bins <= 256 && tile.bin_base >= 0 &&
+                                             tile.bin_base + tile.n_bins * tile.n_groups <= bins),
+                        "tile ", t, " has no bins");
+      }
+      for (FlatTile& other : tiles)
+        if (tile.quantized() && other.quantized() && other.weight == tile.weight) other.alone = tile.alone = false;
+      tiles.push_back(tile);
+    }
+    for (int64_t t = 0; t < count; ++t) cut(tiles[t], t);
   }
 
-  int64_t count() const { return rows * pieces; }
-  int64_t group(int64_t run) const { return groups[run / pieces]; }
+  void cut(const FlatTile& tile, int64_t index) {
+    const int64_t each = std::max<int64_t>(1, kRun / std::min(tile.cols, kRun));
+    for (int64_t begin = 0; begin < tile.count(); begin += each) {
+      units.push_back({index, begin, std::min(tile.count(), begin + each)});
+    }
+  }
 
-  // Call f(run, first element, elements, grid of the run) for every run.
-  template <class F>
-  void each(const F& f) const {
-    const int64_t grain = std::max<int64_t>(1, kRun / std::min(cols, kRun));
-    torch::stable::parallel_for(0, count(), grain, [&](int64_t begin, int64_t end) {
-      RunGrid own = grid;
-      for (int64_t run = begin; run < end; ++run) {
-        const int64_t first = run % pieces * kRun;
-        own.scale = scale[group(run)];
-        own.centre = centre ? centre[group(run)] : 0.0f;
-        f(run, run / pieces * cols + first, std::min(kRun, cols - first), own);
+  // Call f(tile, run, its unit) for every run that `wanted(tile)`.
+  template <class W, class F>
+  void each(const W& wanted, const F& f) const {
+    torch::stable::parallel_for(0, static_cast<int64_t>(units.size()), 1, [&](int64_t first, int64_t last) {
+      for (int64_t u = first; u < last; ++u) {
+        const Unit& unit = units[u];
+        const FlatTile& tile = tiles[unit.tile];
+        if (!wanted(tile)) continue;
+        for (int64_t run = unit.begin; run < unit.end; ++run) f(tile, run, u);
       }
     });
   }
 };
 
+StepKernels kernels_for(int64_t isa) {
+  StepKernels kernels = kernels_of(isa, kStepPortable, kStepAvx2OrNone);
+#if defined(__x86_64__)
+  if (isa >= 2) kernels.sums = sums_avx512, kernels.step = step_avx512;
+#endif
+  return kernels;
+}
+
+void shard_flat_gather(const Tensor& w, const Tensor& grad, const Tensor& codes, std::optional<Tensor> frozen,
+                       const Tensor& scale, std::optional<Tensor> centre, const Tensor& table, bool sizes, const Tensor& sums,
+                       const Tensor& bins, int64_t isa) {
+  const StepKernels kernels = kernels_for(isa);
+  const int64_t n = w.numel(), state = codes.numel(), n_groups = scale.numel(), all_bins = bins.numel() / 2;
+  const FlatTiles flat(table, n, state, n_groups, all_bins, n);
+  const auto* x = values_of<const float>(w, ScalarType::Float, n, "w");
+  const auto* g = values_of<const float>(grad, ScalarType::Float, n, "grad");
+  const auto* c = values_of<const int8_t>(codes, ScalarType::Char, state, "codes");
+  const auto* still = values_of<const bool>(frozen, ScalarType::Bool, state, "frozen");
+  const auto* scales = values_of<const float>(scale, ScalarType::Float, n_groups, "scale");
+  const auto* centres = values_of<const float>(centre, ScalarType::Float, n_groups, "centre");
+  auto* totals = values_of<double>(sums, ScalarType::Double, 2 * n_groups, "sums");
+  auto* held = values_of<double>(bins, ScalarType::Double, 2 * all_bins, "bins");
+  const auto asked = [](const FlatTile& tile) { return tile.quantized() && (!tile.late || tile.n_bins); };
+  const auto add = [&](const FlatTile& tile, const Run& at, const double* own) {
+    for (int64_t k = 0; k < 2; ++k) totals[k * n_groups + at.group] += own[k];
+    for (int64_t b = 0; b < tile.n_bins; ++b) {
+      held[at.bin + b] += own[2 + b];
+      held[all_bins + at.bin + b] += own[2 + tile.n_bins + b];
+    }
+  };
+  std::vector<std::vector<double>> found(flat.units.size());  // of units whose sums others add to as well
+  flat.each(asked, [&](const FlatTile& tile, int64_t run, int64_t unit) {
+    const Run at(tile, run);
+    const int64_t width = 2 + 2 * tile.n_bins;
+    double here[2 + 2 * 256];
+    double* own = here;
+    if (tile.alone) {
+      std::fill_n(here, width, 0.0);
+    } else {
+      found[unit].resize(width * (flat.units[unit].end - flat.units[unit].begin));
+      own = &found[unit][width * (run - flat.units[unit].begin)];
+    }
+    sums_of(kernels, at.size, x + at.element, g + at.element, c + at.state, still ? still + at.state : nullptr,
+            tile.grid(scales[at.group], centres ? centres[at.group] : 0.0f), tile.n_bins, sizes, own,
+            tile.n_bins ? own + 2 : nullptr);
+    if (tile.alone) add(tile, at, here);
+  });
+  for (size_t u = 0; u < flat.units.size(); ++u) {  // in one order, whatever the number of threads
+    const Unit& unit = flat.units[u];
+    const FlatTile& tile = flat.tiles[unit.tile];
+    if (found[u].empty()) continue;
+    for (int64_t run = unit.begin; run < unit.end; ++run)
+      add(tile, Run(tile, run), &found[u][(2 + 2 * tile.n_bins) * (run - unit.begin)]);
+  }
+}
+
+void shard_flat_moments(const Tensor& w, const Tensor& table, const Tensor& sums, int64_t isa) {
+  const StepKernels kernels = kernels_for(isa);
+  const int64_t n = w.numel(), n_groups = sums.numel() / 3;
+  const FlatTiles flat(table, n, INT64_MAX, n_groups, INT64_MAX, INT64_MAX);
+  const auto* x = values_of<const float>(w, ScalarType::Float, n, "w");
+  auto* totals = values_of<double>(sums, ScalarType::Double, 3 * n_groups, "sums");
+  const auto late = [](const FlatTile& tile) { return tile.quantized() && tile.late; };
+  const auto add = [&](const Run& at, const double* own) {
+    for (int k = 0; k < 3; ++k) totals[3 * at.group + k] += own[k];
+  };
+  std::vector<std::vector<double>> found(flat.units.size());  // as in shard_flat_gather
+  flat.each(late, [&](const FlatTile& tile, int64_t run, int64_t unit) {
+    const Run at(tile, run);
+    double own[3] = {};
+    kernels.moments(at.size, x + at.element, own);
+    if (tile.alone) return add(at, own);
+    found[unit].insert(found[unit].end(), own, own + 3);
+  });
+  for (size_t u = 0; u < flat.units.size(); ++u) {
+    const Unit& unit = flat.units[u];
+    for (int64_t run = unit.begin; !found[u].empty() && run < unit.end; ++run)
+      add(Run(flat.tiles[unit.tile], run), &found[u][3 * (run - unit.begin)]);
+  }
+}
+
+// `update` and `image` one after another, on a run that stays in L1 or L2 between them.
+void step_in_passes(const StepKernels& kernels, int64_t n, const RunStep& s, double* norms) {
+  constexpr int64_t kPart = 1024;  // of a run of 16 Ki elements the second pass would find nothing in L1
+  for (int64_t begin = 0; begin < n; begin += kPart) {
+    const int64_t count = std::min(kPart, n - begin);
+    Tracker t = s.tracker;
+    t.codes += begin, t.direction += begin, t.frequency += begin;
+    if (t.frozen) t.frozen += begin, t.code_mean += begin;
+    kernels.update(count, s.w + begin, s.grad + begin, s.m + begin, s.v + begin, t.codes, t.frozen, s.before, s.pull, s.adam,
+                   norms);
+    std::memcpy(s.image + begin, s.w + begin, count * sizeof(float));
+    kernels.image(count, s.image + begin, s.w + begin, s.after, t);
+  }
+}
+
+// Tables of OBR's variance term for one group, as `regularizers.bin_tables` forms them, from what its bins hold over all shards.
+struct BinTables {
+  float mean[256], factor[256];
+
+  BinTables(int64_t n_bins, const double* counts, const double* sums, double twice_spread) {
+    for (int64_t b = 0; b < n_bins; ++b) {
+      mean[b] = static_cast<float>(sums[b] / std::max(counts[b], 1.0));
+      factor[b] = counts[b] > 1 ? static_cast<float>(1.0 / std::max(counts[b] - 1, 1.0) * twice_spread) : 0.0f;
+    }
+  }
+};
+
+// What every run of a flat steps with.
+struct FlatStep {
+  float* w;
+  const float* grad;
+  float *m, *v, *image;
+  const float *before, *after, *centre;
+  const double* bins;
+  int64_t all_bins;
+  double twice_spread;
+  AdamW adam;
+  Tracker tracker;
+
+  BinTables tables_of(const FlatTile& tile, const Run& at) const {
+    return {tile.n_bins, bins + at.bin, bins + all_bins + at.bin, twice_spread};
+  }
+
+  RunStep of(const FlatTile& tile, const Run& at, const BinTables& tables) const {
+    const float middle = centre ? centre[at.group] : 0.0f;
+    const bool spread = tile.n_bins != 0;
+    RunStep own{w + at.element, grad + at.element, m + at.element, v + at.element, image + at.element,
+                tile.grid(before[at.group], middle), tile.grid(after[at.group], middle),
+                {static_cast<float>(2 * tile.pull), spread ? tables.mean : nullptr, spread ? tables.factor : nullptr, tile.n_bins,
+                 tile.pull != 0 || spread},
+                adam, tracker};
+    own.tracker.codes += at.state, own.tracker.direction += at.state, own.tracker.frequency += at.state;
+    if (own.tracker.frozen) own.tracker.frozen += at.state, own.tracker.code_mean += at.state;
+    return own;
+  }
+};
+
+// `late` tiles, whose scale is a statistic of what the step leaves, take AdamW alone; shard_flat_image does the rest.
+void run_tile(const StepKernels& kernels, const FlatStep& flat, const FlatTile& tile, int64_t run, double* norms) {
+  const Run at(tile, run);
+  const int64_t n = at.size, i = at.element;
+  if (!tile.quantized()) {
+    kernels.adamw(n, flat.w + i, flat.grad + i, flat.m + i, flat.v + i, flat.adam);
+    std::memcpy(flat.image + i, flat.w + i, n * sizeof(float));
+    return;
+  }
+  const BinTables tables = flat.tables_of(tile, at);
+  const RunStep s = flat.of(tile, at, tables);
+  if (tile.late)
+    kernels.update(n, s.w, s.grad, s.m, s.v, s.tracker.codes, s.tracker.frozen, s.before, s.pull, s.adam, norms);
+  else if (norms || s.tracker.frozen || !kernels.step || !kernels.step(n, s))
+    step_in_passes(kernels, n, s, norms);
+}
+
+Tracker tracker_of(const Tensor& codes, const Tensor& direction, const Tensor& frequency,
+                   const std::optional<Tensor>& code_mean, const std::optional<Tensor>& frozen, double momentum,
+                   double threshold) {
+  const int64_t n = codes.numel();
+  Tracker found{values_of<int8_t>(codes, ScalarType::Char, n, "codes"),
+                values_of<int8_t>(direction, ScalarType::Char, n, "direction"),
+                values_of<float>(frequency, ScalarType::Float, n, "frequency"),
+                values_of<float>(code_mean, ScalarType::Float, n, "code_mean"),
+                values_of<bool>(frozen, ScalarType::Bool, n, "frozen"),
+                static_cast<float>(momentum),
+                static_cast<float>(1 - momentum),
+                static_cast<float>(threshold)};
+  STD_TORCH_CHECK(!found.code_mean == !found.frozen, "code_mean and frozen come together");
+  return found;
+}
+
+void shard_flat_step(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                     const Tensor& image, const Tensor& codes, const Tensor& direction, const Tensor& frequency,
+                     std::optional<Tensor> code_mean, std::optional<Tensor> frozen, const Tensor& before,
+                     const Tensor& after, std::optional<Tensor> centre, const Tensor& bins, double spread,
+                     const Tensor& table, double decay, double beta1, double beta2, double correction, double eps,
+                     double step, double momentum, double threshold, std::optional<Tensor> norms, int64_t isa) {
+  const StepKernels kernels = kernels_for(isa);
+  const int64_t n = w.numel(), n_groups = before.numel(), n_weights = norms ? norms->numel() / 2 : n;
+  const FlatTiles tiles(table, n, codes.numel(), n_groups, bins.numel() / 2, n_weights);
+  const FlatStep flat{values_of<float>(w, ScalarType::Float, n, "w"),
+                      values_of<const float>(grad, ScalarType::Float, n, "grad"),
+                      values_of<float>(exp_avg, ScalarType::Float, n, "exp_avg"),
+                      values_of<float>(exp_avg_sq, ScalarType::Float, n, "exp_avg_sq"),
+                      values_of<float>(image, ScalarType::Float, n, "image"),
+                      values_of<const float>(before, ScalarType::Float, n_groups, "before"),
+                      values_of<const float>(after, ScalarType::Float, n_groups, "after"),
+                      values_of<const float>(centre, ScalarType::Float, n_groups, "centre"),
+                      values_of<const double>(bins, ScalarType::Double, bins.numel(), "bins"),
+                      bins.numel() / 2,
+                      2 * spread,
+                      {static_cast<float>(decay), static_cast<float>(1 - beta1), static_cast<float>(beta2),
+                       static_cast<float>(1 - beta2), static_cast<float>(correction), static_cast<float>(eps),
+                       static_cast<float>(step)},
+                      tracker_of(codes, direction, frequency, code_mean, frozen, momentum, threshold)};
+  auto* squares = values_of<double>(norms, ScalarType::Double, 2 * n_weights, "norms");
+  std::vector<double> found(squares ? 2 * tiles.units.size() : 0);
+  tiles.each([](const FlatTile&) { return true; }, [&](const FlatTile& tile, int64_t run, int64_t unit) {
+    run_tile(kernels, flat, tile, run, squares ? &found[2 * unit] : nullptr);
+  });
+  for (size_t u = 0; squares && u < tiles.units.size(); ++u) {
+    const FlatTile& tile = tiles.tiles[tiles.units[u].tile];
+    for (int k = 0; tile.quantized() && k < 2; ++k) squares[2 * tile.weight + k] += found[2 * u + k];
+  }
+}
+
+void shard_flat_image(const Tensor& w, const Tensor& image, const Tensor& codes, const Tensor& direction,
+                      const Tensor& frequency, std::optional<Tensor> code_mean, std::optional<Tensor> frozen,
+                      const Tensor& scale, std::optional<Tensor> centre, const Tensor& table, double momentum,
+                      double threshold, int64_t isa) {
+  const StepKernels kernels = kernels_for(isa);
+  const int64_t n = w.numel(), n_groups = scale.numel();
+  const FlatTiles tiles(table, n, codes.numel(), n_groups, table.numel() ? INT64_MAX : 0, n);
+  auto* x = values_of<float>(w, ScalarType::Float, n, "w");
+  const auto* scales = values_of<const float>(scale, ScalarType::Float, n_groups, "scale");
+  const auto* centres = values_of<const float>(centre, ScalarType::Float, n_groups, "centre");
+  auto* shown = values_of<float>(image, ScalarType::Float, n, "image");
+  const Tracker all = tracker_of(codes, direction, frequency, code_mean, frozen, momentum, threshold);
+  const auto late = [](const FlatTile& tile) { return tile.quantized() && tile.late; };
+  tiles.each(late, [&](const FlatTile& tile, int64_t run, int64_t) {
+    const Run at(tile, run);
+    Tracker t = all;
+    t.codes += at.state, t.direction += at.state, t.frequency += at.state;
+    if (t.frozen) t.frozen += at.state, t.code_mean += at.state;
+    std::memcpy(shown + at.element, x + at.element, at.size * sizeof(float));
+    const RunGrid grid = tile.grid(scales[at.group], centres ? centres[at.group] : 0.0f);
+    kernels.image(at.size, shown + at.element, x + at.element, grid, t);
+  });
+}
+
 void shard_adamw(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, double decay,
                  double beta1, double beta2, double correction, double eps, double step, int64_t isa) {
-  const StepKernels& kernels = kernels_of(isa, kStepPortable, kStepAvx2OrNone);
+  const StepKernels kernels = kernels_for(isa);
   const int64_t n = w.numel();
   auto* x = values_of<float>(w, ScalarType::Float, n, "w");
   const auto* g = values_of<const float>(grad, ScalarType::Float, n, "grad");
@@ -77,37 +357,14 @@ void shard_adamw(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, con
   });
 }
 
-void shard_image(const Tensor& w, const Tensor& latent, const Tensor& codes, const Tensor& direction,
-                 const Tensor& frequency, std::optional<Tensor> code_mean, std::optional<Tensor> frozen,
-                 std::optional<Tensor> centre, const Tensor& scale, const Tensor& groups, int64_t qmin, int64_t qmax,
-                 double shift, double momentum, double threshold, int64_t isa) {
-  const StepKernels& kernels = kernels_of(isa, kStepPortable, kStepAvx2OrNone);
-  const TileRuns tile(w, groups, scale, centre, qmin, qmax, shift);
-  const int64_t n = tile.numel;
-  auto* x = values_of<float>(w, ScalarType::Float, n, "w");
-  auto* kept = values_of<float>(latent, ScalarType::Float, n, "latent");
-  Tracker all{values_of<int8_t>(codes, ScalarType::Char, n, "codes"),
-              values_of<int8_t>(direction, ScalarType::Char, n, "direction"),
-              values_of<float>(frequency, ScalarType::Float, n, "frequency"),
-              values_of<float>(code_mean, ScalarType::Float, n, "code_mean"),
-              values_of<bool>(frozen, ScalarType::Bool, n, "frozen"),
-              static_cast<float>(momentum),
-              static_cast<float>(1 - momentum),
-              static_cast<float>(threshold)};
-  STD_TORCH_CHECK(!all.code_mean == !all.frozen, "code_mean and frozen come together");
-  tile.each([&](int64_t, int64_t first, int64_t count, const RunGrid& grid) {
-    Tracker own = all;
-    own.codes += first, own.direction += first, own.frequency += first;
-    if (own.frozen) own.frozen += first, own.code_mean += first;
-    kernels.image(count, x + first, kept + first, grid, own);
-  });
-}
-
 }  // namespace
 }  // namespace dsq
 
 // The schemas are in dsquant/ops/shard_step.py.
 STABLE_TORCH_LIBRARY_IMPL(dsquant, CPU, m) {
+  m.impl("shard_flat_gather", TORCH_BOX(&dsq::shard_flat_gather));
+  m.impl("shard_flat_step", TORCH_BOX(&dsq::shard_flat_step));
+  m.impl("shard_flat_moments", TORCH_BOX(&dsq::shard_flat_moments));
+  m.impl("shard_flat_image", TORCH_BOX(&dsq::shard_flat_image));
   m.impl("shard_adamw", TORCH_BOX(&dsq::shard_adamw));
-  m.impl("shard_image", TORCH_BOX(&dsq::shard_image));
 }

@@ -1,4 +1,4 @@
-"""The shard step of a whole flat as Triton kernels: what `csrc/shard_flat.cpp` does for CPU, arithmetic in the same order.
+"""The shard step of a whole flat as Triton kernels: what `csrc/shard_step.cpp` does for CPU, arithmetic in the same order.
 
 A program takes some rows of a tile, or a piece of a long row; which, it reads from the tables of `flat_plan.py`. So the number
 of launches is that of the block shapes that rows ask for, whatever the number of weights. Sums over elements are float64 from

@@ -1,24 +1,14 @@
-"""The passes of the shard step as Triton kernels: what `csrc/shard_step.cpp` does for CPU, with the arithmetic in the same order.
-
-A tile of a weight is a matrix (rows, cols), row r of scale group groups[r]; a program takes a block of it.
-"""
+"""What Triton kernels of the shard step are made of, and AdamW alone; arithmetic is in the order of `csrc/shard_step_runs.h`."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsquant.ops.gpu.fake_quantize import TILE, Layout, clip, round_half_even, tile_of
+from dsquant.ops.gpu.fake_quantize import TILE, clip, round_half_even
 from dsquant.ops.gpu.launch import launch
 
 WIDE = {"num_warps": 8}  # of kernels that hold many values of an element at a time
-
-
-@triton.jit
-def _rows(values, groups, row, rows):
-    """Return values[groups[r]] of a block's rows, (rows, 1)."""
-    group = tl.load(groups + row, mask=row < rows, other=0)
-    return tl.load(values + group, mask=row < rows, other=1.0)[:, None]
 
 
 @triton.jit
@@ -76,33 +66,6 @@ def show(kept, x, s, codes, direction, frequency, code_mean, frozen, state, wher
     return kept, (code + shift) * s
 
 
-@triton.jit
-def _image(w, latent, codes, direction, frequency, code_mean, frozen, centre, scale, groups, rows, cols, qmin, qmax, shift,
-           momentum, keep, threshold, HAS_CENTRE: tl.constexpr, FREEZES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-           BLOCK_COLS: tl.constexpr):  # fmt: skip
-    row, _, where, there = tile_of(rows, cols, BLOCK_ROWS, BLOCK_COLS)
-    s = _rows(scale, groups, row, rows)
-    kept = tl.load(w + where, mask=there, other=0.0)
-    x = kept
-    if HAS_CENTRE:
-        x = tl.where(there, kept - _rows(centre, groups, row, rows), 0.0)
-    kept, shown = show(
-        kept, x, s, codes, direction, frequency, code_mean, frozen, 0, where, there, qmin, qmax, shift, momentum, keep,
-        threshold, FREEZES,
-    )  # fmt: skip
-    tl.store(latent + where, kept, mask=there)
-    tl.store(w + where, shown, mask=there)
-
-
-def _layout(w: Tensor, rows: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """Return blocks down and across of a tile of `rows` rows, and what kernels are told of them."""
-    cols = w.numel() // rows
-    block_cols = min(triton.next_power_of_2(cols), TILE)
-    layout = Layout(rows, cols, False, min(triton.next_power_of_2(rows), TILE // block_cols), block_cols)
-    known = layout.arguments(0)
-    return layout.tiles, {name: known[name] for name in ("rows", "cols", "BLOCK_ROWS", "BLOCK_COLS")}
-
-
 def adamw_numbers(
     decay: float, beta1: float, beta2: float, correction: float, eps: float, step: float
 ) -> dict[str, float]:
@@ -121,32 +84,10 @@ def shard_adamw(
     )  # fmt: skip
 
 
-def shard_image(
-    w: Tensor, latent: Tensor, codes: Tensor, direction: Tensor, frequency: Tensor, code_mean: Tensor | None,
-    frozen: Tensor | None, centre: Tensor | None, scale: Tensor, groups: Tensor, qmin: int, qmax: int, shift: float,
-    momentum: float, threshold: float, isa: int = 0,
-) -> None:  # fmt: skip
-    """Put images in the place of a tile's latents and record the new codes, as `ops.shard_step.image` says."""
-    (down, across), layout = _layout(w, groups.numel())
-    launch(
-        _image, (down * across,), WIDE, w=w, latent=latent, codes=codes, direction=direction, frequency=frequency,
-        code_mean=code_mean, frozen=frozen, centre=centre, scale=scale, groups=groups, qmin=float(qmin),
-        qmax=float(qmax),
-        shift=float(shift), momentum=float(momentum), keep=1.0 - momentum, threshold=float(threshold),
-        HAS_CENTRE=centre is not None, FREEZES=frozen is not None, **layout,
-    )  # fmt: skip
-
-
-OPERATORS = (shard_adamw, shard_image)
+OPERATORS = (shard_adamw,)
 
 
 def samples() -> None:
-    """Launch each kernel in the kinds that differ once compiled."""
-    for rows, cols in ((1, 192 * 192), (192, 192)):
-        w, grad, m, v, latent, often = torch.zeros(6, rows, cols)
-        codes, direction = torch.zeros(2, rows, cols, dtype=torch.int8)
-        groups, scale, still = torch.arange(rows), torch.ones(rows), torch.zeros(rows, cols, dtype=torch.bool)
-        shard_adamw(w, grad, m, v, 0.999, 0.9, 0.999, 0.1, 1e-8, 1e-3)
-        for centre, mean, frozen in ((None, None, None), (scale, often, still)):
-            tracker = (codes, direction, often, mean, frozen)
-            shard_image(w, latent, *tracker, centre, scale, groups, -2, 1, 0.0, 0.1, 0.1)
+    """Launch the kernel."""
+    w, grad, m, v = torch.zeros(4, 192 * 192)
+    shard_adamw(w, grad, m, v, 0.999, 0.9, 0.999, 0.1, 1e-8, 1e-3)
