@@ -432,6 +432,7 @@ def insert_images(model: nn.Module, checkpoint: Checkpoint, device: torch.device
     state = QuantState(sites.weights, sites.activations, device)
     state.load_state_dict(checkpoint.replicated("quant"))
     sites.bind(state, trainable=False)
+    sites.bind_images(model, state)
     return Images(checkpoint, {site.name: site for site in sites.weights}, state)
 
 

@@ -184,6 +184,7 @@ class Engine:
         self.quantization = ShardQuantization(self.shards, self.sites.weights, self.state, quant)
         self.quantization.initialize_scales()
         self.quantization.start()
+        self.sites.bind_images(self.module, self.state)
         self.optimizer.quantization = self.quantization
         cga = quant.oscillation.cga
         for name, site in self.sites.products.items():

@@ -17,9 +17,10 @@ from dsquant.errors import CheckpointError, ConfigError, ExportError
 from dsquant.export.layout import decode, group_scales, site_table
 from dsquant.export.packed import PackedModel, read_packed
 from dsquant.models.registry import build_model, insert_sites
-from dsquant.models.sites import Sites
+from dsquant.models.sites import Sites, has_scale_a_row
 from dsquant.ops.packed_linear import PackedMatrix, packed_linear, packed_matrix
 from dsquant.ops.qk_product import keys_and_values
+from dsquant.ops.quant_linear import WeightGrid
 from dsquant.quant.modules import ActivationQuantizer, QuantConv2d, QuantLinear, become
 from dsquant.quant.reparam import QuantQkv
 from dsquant.spec import Grouping, WeightSite
@@ -55,6 +56,10 @@ class PackedWeight(nn.Module):
         if self._image is not None:
             return self._image
         return decode(self.weight_packed, self.weight_scale, self.site).to(self._like.dtype)
+
+    @property
+    def weight_grid(self) -> WeightGrid | None:
+        return WeightGrid(self.weight_scale, self.site.spec.levels) if has_scale_a_row(self.site) else None
 
     def multiplies_codes(self, x: Tensor) -> bool:
         """Say whether the product with x is taken from codes; a gradient with respect to x takes the exact path."""

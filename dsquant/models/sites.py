@@ -6,6 +6,7 @@ from math import prod
 from torch import nn
 
 from dsquant.errors import ConfigError
+from dsquant.ops.quant_linear import WeightGrid
 from dsquant.quant.modules import ActivationQuantizer, QuantConv2d, QuantLinear, become, lsq_grad_scale
 from dsquant.quant.reparam import QuantQkv
 from dsquant.quant.state import QuantState
@@ -120,11 +121,24 @@ class Sites:
         self.weights.append(WeightSite(name, shape, spec, grouping, out_blocks, rows))
         return self.weights[-1]
 
+    def bind_images(self, model: nn.Module, state: QuantState) -> None:
+        """Tell layers that their weights are images of these scales from now on; those with a scale along a row need not know."""
+        for site in self.weights:
+            module = model.get_submodule(site.name.rpartition(".")[0])
+            if isinstance(module, QuantLinear | QuantConv2d) and site.rows is None and has_scale_a_row(site):
+                module.weight_grid = WeightGrid(state.get(site.name), site.spec.levels)
+
     def bind(self, state: QuantState, *, trainable: bool = True) -> None:
         """Point every activation quantizer at its values in `state`; frozen copies serve inference."""
         find = state.leaf if trainable else state.get
         for name, quantizer in self.quantizers.items():
             quantizer.bind({role: find(name, role) for role in quantizer.site.values})
+
+
+def has_scale_a_row(site: WeightSite) -> bool:
+    """Say whether each row of a weight, as a matrix, has one scale, and those that share it are neighbours."""
+    grouping, cols = site.grouping, site.numel // site.shape[0]
+    return grouping.inner % cols == 0 and grouping.n_groups * grouping.inner == site.numel
 
 
 def _activation_groups(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dsquant.errors import ConfigError
 from dsquant.ops.fake_quantize import QuantArgs, fake_quantize
-from dsquant.ops.quant_linear import quant_linear
+from dsquant.ops.quant_linear import WeightGrid, quant_linear
 from dsquant.spec import ActivationSite, Granularity
 
 
@@ -113,6 +113,7 @@ class QuantLinear(nn.Linear):
     """Apply a linear layer to its quantized input; `input_quantizer` is set by `become`."""
 
     input_quantizer: ActivationQuantizer | None
+    weight_grid: WeightGrid | None = None  # once the weight is an image
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the layer's output; `bias` stands in for its own where a model keeps it elsewhere (SwinV2's qkv)."""
@@ -123,7 +124,7 @@ class QuantLinear(nn.Linear):
         x = quantizer.shifted(x)
         args = quantizer.args(x)
         bias = quantizer.shifted_bias(weight, bias)
-        return F.linear(x, weight, bias) if args is None else quant_linear(x, weight, bias, *args)
+        return F.linear(x, weight, bias) if args is None else quant_linear(x, weight, bias, *args, self.weight_grid)
 
 
 class QuantConv2d(nn.Conv2d):
@@ -134,6 +135,7 @@ class QuantConv2d(nn.Conv2d):
     """
 
     input_quantizer: ActivationQuantizer | None
+    weight_grid: WeightGrid | None = None  # once the weight is an image
 
     def forward(self, x: Tensor) -> Tensor:
         args = None if self.input_quantizer is None else self.input_quantizer.args(x)
@@ -142,7 +144,7 @@ class QuantConv2d(nn.Conv2d):
         patches = self.patches(x)
         if patches is None:
             return super().forward(fake_quantize(x, *args))
-        return quant_linear(patches, self.weight.flatten(1), self.bias, *args).permute(0, 3, 1, 2)
+        return quant_linear(patches, self.weight.flatten(1), self.bias, *args, self.weight_grid).permute(0, 3, 1, 2)
 
     def patches(self, x: Tensor) -> Tensor | None:
         """Return x (B, C, H, W) as patches (B, rows, columns, C * height * width), or None where they overlap or do not fit."""

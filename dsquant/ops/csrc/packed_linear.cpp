@@ -87,6 +87,17 @@ struct Weight {
     }
   }
 
+  // Codes of an image of `features` rows, for x's features.
+  Weight(const Tensor& x, const uint8_t* codes, const float* scales, const std::optional<Tensor>& biases, int64_t features,
+         int bits, float level_shift)
+      : words(codes), scale(scales), bias(nullptr), rows(features), cols(x.size(-1)), row_bytes(words_in(cols, bits) * 4),
+        n_bits(bits), shift(level_shift) {
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.dim() >= 1, "x must be float32 (..., in)");
+    if (biases) bias = values_of<const float>(*biases, ScalarType::Float, rows, "bias");
+  }
+
+  static int64_t words_in(int64_t cols, int64_t bits) { return (cols * bits + 31) / 32; }
+
   const uint8_t* row(int64_t n) const { return words + n * row_bytes; }
 
   // Ask for elements [k, k + depth) of a row that will be decoded soon: with few rows of x the weights are all the
@@ -314,25 +325,26 @@ void int_rows(const Product& product, const float* x, int64_t rows, int64_t size
   });
 }
 
-Tensor packed_linear_int(const Tensor& input, const Tensor& words, const Tensor& scale, const Tensor& code_sums,
-                         std::optional<Tensor> bias, const Tensor& in_scale, std::optional<Tensor> in_offset,
-                         int64_t n_bits, double shift, int64_t qmin, int64_t qmax, double in_shift, int64_t isa) {
-  const Kernels& kernels = kernels_for(isa);
-  const Tensor x = as_rows(input);
-  const Weight w(x, words, scale, bias, n_bits, shift);
-  STD_TORCH_CHECK(code_sums.scalar_type() == ScalarType::Int && code_sums.is_contiguous() && code_sums.numel() == w.rows,
-                  "code_sums must be int32 (out,)");
-  STD_TORCH_CHECK(-128 <= qmin && qmin <= qmax && qmax <= 255 && qmax - qmin <= 255, "codes of x must have 8 bits");
-  const float offset = in_offset ? scalar_of(*in_offset, "in_offset") : 0.0f;
+// Quantizers of an input with one scale.
+struct Input {
+  float scale, offset, shift;
+  int64_t qmin, qmax;
+
+  Input(const Tensor& in_scale, const std::optional<Tensor>& in_offset, double in_shift, int64_t low, int64_t high)
+      : scale(scalar_of(in_scale, "in_scale")), offset(in_offset ? scalar_of(*in_offset, "in_offset") : 0.0f),
+        shift(static_cast<float>(in_shift)), qmin(low), qmax(high) {
+    STD_TORCH_CHECK(-128 <= qmin && qmin <= qmax && qmax <= 255 && qmax - qmin <= 255, "codes of x must have 8 bits");
+  }
+};
+
+Tensor product_of(const Kernels& kernels, const Tensor& x, const Weight& w, const int32_t* code_sums, const Input& in) {
   Tensor y = output_like(x, w.rows);
   if (y.numel() == 0) return y;
   const int64_t rows = y.numel() / w.rows;
-  const int planes = planes_of(kernels, w, rows, qmin, qmax);
-  const auto zero = static_cast<int32_t>(planes ? qmin : qmax > 127 ? 128 : 0);  // planes hold no sign
-  const InputGrid grid{scalar_of(in_scale, "in_scale"), offset, static_cast<float>(in_shift), static_cast<float>(qmin),
-                       static_cast<float>(qmax), zero};
-  const auto* sums = static_cast<const int32_t*>(code_sums.const_data_ptr());
-  const Product product = make_product(kernels, w, grid, sums, planes);
+  const int planes = planes_of(kernels, w, rows, in.qmin, in.qmax);
+  const auto zero = static_cast<int32_t>(planes ? in.qmin : in.qmax > 127 ? 128 : 0);  // planes hold no sign
+  const InputGrid grid{in.scale, in.offset, in.shift, static_cast<float>(in.qmin), static_cast<float>(in.qmax), zero};
+  const Product product = make_product(kernels, w, grid, code_sums, planes);
   const int64_t size = std::min(rows, block_rows(product.bytes()));
   const int64_t batch = std::min(rows, 8 * size);  // what is quantized at a time: workspace stays small at any batch
   const std::unique_ptr<uint8_t[]> codes(new uint8_t[batch * product.bytes() + 32]);  // behind it a vector may be read
@@ -344,14 +356,103 @@ Tensor packed_linear_int(const Tensor& input, const Tensor& words, const Tensor&
   return y;
 }
 
+Tensor packed_linear_int(const Tensor& input, const Tensor& words, const Tensor& scale, const Tensor& code_sums,
+                         std::optional<Tensor> bias, const Tensor& in_scale, std::optional<Tensor> in_offset,
+                         int64_t n_bits, double shift, int64_t qmin, int64_t qmax, double in_shift, int64_t isa) {
+  const Tensor x = as_rows(input);
+  const Weight w(x, words, scale, bias, n_bits, shift);
+  STD_TORCH_CHECK(code_sums.scalar_type() == ScalarType::Int && code_sums.is_contiguous() && code_sums.numel() == w.rows,
+                  "code_sums must be int32 (out,)");
+  const Input in(in_scale, in_offset, in_shift, qmin, qmax);
+  return product_of(kernels_for(isa), x, w, static_cast<const int32_t*>(code_sums.const_data_ptr()), in);
+}
+
+// ---- weights that are images ---------------------------------------------------------------------------------------
+
+// Codes of a row of an image, offset to be unsigned, and their sum; false where a value is no level times the scale.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+__attribute__((target_clones("avx512f", "avx2", "default")))  // the same bits; the loader takes the widest
+#endif
+bool codes_of_row(const float* w, int64_t cols, float scale, float shift, float least, float most, int32_t zero, uint8_t* codes,
+                  int32_t* sum) {
+  constexpr float kRound = 12582912.0f;  // adding it rounds half to even
+  int32_t total = 0, wrong = 0;
+  for (int64_t k = 0; k < cols; ++k) {
+    const float code = (w[k] / scale - shift + kRound) - kRound;
+    wrong |= !(((code + shift) * scale == w[k]) & (code >= least) & (code <= most));
+    const auto whole = static_cast<int32_t>(code);
+    total += whole;
+    codes[k] = static_cast<uint8_t>(whole + zero);
+  }
+  *sum = total;
+  return !wrong;
+}
+
+template <int n_bits>
+void pack_row(const uint8_t* codes, int64_t bytes, uint8_t* out) {
+  constexpr int per = 8 / n_bits;
+  for (int64_t i = 0; i < bytes; ++i) {
+    unsigned byte = 0;
+    for (int j = 0; j < per; ++j) byte |= static_cast<unsigned>(codes[per * i + j]) << (n_bits * j);
+    out[i] = static_cast<uint8_t>(byte);
+  }
+}
+
+// A weight that is an image w_hat = (code + shift) * scale, a scale for so many rows, as packed codes of 1, 2, 4 or 8 bits.
+struct ImageCodes {
+  std::unique_ptr<uint8_t[]> words;
+  std::vector<float> scale;
+  std::vector<int32_t> sums;
+
+  ImageCodes(const Tensor& image, const Tensor& scales, int bits, float shift, float least, float most)
+      : scale(image.size(0)), sums(image.size(0)) {
+    const int64_t rows = image.size(0), cols = image.numel() / std::max<int64_t>(1, rows), groups = scales.numel();
+    const int64_t row_bytes = Weight::words_in(cols, bits) * 4, padded = row_bytes * 8 / bits;
+    STD_TORCH_CHECK(groups > 0 && rows % groups == 0, "a weight of ", rows, " rows has no ", groups, " scales");
+    const auto* w = values_of<const float>(image, ScalarType::Float, rows * cols, "weight");
+    const auto* s = values_of<const float>(scales, ScalarType::Float, groups, "weight_scale");
+    words.reset(new uint8_t[rows * row_bytes + 32]);
+    std::vector<char> right(rows);
+    const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, cols));
+    torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+      std::vector<uint8_t> codes(padded);
+      for (int64_t n = begin; n < end; ++n) {
+        scale[n] = s[n / (rows / groups)];
+        right[n] = codes_of_row(w + n * cols, cols, scale[n], shift, least, most, 1 << (bits - 1), codes.data(), &sums[n]);
+        uint8_t* out = words.get() + n * row_bytes;
+        if (bits == 1) pack_row<1>(codes.data(), row_bytes, out);
+        else if (bits == 2) pack_row<2>(codes.data(), row_bytes, out);
+        else if (bits == 4) pack_row<4>(codes.data(), row_bytes, out);
+        else pack_row<8>(codes.data(), row_bytes, out);
+      }
+    });
+    for (int64_t n = 0; n < rows; ++n)
+      STD_TORCH_CHECK(right[n], "row ", n, " of a weight holds a value that is no level of its quantizer");
+  }
+};
+
+Tensor image_linear_int(const Tensor& input, const Tensor& image, const Tensor& image_scale, std::optional<Tensor> bias,
+                        const Tensor& in_scale, std::optional<Tensor> in_offset, double shift, int64_t least, int64_t most,
+                        int64_t qmin, int64_t qmax, double in_shift, int64_t isa) {
+  const Tensor x = as_rows(input), w_hat = as_rows(image);
+  STD_TORCH_CHECK(-128 <= least && least <= most && most <= 127, "codes of weights are int8");
+  STD_TORCH_CHECK(w_hat.dim() == 2 && x.size(-1) == w_hat.size(1), "x and the weight have other features");
+  int bits = 1;
+  while (least < -(1 << (bits - 1)) || most > (1 << (bits - 1)) - 1) bits *= 2;
+  const ImageCodes codes(w_hat, image_scale, bits, static_cast<float>(shift), static_cast<float>(least), static_cast<float>(most));
+  const Weight w(x, codes.words.get(), codes.scale.data(), bias, w_hat.size(0), bits, static_cast<float>(shift));
+  return product_of(kernels_for(isa), x, w, codes.sums.data(), Input(in_scale, in_offset, in_shift, qmin, qmax));
+}
+
 }  // namespace
 }  // namespace dsq
 
 // Read by Python through ctypes.
 extern "C" int dsquant_cpu_level() { return dsq::cpu_level(); }
 
-// The schemas are in dsquant/ops/packed_linear.py.
+// The schemas are in dsquant/ops/packed_linear.py and quant_linear.py.
 STABLE_TORCH_LIBRARY_IMPL(dsquant, CPU, m) {
   m.impl("packed_linear", TORCH_BOX(&dsq::packed_linear));
   m.impl("packed_linear_int", TORCH_BOX(&dsq::packed_linear_int));
+  m.impl("image_linear_int", TORCH_BOX(&dsq::image_linear_int));
 }
