@@ -1,6 +1,7 @@
 """A small quantized ViT, and what its packed file must hold, computed here without dsquant's packing or decoding."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,7 @@ def make_case(
     oracle.load_state_dict({**latents, **images})
     for name, quantizer in sites.quantizers.items():
         quantizer.bind({role: scales[f"{name}:{role}"] for role in quantizer.site.values})
+    sites.bind_images(oracle, SimpleNamespace(get=lambda name: scales[f"{name}:scale"]))
     arguments = {
         "latents": latents,
         "buffers": {},

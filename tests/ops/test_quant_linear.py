@@ -3,9 +3,12 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
-from dsquant.ops.fake_quantize import blocks, fake_quantize
-from dsquant.ops.quant_linear import quant_linear
-from dsquant.spec import Levels
+from dsquant.ops import backends
+from dsquant.ops.fake_quantize import QuantArgs, blocks, fake_quantize
+from dsquant.ops.pack import pack
+from dsquant.ops.packed_linear import integer_definition, packed_matrix
+from dsquant.ops.quant_linear import WeightGrid, quant_linear
+from dsquant.spec import Levels, QuantSpec
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
@@ -108,3 +111,77 @@ def test_gradients_arrive_where_the_input_needs_none():
     expected = outcome(compose, [x, weight, bias, scale, offset], torch.ones_like(y), Levels(0, 3))
     for leaf, wanted in zip((weight, bias, scale, offset), expected[2:], strict=True):
         torch.testing.assert_close(leaf.grad, wanted, rtol=1e-5, atol=1e-5)
+
+
+def image(n_bits, method, groups, rows=9, cols=37):
+    """Return codes, scales and the image of a weight with so many scales, each of neighbouring rows."""
+    levels, generator = QuantSpec(n_bits, method=method).levels, torch.Generator().manual_seed(n_bits)
+    codes = torch.randint(levels.qmin, levels.qmax + 1, (rows, cols), generator=generator)
+    scale = torch.rand(groups, generator=generator) + 0.2
+    return (
+        codes.to(torch.int8),
+        scale,
+        levels,
+        (codes + levels.shift) * scale.repeat_interleave(rows // groups)[:, None],
+    )
+
+
+INPUTS = {
+    "2 bits": Levels(-2, 1),
+    "8 bits": Levels(0, 255),
+    "1 bit": Levels(-1, 0, 0.5),
+    "1 bit, unsigned": Levels(0, 1),
+}
+WEIGHTS = [(1, "elastic"), (2, "lsq"), (2, "seq"), (3, "lsq"), (4, "lsq"), (8, "lsq")]
+
+
+@pytest.mark.parametrize(("n_bits", "method"), WEIGHTS)
+@pytest.mark.parametrize("levels", INPUTS.values(), ids=INPUTS)
+@pytest.mark.parametrize("groups", [1, 3, 9])
+def test_the_product_with_an_image_is_exact_and_its_gradients_are_those_of_floats(
+    each_backend, n_bits, method, levels, groups
+):
+    codes, weight_scale, weight_levels, w_hat = image(n_bits, method, groups)
+    x, bias = torch.randn(5, 4, 37), torch.randn(9)
+    scale, offset, grad = torch.tensor([0.3]), torch.tensor([0.1]), torch.randn(5, 4, 9)
+    leaves = [t.requires_grad_() for t in (x, w_hat.clone(), bias, scale, offset)]
+    plain, known = (
+        outcome(lambda *given, grid=grid: quant_linear(*given, levels, 0.5, grid), leaves, grad)
+        for grid in (None, WeightGrid(weight_scale, weight_levels))
+    )
+    for found, expected in zip(known[1:], plain[1:], strict=True):
+        assert torch.equal(found, expected)
+    assert (known[0] - plain[0]).abs().max() <= 2e-6 * plain[0].abs().max()
+    if each_backend in backends.ON_CPU:
+        rows = weight_scale.repeat_interleave(9 // groups)
+        matrix = packed_matrix(pack(codes, n_bits), rows, n_bits, 37, weight_levels.shift)
+        with torch.no_grad():
+            exact = integer_definition(x, matrix, bias, QuantArgs(scale, offset, levels))
+        assert torch.equal(known[0], exact)
+
+
+def test_a_weight_that_is_no_image_is_refused(each_backend):
+    _, scale, levels, w_hat = image(2, "lsq", 3)
+    w_hat[4, 5] *= 1.01
+    given = torch.randn(2, 37), w_hat, None, torch.ones(1), None, Levels(0, 3), 1.0, WeightGrid(scale, levels)
+    if each_backend not in backends.ON_CPU:
+        assert quant_linear(*given).isfinite().all()  # these take floats
+        return
+    with pytest.raises(RuntimeError, match="row 4 of a weight holds a value that is no level of its quantizer"):
+        quant_linear(*given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_with_a_scale_for_each_channel_and_other_dtypes_take_floats(each_backend, dtype):
+    _, weight_scale, levels, w_hat = image(2, "lsq", 3)
+    scale = torch.rand(37 if dtype is torch.float32 else 1) + 0.3
+    given = torch.randn(6, 37).to(dtype), w_hat.to(dtype), None, scale, None, Levels(0, 3), 1.0
+    assert torch.equal(quant_linear(*given, WeightGrid(weight_scale, levels)), quant_linear(*given))
+
+
+def test_the_operator_passes_torchs_checks(each_backend):
+    _, weight_scale, levels, w_hat = image(2, "seq", 3)
+    grids = (levels.shift, levels.qmin, levels.qmax, 0, 3, 0.0)
+    for bias, offset in ((None, None), (torch.randn(9), torch.tensor([0.1]))):
+        given = (torch.randn(2, 4, 37), w_hat, weight_scale, bias, torch.ones(1), offset, *grids, 0)
+        torch.library.opcheck(torch.ops.dsquant.image_linear_int.default, given)
