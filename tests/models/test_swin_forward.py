@@ -165,6 +165,7 @@ def test_a_packed_model_gives_the_logits_of_the_model_it_was_written_from(name, 
         state.get(site.name).fill_(latents[site.name].abs().mean())
         codes = expected_codes(latents[site.name], state.get(site.name), site)
         model.get_parameter(site.name).data.copy_(expected_image(codes, state.get(site.name), site))
+    sites.bind_images(model, state)
     kwargs = {**SMALL, "depths": [2, 2], "num_heads": [2, 4]}
     write_packed(
         tmp_path / "m.safetensors",
