@@ -160,12 +160,13 @@ def test_the_product_with_an_image_is_exact_and_its_gradients_are_those_of_float
         assert torch.equal(known[0], exact)
 
 
-def test_a_weight_that_is_no_image_is_refused(each_backend):
+@pytest.mark.parametrize("factor", [1.01, 1e30, float("nan")])
+def test_a_weight_that_is_no_image_is_refused(each_backend, factor):
     _, scale, levels, w_hat = image(2, "lsq", 3)
-    w_hat[4, 5] *= 1.01
+    w_hat[4, 5] = 0.3 * factor
     given = torch.randn(2, 37), w_hat, None, torch.ones(1), None, Levels(0, 3), 1.0, WeightGrid(scale, levels)
     if each_backend not in backends.ON_CPU:
-        assert quant_linear(*given).isfinite().all()  # these take floats
+        assert quant_linear(*given).shape == (2, 9)  # these take floats
         return
     with pytest.raises(RuntimeError, match="row 4 of a weight holds a value that is no level of its quantizer"):
         quant_linear(*given)

@@ -379,8 +379,9 @@ bool codes_of_row(const float* w, int64_t cols, float scale, float shift, float 
   int32_t total = 0, wrong = 0;
   for (int64_t k = 0; k < cols; ++k) {
     const float code = (w[k] / scale - shift + kRound) - kRound;
-    wrong |= !(((code + shift) * scale == w[k]) & (code >= least) & (code <= most));
-    const auto whole = static_cast<int32_t>(code);
+    const bool right = ((code + shift) * scale == w[k]) & (code >= least) & (code <= most);
+    const auto whole = static_cast<int32_t>(right ? code : 0.0f);  // what is no code need not fit an integer
+    wrong |= !right;
     total += whole;
     codes[k] = static_cast<uint8_t>(whole + zero);
   }
