@@ -26,6 +26,10 @@ CASES = {
     "ternary": {"weight": {"n_bits": 2, "method": "ternary"}, "obr": OBR, "grad_scale": "mdq"},
     "elastic": {"weight": {"n_bits": 1, "method": "elastic"}, "activation": BINARY},
     "statsq": {"weight": {"n_bits": 2, "method": "statsq", "granularity": "per_channel"}, "obr": OBR},
+    "statsq beside lsq": {
+        "weight": {"n_bits": 2, "method": "statsq", "granularity": "per_channel"}, "obr": OBR,
+        "rules": [{"match": "*.mlp.*.weight", "method": "lsq", "granularity": "per_tensor"}],
+    },
     "bwn": {"weight": {"n_bits": 1, "method": "bwn", "granularity": "per_channel"}, "obr": OBR},
     "freezing": {"obr": OBR, "oscillation": FREEZE},
     "freezing, seq": {"weight": {"n_bits": 2, "method": "seq"}, "obr": OBR, "oscillation": FREEZE},
