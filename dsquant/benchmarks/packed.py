@@ -20,17 +20,8 @@ from dsquant.ops.timing import interleaved
 from dsquant.spec import Levels, qrange
 
 SHAPES = "768x3072,3072x768,768x2304"  # in x out: fc1, fc2 and qkv of ViT-B
-DSQUANT_BITS = (
-    (1, 1),
-    (1, 2),
-    (2, 2),
-    (2, 8),
-    (3, 8),
-    (4, 8),
-    (8, 8),
-    (2, None),
-    (4, None),
-)  # of weights, of activations
+# Of weights, of activations.
+DSQUANT_BITS = ((1, 1), (1, 2), (2, 2), (2, 8), (3, 8), (4, 8), (8, 8), (2, None), (4, None))
 BLOCK = 32  # columns that share a scale in MatMulNBits
 Layer = Callable[[Tensor], Any]
 

@@ -24,8 +24,8 @@ CHUNK = 1024  # partial sums that are added up at a time
 
 # What the table of tiles says of one, int64. The first nine are as in `ops.shard_step.Column`; the others say how to sum it, and
 # where in a buffer: the i-th sum (of a group that one program sees whole: ALONE, else of a run) of d scale and of bin b lie at
-# SUM_AT + i and BIN_AT + i * N_BINS + b, and the other sums that far APART. Moments
-# of the i-th run lie at MOMENT_AT + 3 i in a buffer of their own.
+# SUM_AT + i and BIN_AT + i * N_BINS + b, and the other sums that far APART. Moments of the
+# i-th run lie at MOMENT_AT + 3 i in a buffer of their own.
 START, ROWS, COLS, STATE, FIRST_GROUP, N_GROUPS, GROUP, BIN, N_BINS = (tl.constexpr(i) for i in range(9))
 PLAIN, LATE, ALONE, SUM_AT, SUM_APART, BIN_AT, BIN_APART, MOMENT_AT = (tl.constexpr(i) for i in range(9, 17))
 FIELDS = tl.constexpr(17)
