@@ -425,6 +425,7 @@ class RunConfig(Section):
     `max_steps` caps the optimizer steps of each stage; schedules end there. Up to `max_skipped` steps in a row whose loss or
     gradient is not finite are skipped; one more ends the run (0: the first does). `cpu_threads` are those of a rank that
     trains on a CPU (default: the cores shared out over the ranks of a node; OMP_NUM_THREADS, where set, decides).
+    `backend` forces the code that ops run, as DSQ_BACKEND does, which decides where set (`dsquant/ops/backends.py`).
     """
 
     recipe: str
@@ -433,6 +434,7 @@ class RunConfig(Section):
     max_skipped: Count = 10
     cpu_threads: Positive | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    backend: str = "auto"
     model: ModelConfig
     data: DataConfig
     stages: dict[str, StageConfig] = Field(min_length=1)

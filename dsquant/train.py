@@ -55,6 +55,7 @@ def train(
     from dsquant.config import load_ds_config
     from dsquant.engine import init_world
     from dsquant.loop import Run
+    from dsquant.ops import backends
     from dsquant.run_folder import prepare_run
 
     del local_rank
@@ -66,6 +67,7 @@ def train(
     config, run_dir = prepare_run(recipe, overrides, out_dir, resume)
     world.use_precision(config.precision)
     world.use_threads(config.cpu_threads)
+    backends.use(config.backend)
     Run(config, ds, run_dir, world, resume=resume, stop=STOP, heartbeat=HEARTBEAT).execute()
     HEARTBEAT.stop()
 

@@ -29,6 +29,7 @@ def doctor(
     from dsquant.config import DEFAULT_RECIPE, load_config, load_ds_config
     from dsquant.doctor import Doctor
     from dsquant.engine import init_world
+    from dsquant.ops import backends
 
     del local_rank
     config = load_config(recipe or DEFAULT_RECIPE, overrides)
@@ -36,6 +37,7 @@ def doctor(
     world = init_world()
     world.use_precision(config.precision)
     world.use_threads(config.cpu_threads)
+    backends.use(config.backend)
     good = True
     for finding in Doctor(world, config, ds, Path(out_dir or f"runs/{config.recipe}")).examine():
         good &= finding.fault is None

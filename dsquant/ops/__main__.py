@@ -1,5 +1,6 @@
 """List every op and backend on this machine: `python -m dsquant.ops` checks and times each against its definition."""
 
+import os
 import sys
 
 import torch
@@ -14,14 +15,15 @@ REPEATS = 7
 
 def report() -> bool:
     """Print the table for every device; return whether every backend that is available agrees with its definition."""
-    wanted, good = backends.requested(), True
+    backends.requested("")  # what it names must exist
+    wanted, good = os.environ.get("DSQ_BACKEND") or "auto", True
     print(f"DSQ_BACKEND={wanted}; torch {torch.__version__}, {torch.get_num_threads()} threads")
     row("op", "case", "device", "backend", "available", "tested", "seconds", "")
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for case in all_cases(device):
             good &= _report_case(case, device)
     row("pack, unpack", "any", "any", backends.TORCH, "yes", "is the definition", "", "")
-    row("quant_linear", "any", "any", "as fake_quantize", "yes", "quantizes by its passes", "", "")
+    row("quant_linear", "backward", "any", "as fake_quantize", "yes", "quantizes by its passes", "", "")
     row(
         "packed_linear",
         "scales by token, head, channel of x",

@@ -1,6 +1,7 @@
 """Which implementation of an op runs: the plain PyTorch definition, or native code where this machine has it.
 
-`DSQ_BACKEND` forces one for every op that has native code:
+`DSQ_BACKEND`, or a recipe's `backend` where that is not set, forces one for every op that has native code, or for some:
+`DSQ_BACKEND=torch`, `DSQ_BACKEND=quant_linear=triton,shard_step=torch`.
 
     auto      the fastest kind that this machine can run (the default)
     torch     the definitions
@@ -31,12 +32,15 @@ from dsquant.ops import build
 TORCH, PORTABLE, AVX2, TRITON, CUDA = "torch", "portable", "avx2", "triton", "cuda"
 ON_CPU, ON_GPU = (PORTABLE, AVX2), (TRITON, CUDA)
 NATIVE = (*ON_CPU, TRITON)  # what every op with native code has
+OPS = ("fake_quantize", "quant_linear", "quant_attention", "packed_linear", "shard_step")
 CHOICES = ("auto", TORCH, "cpu", *ON_CPU, *ON_GPU)
 # What takes plain C++ under auto, where there is no AVX2: the former is faster so, and the latter gives the same bits however
 # ZeRO cuts a weight, which torch's fused AdamW does not. Of products torch's own are faster.
 ELEMENTWISE = ("fake_quantize", "shard_step")
 # What takes CUDA C++ under auto, where Triton has code too: ops that `make gpu` timed faster so. No GPU has timed any yet.
 FASTER_IN_CUDA = ()
+# What runs its definition on GPUs under auto until `make gpu` times its kernels faster: products in int8 while training.
+UNTIMED = ("quant_linear",)
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,30 @@ class Availability:
     why: str = ""
 
 
-def requested() -> str:
-    """Return what DSQ_BACKEND asks for. Raises ConfigError for an unknown name."""
-    name = os.environ.get("DSQ_BACKEND") or "auto"
-    if name not in CHOICES:
-        raise ConfigError(f"DSQ_BACKEND is {name!r}; it takes {', '.join(CHOICES)}")
-    return name
+def requested(op: str) -> str:
+    """Return what DSQ_BACKEND asks for. Raises ConfigError for an unknown op or backend in it."""
+    return _parse(os.environ.get("DSQ_BACKEND") or "auto").get(op, "auto")
+
+
+@cache
+def _parse(text: str) -> dict[str, str]:
+    """Return the backend of each op that `torch`, or `quant_linear=triton,shard_step=torch`, or both, names."""
+    found = {}
+    for part in text.split(","):
+        op, _, name = part.rpartition("=")
+        if name not in CHOICES:
+            raise ConfigError(f"DSQ_BACKEND is {text!r}; {name!r} is none of {', '.join(CHOICES)}")
+        if op and op not in OPS:
+            raise ConfigError(f"DSQ_BACKEND is {text!r}; {op!r} is no op; they are {', '.join(OPS)}")
+        found = found | {op: name} if op else dict.fromkeys(OPS, name) | found
+    return found
+
+
+def use(choice: str) -> None:
+    """Have this process run a recipe's `backend`, unless DSQ_BACKEND is set. Raises ConfigError as `requested` does."""
+    if choice != "auto" and not os.environ.get("DSQ_BACKEND"):
+        _parse(choice)
+        os.environ["DSQ_BACKEND"] = choice
 
 
 @contextmanager
@@ -141,7 +163,7 @@ def choose(op: str, device: str, native: tuple[str, ...] = NATIVE, lacking: str 
     Where others have none for these inputs alone, `lacking` says why, for the error.
     Raises ConfigError where DSQ_BACKEND forces one that is missing or cannot run.
     """
-    return _choose(op, device, native, requested(), lacking)
+    return _choose(op, device, native, requested(op), lacking)
 
 
 @cache
@@ -150,7 +172,8 @@ def _choose(op: str, device: str, native: tuple[str, ...], wanted: str, lacking:
         return TORCH
     if wanted != "auto":
         return _forced(op, device, native, wanted, lacking)
-    kinds = {"cpu": ON_CPU, "cuda": ON_GPU if op in FASTER_IN_CUDA and availability(CUDA).available else (TRITON,)}
+    on_gpu = () if op in UNTIMED else ON_GPU if op in FASTER_IN_CUDA and availability(CUDA).available else (TRITON,)
+    kinds = {"cpu": ON_CPU, "cuda": on_gpu}
     here = [name for name in native if name in kinds.get(device, ())]
     best = here[-1] if here else TORCH
     if best == AVX2 and not availability(AVX2).available:

@@ -11,6 +11,7 @@ from dsquant.ops.fake_quantize import QuantArgs, ScaleGradient, backward_into, q
 from dsquant.ops.pack import pack
 from dsquant.ops.packed_linear import PackedMatrix, packed_matrix, run
 from dsquant.ops.quant_attention import quant_attention
+from dsquant.ops.quant_linear import WeightGrid, quant_linear
 from dsquant.ops.shard_step import Column
 from dsquant.spec import Levels
 
@@ -63,7 +64,8 @@ def disagreements(device: str) -> list[str]:
 def all_cases(device: str) -> list[Case]:
     """Return the cases of every op on a device type, float32, the sizes those of a ViT."""
     packed = [case for rows in (197, 1) for case in packed_linear_cases(rows, device)]
-    return fake_quantize_cases(device) + attention_cases(device) + shard_step_cases(device) + packed
+    trained = fake_quantize_cases(device) + quant_linear_cases(device) + attention_cases(device)
+    return trained + shard_step_cases(device) + packed
 
 
 def _randn(*shape: int, device: str, seed: int = 0) -> Tensor:
@@ -121,6 +123,25 @@ def fake_quantize_cases(device: str) -> list[Case]:
         cases.append(Case(label=f"forward, {name}", bytes_moved=2 * size, run=forward, **of))
         cases.append(Case(label=f"backward, {name}", bytes_moved=3 * size, run=backward, **of))
     return cases
+
+
+def quant_linear_cases(device: str) -> list[Case]:
+    """Return the forward of `quant_linear` on a weight that is an image, for a batch: in float32; on GPUs in bfloat16."""
+    shape = (16, 197, 768)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    levels, scale = Levels(-2, 1), torch.full((768,), 0.05, device=device)
+    codes = torch.randint(-2, 2, (768, 768), generator=torch.Generator().manual_seed(0))
+    weight = (codes * 0.05).to(device, dtype)
+    x, in_scale = _randn(*shape, device=device).to(dtype), torch.tensor([0.03], device=device)
+    grid = WeightGrid(scale, levels)
+
+    def forward(backend: str) -> Tensor:
+        with backends.forced(f"quant_linear={backend}"):  # who quantizes for the definition is left to auto
+            return quant_linear(x, weight, None, in_scale, None, Levels(-128, 127), 1.0, grid).float()
+
+    size = (2 * x.numel() + weight.numel()) * x.element_size()
+    label, tolerance = f"forward, {str(dtype).removeprefix('torch.')}", 1e-5 if device == "cpu" else 0.01
+    return [Case("quant_linear", label, " x ".join(map(str, (*shape, 768))), size, forward, tolerance)]
 
 
 def attention_cases(device: str) -> list[Case]:

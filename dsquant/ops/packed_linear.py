@@ -65,10 +65,11 @@ def is_integer(weight: PackedMatrix, quant: QuantArgs) -> bool:
     So it is where one scale serves the whole input, its codes have at most 8 bits, and no sum can leave 32 bits.
     Inputs with a scale for each token, head or channel are dequantized first.
     """
-    return quant.scale.numel() == 1 and _fits(weight.n_bits, weight.cols, weight.shift, quant.levels)
+    return quant.scale.numel() == 1 and sums_fit(weight.n_bits, weight.cols, weight.shift, quant.levels)
 
 
-def _fits(n_bits: int, cols: int, shift: float, levels: Levels) -> bool:
+def sums_fit(n_bits: int, cols: int, shift: float, levels: Levels) -> bool:
+    """Say whether x's codes have at most 8 bits and no sum of `cols` products with weights of n bits can leave 32."""
     operands = 128 * 2**n_bits * cols  # kernels take codes of 8 bits, offset to be signed or unsigned
     largest = max(_largest_sum(n_bits, cols, shift, levels), operands)
     return levels.qmax - levels.qmin <= 255 and largest < EXACT_INT32

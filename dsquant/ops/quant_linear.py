@@ -1,7 +1,8 @@
 """Activation quantization and linear in one op, so that only the float input is kept for backward.
 
-Where the weight is known to be the image of a quantizer, `weight.grid`, and the input has one scale, both operands are small
-integers, and on CPU the product is taken so: exact, by the kernels of `packed_linear`, in a fraction of a float product's time.
+Where the weight is known to be the image of a quantizer and the input has one scale, both operands are small integers, and the
+product may be taken so, exactly: on CPU by the kernels of `packed_linear`, in a fraction of a float product's time; on GPUs by
+int8 tensor cores, where DSQ_BACKEND or the recipe asks for it (`backends.UNTIMED`).
 """
 
 from typing import NamedTuple
@@ -12,9 +13,8 @@ from torch import Tensor
 
 from dsquant.ops import backends
 from dsquant.ops.fake_quantize import ScaleGradient, backward_into, quantize_dequantize
+from dsquant.ops.packed_linear import sums_fit
 from dsquant.spec import Levels
-
-MAX_COLS = 1 << 15  # of a product of 8-bit codes that 32 bits hold
 
 
 class WeightGrid(NamedTuple):
@@ -30,11 +30,12 @@ class _QuantLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, scale, offset)
         ctx.levels, ctx.grad_scale = levels, grad_scale
         ctx.has_bias = bias is not None
-        backend = _backend(x, weight, scale, levels, weight_scale)
+        backend = _backend(x, weight, scale, levels, weight_levels)
         if backend == backends.TORCH:
             return F.linear(quantize_dequantize(x, scale, offset, levels), weight, bias)
         w, x_grid = weight_levels, (levels.qmin, levels.qmax, levels.shift)
-        return torch.ops.dsquant.image_linear_int(
+        multiply = backends.operator("image_linear_int", backend, x.device.type)
+        return multiply(
             x, weight, weight_scale, bias, scale, offset, w.shift, w.qmin, w.qmax, *x_grid, backends.isa(backend)
         )
 
@@ -66,25 +67,21 @@ def quant_linear(
     x is (..., in), weight (out, in), bias (out,) or None, scale, offset and levels as in `fake_quantize`. The quantized input
     is recomputed in backward. Equal to the composition of the two ops, gradients included, where `grid` is None. With the grid of
     a weight that is an image the product may be taken in integers: it is rounded once, where a float product rounds each sum.
-    Raises RuntimeError then for a weight that is none.
+    A weight that is none raises RuntimeError then on CPU; on GPUs outputs of the rows concerned are NaN.
     """
     return _QuantLinear.apply(x, weight, bias, scale, offset, levels, grad_scale, *(grid or (None, None)))
 
 
-def _backend(x: Tensor, weight: Tensor, scale: Tensor, levels: Levels, weight_scale: Tensor | None) -> str:
+def _backend(x: Tensor, weight: Tensor, scale: Tensor, levels: Levels, grid: Levels | None) -> str:
     """Return what takes the product: the definition, unless both operands are codes that native code takes."""
-    if weight_scale is None or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
+    if grid is None or x.dtype != weight.dtype or scale.numel() != 1:
         return backends.TORCH
-    if scale.numel() != 1 or levels.qmax - levels.qmin > 255 or weight.shape[1] > MAX_COLS:
+    n_bits = max(-grid.qmin, grid.qmax + 1).bit_length()
+    if not sums_fit(n_bits, weight.shape[1], grid.shift, levels):
         return backends.TORCH
-    return _on_cpu()
-
-
-@torch.compiler.assume_constant_result
-def _on_cpu() -> str:
-    if backends.requested() in backends.ON_GPU:  # kernels that are interpreted have no such product
-        return backends.TORCH
-    return backends.choose("quant_linear", "cpu", backends.ON_CPU)
+    backend = backends.choose("quant_linear", x.device.type)
+    dtypes = (torch.float32, torch.bfloat16) if backend == backends.TRITON else (torch.float32,)
+    return backend if x.dtype in dtypes else backends.TORCH
 
 
 _LIBRARY = torch.library.Library("dsquant", "FRAGMENT")

@@ -124,6 +124,8 @@ CASES = {
         ["batch_size 64", "not divisible", "1 ranks x 3 accumulation steps"],
     ),
     "unknown model": (["--model.name=vit_tinny_patch16_224"], ["vit_tinny_patch16_224", "vit_tiny_patch16_224"]),
+    "unknown backend": (["--backend=quant_linear=gpu"], ["'gpu'", "auto, torch, cpu"]),
+    "backend that this machine lacks": (["--backend=cuda"], ["DSQ_BACKEND=cuda forces GPU code", "tensors on cpu"]),
     "rule that matches nothing": ([RULE], ["blocks.9.*", "matches no site", "patch_embed.proj"]),
 }
 OWN_RECIPE = {"unknown key in the recipe", "unknown recipe"}

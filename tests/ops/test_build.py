@@ -126,8 +126,35 @@ def test_a_forced_backend_that_an_op_or_the_processor_lacks_is_an_error(fresh, m
     monkeypatch.setenv("DSQ_BACKEND", "cpu")
     assert backends.choose("packed_linear", "cpu") == "portable"
     monkeypatch.setenv("DSQ_BACKEND", "gpu")
-    with pytest.raises(ConfigError, match="DSQ_BACKEND is 'gpu'; it takes auto, torch, cpu, portable, avx2"):
+    with pytest.raises(ConfigError, match="DSQ_BACKEND is 'gpu'; 'gpu' is none of auto, torch, cpu, portable, avx2"):
         backends.choose("packed_linear", "cpu")
+
+
+def test_a_backend_is_forced_for_some_ops_or_all(monkeypatch):
+    monkeypatch.setenv("DSQ_BACKEND", "quant_linear=torch,shard_step=portable")
+    assert [backends.choose(op, "cpu") for op in ("quant_linear", "shard_step")] == ["torch", "portable"]
+    assert backends.requested("fake_quantize") == "auto"
+    for order in ("torch,quant_linear=cpu", "quant_linear=cpu,torch"):
+        monkeypatch.setenv("DSQ_BACKEND", order)
+        assert [backends.requested(op) for op in ("quant_linear", "packed_linear")] == ["cpu", "torch"]
+    monkeypatch.setenv("DSQ_BACKEND", "linear=torch")
+    with pytest.raises(ConfigError, match="'linear' is no op; they are fake_quantize, quant_linear"):
+        backends.choose("packed_linear", "cpu")
+
+
+def test_the_environment_decides_before_the_recipe(monkeypatch):
+    monkeypatch.setenv("DSQ_BACKEND", "portable")
+    backends.use("torch")
+    assert backends.requested("shard_step") == "portable"
+    monkeypatch.setenv("DSQ_BACKEND", "")
+    backends.use("auto")
+    assert backends.requested("shard_step") == "auto"
+    backends.use("shard_step=torch")
+    assert backends.requested("shard_step") == "torch"
+    monkeypatch.setenv("DSQ_BACKEND", "")
+    with pytest.raises(ConfigError, match="'gpu' is none of"):
+        backends.use("gpu")
+    assert not os.environ["DSQ_BACKEND"]
 
 
 def test_the_table_of_backends_checks_each_and_names_the_fastest():

@@ -8,15 +8,25 @@ import torch
 
 from dsquant.ops.gpu import (
     fake_quantize,
+    int8_product,
     packed_linear,
     quant_attention,
     quant_attention_backward,
+    quant_linear,
     shard_flat,
     shard_step,
 )
 from dsquant.ops.gpu.launch import interpreted, recorded
 
-_MODULES = (fake_quantize, packed_linear, quant_attention, quant_attention_backward, shard_flat, shard_step)
+_MODULES = (
+    fake_quantize,
+    packed_linear,
+    quant_attention,
+    quant_attention_backward,
+    quant_linear,
+    shard_flat,
+    shard_step,
+)
 OPERATORS = {operator.__name__: operator for module in _MODULES for operator in module.OPERATORS}
 SAMPLES = tuple(module.samples for module in _MODULES if hasattr(module, "samples"))  # what is compiled ahead of time
 
@@ -24,4 +34,4 @@ _LIBRARY = torch.library.Library("dsquant", "IMPL", "CUDA")
 for _name, _operator in OPERATORS.items():
     _LIBRARY.impl(_name, _operator)
 
-__all__ = ["OPERATORS", "SAMPLES", "interpreted", "recorded"]
+__all__ = ["OPERATORS", "SAMPLES", "int8_product", "interpreted", "packed_linear", "recorded"]

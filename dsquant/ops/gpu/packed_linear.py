@@ -1,25 +1,25 @@
 """Products with packed weights as Triton kernels: codes are decoded in registers, beside the product that takes them.
 
 A program reads whole words of the weight, each once. One row of x goes over a few rows of the weight lane by lane, its input
-quantized on the way; more rows take tensor cores, thin tiles up to 16 rows. Codes, and half integers, are exact in every
-operand dtype (int8, float16, bfloat16, float32) and sums are int32 or float32: the scale comes once, at the end.
+quantized on the way; more rows take tensor cores, thin tiles up to 16 rows; of quantized rows that are very many, the weight is
+unpacked once. Codes, and half integers, are exact in every operand dtype (int8, float16, bfloat16, float32) and sums are int32
+or float32: the scale comes once, at the end.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsquant.ops.gpu.fake_quantize import clip, round_half_even
+from dsquant.ops.gpu.int8_product import InputGrid, multiply, quantize, quantized, scaled, store_tile
 from dsquant.ops.gpu.launch import interpreted, launch
 from dsquant.ops.pack import packed_words
 
 FEW_ROWS = 16
 ROW_TILE = {"BLOCK_N": 4, "BLOCK_K": 1024}
-QUANTIZE_TILE = {"BLOCK_K": 1024}
+MANY_ROWS = 1024  # of x beyond which the weight is unpacked once, not by every tile
 
 
 def _tile(rows: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
@@ -52,25 +52,9 @@ def _codes(words, n, first, outs, row_words, BITS: tl.constexpr, LANES: tl.const
 
 
 @triton.jit
-def _quantized(v, there, in_scale, in_offset, qmin, qmax, in_shift, zero):
-    """Return int32 `code - zero` of each value, 0 where there is none, and whether it is NaN."""
-    v = v.to(tl.float32)
-    if in_offset is not None:
-        v = v - tl.load(in_offset)
-    v = tl.math.div_rn(v, tl.load(in_scale) + tl.zeros_like(v)) - in_shift
-    nan = v != v
-    code = round_half_even(clip(tl.where(nan, qmin, v), qmin, qmax)).to(tl.int32)
-    return tl.where(there, code - zero, 0), nan & there
-
-
-@triton.jit
 def _finish(y, sums, m, n, rows, outs, cols, scale, bias, code_sums, x_sum, nan, in_scale, in_offset, x_level,
             P: tl.constexpr, Q: tl.constexpr):  # fmt: skip
-    """Scale a tile of sums and write it. For integers this is the arithmetic of `integer_definition`.
-
-    With a = code_x - zero and code_w, p and q that make levels whole, x_level = p (zero + shift_x) and q shift_w = q - 1:
-        sum X W = p q sum a code_w + x_level q sum code_w + (q - 1) (p sum a + x_level cols)
-    """
+    """Scale a tile of sums and write it."""
     there = n < outs
     s = tl.load(scale + n, mask=there, other=0.0)
     if code_sums is None:
@@ -78,35 +62,8 @@ def _finish(y, sums, m, n, rows, outs, cols, scale, bias, code_sums, x_sum, nan,
         if bias is not None:
             out = out + tl.load(bias + n, mask=there, other=0.0).to(tl.float32)[None, :]
     else:
-        of_codes = tl.load(code_sums + n, mask=there, other=0)
-        total = sums * (P * Q) + (of_codes * x_level * Q)[None, :] + ((x_sum * P + x_level * cols) * (Q - 1))[:, None]
-        constant = tl.zeros_like(s).to(tl.float64)
-        if in_offset is not None:
-            levels = of_codes.to(tl.float64) + cols * (0.5 * (Q - 1))
-            constant = tl.load(in_offset).to(tl.float64) * s.to(tl.float64) * levels
-        if bias is not None:
-            constant = constant + tl.load(bias + n, mask=there, other=0.0).to(tl.float64)
-        factor = tl.load(in_scale) * s * (1.0 / (P * Q))
-        out = total.to(tl.float32) * factor[None, :] + constant.to(tl.float32)[None, :]
-        out = tl.where(nan[:, None], float("nan"), out)
-    where = m.to(tl.int64)[:, None] * outs + n[None, :]
-    tl.store(y + where, out.to(y.dtype.element_ty), mask=(m < rows)[:, None] & there[None, :])
-
-
-@triton.jit
-def _quantize_rows(x, codes, x_sum, nan, cols, in_scale, in_offset, qmin, qmax, in_shift, zero, BLOCK_K: tl.constexpr):
-    """Write int8 `code - zero` of a row of x, their sum, and whether the row holds a NaN."""
-    row = tl.program_id(0).to(tl.int64)
-    total, found = tl.zeros((BLOCK_K,), tl.int32), tl.zeros((BLOCK_K,), tl.int32)
-    for first in range(0, cols, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        v = tl.load(x + row * cols + k, mask=k < cols, other=0.0)
-        code, bad = _quantized(v, k < cols, in_scale, in_offset, qmin, qmax, in_shift, zero)
-        tl.store(codes + row * cols + k, code.to(tl.int8), mask=k < cols)
-        total += code
-        found |= bad.to(tl.int32)
-    tl.store(x_sum + row, tl.sum(total, axis=0))
-    tl.store(nan + row, tl.max(found, axis=0))
+        out = scaled(sums, n, there, cols, s, bias, code_sums, x_sum, nan, in_scale, in_offset, x_level, P, Q)
+    store_tile(y, out, m, n, rows, outs)
 
 
 @triton.jit
@@ -124,7 +81,7 @@ def _one_row(x, words, scale, bias, code_sums, in_scale, in_offset, y, outs, col
         if code_sums is None:
             sums += v.to(tl.float32)[None, :] * (code.to(tl.float32) + 0.5 * (Q - 1))
         else:
-            a, bad = _quantized(v, k < cols, in_scale, in_offset, qmin, qmax, in_shift, zero)
+            a, bad = quantized(v, k < cols, in_scale, in_offset, qmin, qmax, in_shift, zero)
             sums += a[None, :] * code
             total += a
             found |= bad.to(tl.int32)
@@ -158,15 +115,16 @@ def _tiles(x, words, scale, bias, code_sums, x_sum, nan, in_scale, in_offset, y,
     _finish(y, sums, m, n, rows, outs, cols, scale, bias, code_sums, row_sum, bad, in_scale, in_offset, x_level, P, Q)
 
 
-class InputGrid(NamedTuple):
-    """Say how x is quantized: `code = round(clip((x - in_offset) / in_scale - in_shift, qmin, qmax))`, kept less `zero`."""
-
-    in_scale: Tensor | None = None
-    in_offset: Tensor | None = None
-    qmin: float = 0.0
-    qmax: float = 0.0
-    in_shift: float = 0.0
-    zero: int = 0
+@triton.jit
+def _unpack(words, codes, outs, cols, row_words, BITS: tl.constexpr, LANES: tl.constexpr, BLOCK_N: tl.constexpr,
+            BLOCK_K: tl.constexpr):  # fmt: skip
+    """Write the codes of a few rows of a weight as int8."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    for first in range(0, cols, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        code = _codes(words, n, first, outs, row_words, BITS, LANES, BLOCK_N, BLOCK_K)
+        where = n.to(tl.int64)[:, None] * cols + k[None, :]
+        tl.store(codes + where, code.to(tl.int8), mask=(n < outs)[:, None] & (k < cols)[None, :])
 
 
 def packed_linear(
@@ -181,12 +139,12 @@ def packed_linear_int(
     in_offset: Tensor | None, n_bits: int, shift: float, qmin: int, qmax: int, in_shift: float, isa: int = 0,
 ) -> Tensor:  # fmt: skip
     """Return what `integer_definition` does, bit for bit, rounded once to the dtype of x."""
-    grid = InputGrid(in_scale, in_offset, float(qmin), float(qmax), float(in_shift), qmin + 128)  # so codes fill int8
+    grid = InputGrid.of(in_scale, in_offset, qmin, qmax, in_shift)
     return _multiply(x, grid, n_bits, shift, words=words, scale=scale, bias=bias, code_sums=code_sums)
 
 
 def _multiply(x: Tensor, grid: InputGrid, n_bits: int, shift: float, **weight: Tensor | None) -> Tensor:
-    """Launch the kernel that multiplies x by the weight, after that which quantizes several rows."""
+    """Launch the kernel that multiplies x by the weight, after those that quantize several rows and unpack for many."""
     (outs, row_words), cols, dtype = weight["words"].shape, x.shape[-1], x.dtype
     if row_words != packed_words(cols, n_bits):
         raise ValueError(f"words do not hold rows of {cols} codes: {row_words} words of {n_bits} bits")
@@ -196,29 +154,25 @@ def _multiply(x: Tensor, grid: InputGrid, n_bits: int, shift: float, **weight: T
     if not y.numel():
         return y.to(dtype)
     x, rows = x.contiguous(), y.numel() // outs
-    p, q = 2 if grid.in_shift else 1, 2 if shift else 1
-    shared = {**weight, "y": y, "outs": outs, "cols": cols, "row_words": row_words, "P": p, "Q": q, "BITS": n_bits,
-              "x_level": int(p * (grid.zero + grid.in_shift)), "LANES": 32 // math.gcd(32, n_bits)}  # fmt: skip
+    of_words = {"outs": outs, "cols": cols, "row_words": row_words, "BITS": n_bits, "LANES": 32 // math.gcd(32, n_bits)}
+    if rows > MANY_ROWS and weight["code_sums"] is not None:
+        codes = torch.empty(outs, cols, dtype=torch.int8, device=x.device)
+        programs = triton.cdiv(outs, ROW_TILE["BLOCK_N"])
+        launch(_unpack, (programs,), words=weight.pop("words"), codes=codes, **of_words, **ROW_TILE)
+        multiply(x, y, grid, codes, **weight, shift=shift)
+        return y.to(dtype)
+    shared = {**weight, **of_words, "y": y, **grid.whole_levels(shift)}
     if rows == 1:
         launch(_one_row, (triton.cdiv(outs, ROW_TILE["BLOCK_N"]),), x=x, **shared, **grid._asdict(), **ROW_TILE)
         return y.to(dtype)
     x_sum = nan = None
     if weight["code_sums"] is not None:
-        x, x_sum, nan = _quantize(x, rows, grid)
+        x, x_sum, nan = quantize(x, rows, grid)
     tile, options = _tile(rows, x.dtype)
     programs = triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(outs, tile["BLOCK_N"])
     of_x = {"x": x, "x_sum": x_sum, "nan": nan, "in_scale": grid.in_scale, "in_offset": grid.in_offset}
     launch(_tiles, (programs,), options, rows=rows, **of_x, **shared, **tile)
     return y.to(dtype)
-
-
-def _quantize(x: Tensor, rows: int, grid: InputGrid) -> tuple[Tensor, Tensor, Tensor]:
-    """Return int8 `code - zero`, and for each row their sum and whether it holds a NaN."""
-    codes = torch.empty_like(x, dtype=torch.int8)
-    x_sum, nan = torch.empty(2, rows, dtype=torch.int32, device=x.device)
-    found = {"codes": codes, "x_sum": x_sum, "nan": nan, "cols": x.shape[-1]}
-    launch(_quantize_rows, (rows,), x=x, **found, **grid._asdict(), **QUANTIZE_TILE)
-    return codes, x_sum, nan
 
 
 OPERATORS = (packed_linear, packed_linear_int)
@@ -230,7 +184,7 @@ def samples() -> None:
     scale, sums, one = torch.ones(outs), torch.zeros(outs, dtype=torch.int32), torch.ones(1)
     for n_bits in (1, 2, 3, 4, 8):
         words = torch.zeros(outs, cols * n_bits // 32, dtype=torch.int32)
-        for rows in (1, 16, 197) if n_bits in (2, 3) else (1, 197):  # codes that straddle words, and that do not
+        for rows in (1, 16, 197, 2048) if n_bits in (2, 3) else (1, 197):  # codes that straddle words, and that do not
             for dtype in (torch.bfloat16, torch.float32) if n_bits in (2, 3) else (torch.float16,):
                 packed_linear(torch.zeros(rows, cols, dtype=dtype), words, scale, scale, n_bits, 0.5)
             x = torch.zeros(rows, cols)

@@ -46,6 +46,21 @@ def test_integer_products_of_any_dtype_and_number_of_rows_are_the_definition_s(l
         assert torch.equal(run(backends.TRITON, x, weight, bias, quant), run(backends.TORCH, x, weight, bias, quant))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n_bits", "shift"), [(1, 0.5), (2, 0.0), (3, 0.5), (8, 0.0)])
+def test_a_weight_unpacked_for_very_many_rows_gives_the_definition_s_products(n_bits, shift, dtype, monkeypatch):
+    monkeypatch.setattr(gpu.packed_linear, "MANY_ROWS", 16)
+    monkeypatch.setattr(gpu.int8_product, "TILE", {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "SHARED_M": 2})
+    weight, quant = matrix(n_bits, shift), QuantArgs(torch.tensor([0.03]), torch.tensor([0.4]), Levels(0, 255))
+    x = torch.randn(67, IN, generator=torch.Generator().manual_seed(2)).to(
+        dtype
+    )  # five tiles: two bands and half of one
+    with gpu.recorded() as launches:
+        run(backends.TRITON, x, weight, None, quant)
+    assert len(launches) == 3
+    assert torch.equal(run(backends.TRITON, x, weight, None, quant), run(backends.TORCH, x, weight, None, quant))
+
+
 def test_a_row_is_quantized_on_the_way_and_several_by_one_kernel_more():
     weight, quant = matrix(2, 0.0), QuantArgs(torch.ones(1), None, Levels(-8, 7))
     for rows, args, expected in ((1, None, 1), (1, quant, 1), (5, None, 1), (5, quant, 2)):
