@@ -44,7 +44,8 @@ const Kernels& kernels_for(int64_t isa) {
 #if defined(__x86_64__)
   static const Kernels vnni = [] {
     Kernels found = kAvx2;
-    found.flushes = false, found.quantize = quantize_vnni, found.multiply = multiply_vnni, found.stream = stream_vnni;
+    found.flushes = false, found.quantize = quantize_vnni, found.stream = stream_vnni;
+    found.decode_panel = decode_vnni, found.multiply = multiply_vnni;
     return found;
   }();
   static const Kernels popcount = [] {
@@ -211,7 +212,8 @@ int planes_of(const Kernels& kernels, const Weight& w, int64_t rows, int64_t qmi
   return qmax - qmin > 1 ? 2 : 1;
 }
 
-Product make_product(const Kernels& kernels, const Weight& w, const InputGrid& grid, const int32_t* code_sums, int planes) {
+Product make_product(const Kernels& kernels, const Weight& w, const InputGrid& grid, const int32_t* code_sums, int64_t rows,
+                     int planes) {
   if (planes)
     return {kernels, w, grid, code_sums, {1, false, 0, round_up(w.cols, 32), planes}, grid.shift != 0 ? 2 : 1, w.shift != 0 ? 2 : 1};
   const float reach = std::max(grid.zero - grid.qmin, grid.qmax - grid.zero);
@@ -220,19 +222,21 @@ Product make_product(const Kernels& kernels, const Weight& w, const InputGrid& g
   // Under four steps a flush costs more than 16-bit operands do.
   const bool wide = !kernels.can_be_narrow || (kernels.flushes && flush < 4);
   const int64_t padded = round_up(w.cols, kernels.step(w.n_bits, wide));
-  return {kernels, w, grid, code_sums, {w.n_bits, wide, flush, padded}, grid.shift != 0 ? 2 : 1, w.shift != 0 ? 2 : 1};
+  const int panel_rows = kernels.decode_panel && rows > kFewRows ? 2 * kPanelRows : kPanelRows;
+  const IntLayout layout{w.n_bits, wide, flush, padded, 0, panel_rows};
+  return {kernels, w, grid, code_sums, layout, grid.shift != 0 ? 2 : 1, w.shift != 0 ? 2 : 1};
 }
 
-// Turn sums (rows, 16) into y: the parts of Product come to whole levels, which scales and biases follow. `row_part` is of x.
+// Turn sums (rows, panel) into y: the parts of Product come to whole levels, which scales and biases follow. `row_part` is of x.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 __attribute__((target_clones("avx512f", "avx2", "default")))  // the same bits; the loader takes the widest
 #endif
-void scale_rows(const int32_t* sums, int64_t rows, int doublings, const uint32_t* row_part, const uint32_t* column,
+void scale_rows(const int32_t* sums, int64_t rows, int panel, int doublings, const uint32_t* row_part, const uint32_t* column,
                 const float* factor, const float* constant, float* out) {
   for (int64_t m = 0; m < rows; ++m)
-    for (int n = 0; n < kPanelRows; ++n) {
-      const uint32_t total = (static_cast<uint32_t>(sums[m * kPanelRows + n]) << doublings) + column[n] + row_part[m];
-      out[m * kPanelRows + n] = static_cast<float>(static_cast<int32_t>(total)) * factor[n] + constant[n];
+    for (int n = 0; n < panel; ++n) {
+      const uint32_t total = (static_cast<uint32_t>(sums[m * panel + n]) << doublings) + column[n] + row_part[m];
+      out[m * panel + n] = static_cast<float>(static_cast<int32_t>(total)) * factor[n] + constant[n];
     }
 }
 
@@ -243,8 +247,9 @@ void finish(const Product& product, const int32_t* sums, const RowStats* stats, 
   const int32_t zero = 1 << (w.n_bits - 1);
   const auto x_part = static_cast<int32_t>(product.p * (grid.zero + grid.shift));
   const auto w_part = static_cast<int32_t>(product.q * (w.shift - zero));
-  uint32_t column[kPanelRows] = {};
-  float factor[kPanelRows] = {}, constant[kPanelRows] = {};
+  const int panel = product.layout.panel_rows;
+  uint32_t column[2 * kPanelRows] = {};
+  float factor[2 * kPanelRows] = {}, constant[2 * kPanelRows] = {};
   const float whole = 1.0f / static_cast<float>(product.p * product.q);  // a power of two: exact
   for (int64_t n = 0; n < held; ++n) {
     const int64_t row = first + n, u_sum = product.code_sums[row] + zero * w.cols;
@@ -259,24 +264,21 @@ void finish(const Product& product, const int32_t* sums, const RowStats* stats, 
   }
   const int doublings = product.p * product.q / 2;  // 1, 2 or 4 times is 0, 1 or 2 to the left
   uint32_t row_part[kMaxRows];
-  float out[kMaxRows * kPanelRows];
+  float out[kMaxRows * 2 * kPanelRows];
   for (int64_t m = 0; m < rows; ++m)
     row_part[m] = static_cast<uint32_t>(w_part) * static_cast<uint32_t>(product.row_sum(stats[m]));
-  scale_rows(sums, rows, doublings, row_part, column, factor, constant, out);
+  scale_rows(sums, rows, panel, doublings, row_part, column, factor, constant, out);
   for (int64_t m = 0; m < rows; ++m) {
-    float* const row = out + m * kPanelRows;
-    if (stats[m].nan) std::fill(row, row + kPanelRows, std::numeric_limits<float>::quiet_NaN());
+    float* const row = out + m * panel;
+    if (stats[m].nan) std::fill(row, row + panel, std::numeric_limits<float>::quiet_NaN());
     std::memcpy(y + m * w.rows + first, row, sizeof(float) * held);
   }
 }
 
 // Multiply x by the rows of a panel as they lie: bit planes, or a row or two of x. False where the kernels cannot.
-bool stream_panel(const Product& product, const uint8_t* codes, int64_t rows, int64_t first, int64_t held,
-                  int32_t* sums) {
+bool stream_panel(const Product& product, const uint8_t* codes, int64_t rows, const uint8_t* const* packed, int32_t* sums) {
   if (!product.layout.planes && (rows > kFewRows || !product.kernels.stream)) return false;
   const Weight& w = product.w;
-  const uint8_t* packed[kPanelRows];  // behind the last row the last again: its sums are not used
-  for (int64_t n = 0; n < kPanelRows; ++n) packed[n] = w.row(first + std::min(n, held - 1));
   if (product.layout.planes) {
     product.kernels.multiply_bits(codes, product.bytes(), rows, packed, product.layout, sums);
     return true;
@@ -289,20 +291,24 @@ bool stream_panel(const Product& product, const uint8_t* codes, int64_t rows, in
 
 void int_panel(const Product& product, const uint8_t* codes, const RowStats* stats, int64_t rows, int64_t first,
                float* y) {
-  alignas(64) uint8_t panel[kPanelRows * kIntDepth];
-  alignas(64) int32_t sums[kMaxRows * kPanelRows];
+  alignas(64) uint8_t panel[kPanelBytes];
+  alignas(64) int32_t sums[kMaxRows * 2 * kPanelRows];
   const Weight& w = product.w;
   const IntLayout& layout = product.layout;
-  const int64_t size = layout.wide ? 2 : 1, slice = kIntDepth / size, held = std::min<int64_t>(kPanelRows, w.rows - first);
-  std::memset(sums, 0, sizeof(int32_t) * rows * kPanelRows);
-  if (stream_panel(product, codes, rows, first, held, sums)) return finish(product, sums, stats, rows, first, held, y);
-  if (held < kPanelRows) std::memset(panel, 0, sizeof(panel));
+  const int64_t size = layout.wide ? 2 : 1, stride = kPanelBytes / layout.panel_rows, slice = stride / size;
+  const int64_t held = std::min<int64_t>(layout.panel_rows, w.rows - first);
+  const uint8_t* packed[2 * kPanelRows];  // behind the last row the last again: its sums are not used
+  for (int64_t n = 0; n < layout.panel_rows; ++n) packed[n] = w.row(first + std::min(n, held - 1));
+  std::memset(sums, 0, sizeof(int32_t) * rows * layout.panel_rows);
+  if (stream_panel(product, codes, rows, packed, sums)) return finish(product, sums, stats, rows, first, held, y);
   for (int64_t k = 0; k < layout.padded; k += slice) {
     const int64_t depth = std::min(slice, layout.padded - k);
-    for (int64_t n = 0; n < held; ++n) {
-      w.prefetch(first + n + kPanelRows, k, depth);
-      product.kernels.decode(w.row(first + n), w.row_bytes, k, depth, layout, panel + n * kIntDepth);
-    }
+    for (int64_t n = 0; n < held; ++n) w.prefetch(first + n + layout.panel_rows, k, depth);
+    if (product.kernels.decode_panel)
+      product.kernels.decode_panel(packed, w.row_bytes, k, depth, layout, panel);
+    else
+      for (int64_t n = 0; n < kPanelRows; ++n)
+        product.kernels.decode(packed[n], w.row_bytes, k, depth, layout, panel + n * stride);
     product.kernels.multiply(codes + k * size, layout.padded, rows, panel, slice, depth, layout, sums);
   }
   finish(product, sums, stats, rows, first, held, y);
@@ -312,16 +318,16 @@ void int_panel(const Product& product, const uint8_t* codes, const RowStats* sta
 void int_rows(const Product& product, const float* x, int64_t rows, int64_t size, uint8_t* codes, RowStats* stats,
               float* y) {
   const Weight& w = product.w;
-  const int64_t bytes = product.bytes(), panels = (w.rows + kPanelRows - 1) / kPanelRows;
+  const int64_t bytes = product.bytes(), held = product.layout.panel_rows, panels = (w.rows + held - 1) / held;
   const int64_t grain = std::max<int64_t>(1, kTaskWork / (20 * std::max<int64_t>(1, w.cols)));
   const auto quantize = product.layout.planes ? product.kernels.quantize_bits : product.kernels.quantize;
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m)
       quantize(x + m * w.cols, w.cols, product.grid, product.layout, codes + m * bytes, stats + m);
   });
-  for_tasks((rows + size - 1) / size, panels, size * kPanelRows * w.cols, [&](int64_t block, int64_t panel) {
+  for_tasks((rows + size - 1) / size, panels, size * held * w.cols, [&](int64_t block, int64_t panel) {
     const int64_t m = block * size;
-    int_panel(product, codes + m * bytes, stats + m, std::min(size, rows - m), panel * kPanelRows, y + m * w.rows);
+    int_panel(product, codes + m * bytes, stats + m, std::min(size, rows - m), panel * held, y + m * w.rows);
   });
 }
 
@@ -344,7 +350,7 @@ Tensor product_of(const Kernels& kernels, const Tensor& x, const Weight& w, cons
   const int planes = planes_of(kernels, w, rows, in.qmin, in.qmax);
   const auto zero = static_cast<int32_t>(planes ? in.qmin : in.qmax > 127 ? 128 : 0);  // planes hold no sign
   const InputGrid grid{in.scale, in.offset, in.shift, static_cast<float>(in.qmin), static_cast<float>(in.qmax), zero};
-  const Product product = make_product(kernels, w, grid, code_sums, planes);
+  const Product product = make_product(kernels, w, grid, code_sums, rows, planes);
   const int64_t size = std::min(rows, block_rows(product.bytes()));
   const int64_t batch = std::min(rows, 8 * size);  // what is quantized at a time: workspace stays small at any batch
   const std::unique_ptr<uint8_t[]> codes(new uint8_t[batch * product.bytes() + 32]);  // behind it a vector may be read

@@ -8,8 +8,8 @@
 
 namespace dsq {
 
-constexpr int kPanelRows = 16;      // rows of a panel of integers
-constexpr int kIntDepth = 1024;     // bytes of a panel row: 1024 8-bit elements or 512 16-bit ones
+constexpr int kPanelRows = 16;      // rows of a panel of integers; a wide one has twice as many
+constexpr int kPanelBytes = 16384;  // 1024 8-bit elements a row or 512 16-bit ones; half as many in a wide panel
 constexpr int kFloatRows = 8;       // rows of a panel of floats
 constexpr int kFloatDepth = 512;    // elements of such a row
 constexpr int kFewRows = 2;         // rows of x for which a panel does not pay
@@ -33,6 +33,7 @@ struct IntLayout {
   int flush;
   int64_t padded;  // elements of a row of x, a multiple of the kernel's step; those behind the last are 0
   int planes = 0;  // bit planes of x, one behind the other, element k at bit k; 0: a code has bytes of its own
+  int panel_rows = kPanelRows;
 };
 
 struct Kernels {
@@ -43,7 +44,7 @@ struct Kernels {
   void (*quantize)(const float* x, int64_t cols, const InputGrid&, const IntLayout&, void* codes, RowStats*);
   // Decode elements [first, first + count) of a packed row; count is a multiple of step, what lies behind the row is 0.
   void (*decode)(const uint8_t* row, int64_t row_bytes, int64_t first, int64_t count, const IntLayout&, void* out);
-  // sums[m][16] += x[m][:depth] . panel[n][:depth]; strides in elements.
+  // sums[m][panel_rows] += x[m][:depth] . panel[n][:depth]; strides in elements.
   void (*multiply)(const void* x, int64_t x_stride, int64_t rows, const void* panel, int64_t panel_stride,
                    int64_t depth, const IntLayout&, int32_t* sums);
   // sums[0][0..15] += x . the packed rows of a panel, decoded in registers: for a row or two of x. May be null, and returns
@@ -54,6 +55,10 @@ struct Kernels {
                        float* out);
   void (*multiply_float)(const float* x, int64_t x_stride, int64_t rows, const float* panel, int64_t panel_stride,
                          int64_t depth, float* sums);
+  // Decode all rows of a panel, which may be wide, in the order that `multiply` takes them. May be null: `decode` lays out rows,
+  // and no panel is wide.
+  void (*decode_panel)(const uint8_t* const* rows, int64_t row_bytes, int64_t first, int64_t count, const IntLayout&,
+                       void* panel) = nullptr;
   // `quantize` and `multiply` for bit planes of x and the 16 packed rows of a panel, of 1 bit, as they lie. May be null.
   void (*quantize_bits)(const float* x, int64_t cols, const InputGrid&, const IntLayout&, void* codes, RowStats*) = nullptr;
   void (*multiply_bits)(const void* x, int64_t x_stride, int64_t rows, const uint8_t* const* packed, const IntLayout&,
@@ -66,6 +71,7 @@ extern const Kernels kAvx2;
 constexpr const Kernels* kAvx2OrNone = &kAvx2;
 // With AVX-512 VNNI and VPOPCNTDQ; the rest of their kernels are kAvx2's.
 void quantize_vnni(const float* x, int64_t cols, const InputGrid&, const IntLayout&, void* codes, RowStats*);
+void decode_vnni(const uint8_t* const* rows, int64_t row_bytes, int64_t first, int64_t count, const IntLayout&, void* panel);
 void multiply_vnni(const void* x, int64_t x_stride, int64_t rows, const void* panel, int64_t panel_stride, int64_t depth,
                    const IntLayout&, int32_t* sums);
 void quantize_bits(const float* x, int64_t cols, const InputGrid&, const IntLayout&, void* codes, RowStats* stats);

@@ -25,7 +25,7 @@ namespace {
 // In place, as an instruction: see add16 in avx2.cpp.
 inline void add_products(__m256i& sum, __m256i u, __m256i a) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(a)); }
 
-constexpr int kTileRows = 12;
+constexpr int kTileSums = 12;  // vectors, of one panel or two
 
 using Four = int32_t __attribute__((may_alias, aligned(1)));  // levels of x, taken as one
 
@@ -36,50 +36,111 @@ inline void store_lanes(int32_t* sums, __m256i a, __m256i b, __m256i c, __m256i 
   _mm_storeu_si128(out, _mm_add_epi32(_mm_loadu_si128(out), added));
 }
 
-// Lay a panel out as vpdpbusd takes it: four levels of row 0, four of row 1, ... of row 15, then the next four of each.
-inline void interleave(const uint8_t* panel, int64_t panel_stride, int64_t depth, uint8_t* out) {
-  for (int64_t k = 0; k < depth; k += 64) {
-    const __mmask64 there = depth - k < 64 ? ~0ull >> (64 - (depth - k)) : ~0ull;
-    for (int n = 0; n < kPanelRows; n += 4) {
-      __m512i row[4], q[4];
-      for (int i = 0; i < 4; ++i) row[i] = _mm512_maskz_loadu_epi8(there, panel + (n + i) * panel_stride + k);
-      const __m512i a = _mm512_unpacklo_epi32(row[0], row[1]), b = _mm512_unpackhi_epi32(row[0], row[1]);
-      const __m512i c = _mm512_unpacklo_epi32(row[2], row[3]), d = _mm512_unpackhi_epi32(row[2], row[3]);
-      q[0] = _mm512_unpacklo_epi64(a, c), q[1] = _mm512_unpackhi_epi64(a, c);
-      q[2] = _mm512_unpacklo_epi64(b, d), q[3] = _mm512_unpackhi_epi64(b, d);
-      for (int j = 0; j < 4; ++j) {
-        auto* to = reinterpret_cast<__m128i*>(out + (k + 4 * j) * kPanelRows + 4 * n);
-        _mm_store_si128(to, _mm512_castsi512_si128(q[j]));
-        _mm_store_si128(to + kPanelRows, _mm512_extracti32x4_epi32(q[j], 1));
-        _mm_store_si128(to + 2 * kPanelRows, _mm512_extracti32x4_epi32(q[j], 2));
-        _mm_store_si128(to + 3 * kPanelRows, _mm512_extracti32x4_epi32(q[j], 3));
-      }
+// Turn 16 rows of 16 words into the 16 columns: col[4 l + i] holds word 4 l + i of each row.
+inline void transpose(const __m512i row[16], __m512i col[16]) {
+  __m512i q[16];
+#pragma GCC unroll 4
+  for (int n = 0; n < 16; n += 4) {  // q[n + i]: words i, 4 + i, 8 + i, 12 + i of rows n to n + 3
+    const __m512i a = _mm512_unpacklo_epi32(row[n], row[n + 1]), b = _mm512_unpackhi_epi32(row[n], row[n + 1]);
+    const __m512i c = _mm512_unpacklo_epi32(row[n + 2], row[n + 3]), d = _mm512_unpackhi_epi32(row[n + 2], row[n + 3]);
+    q[n] = _mm512_unpacklo_epi64(a, c), q[n + 1] = _mm512_unpackhi_epi64(a, c);
+    q[n + 2] = _mm512_unpacklo_epi64(b, d), q[n + 3] = _mm512_unpackhi_epi64(b, d);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i a = _mm512_shuffle_i32x4(q[i], q[4 + i], 0x88), b = _mm512_shuffle_i32x4(q[8 + i], q[12 + i], 0x88);
+    const __m512i c = _mm512_shuffle_i32x4(q[i], q[4 + i], 0xdd), d = _mm512_shuffle_i32x4(q[8 + i], q[12 + i], 0xdd);
+    col[i] = _mm512_shuffle_i32x4(a, b, 0x88), col[8 + i] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    col[4 + i] = _mm512_shuffle_i32x4(c, d, 0x88), col[12 + i] = _mm512_shuffle_i32x4(c, d, 0xdd);
+  }
+}
+
+// Decode PANELS times 16 rows of codes that do not straddle bytes: words are transposed while packed, then shifted and masked.
+template <int n_bits, int PANELS>
+void decode_words(const uint8_t* const* rows, int64_t row_bytes, int64_t first, int64_t count, uint8_t* out) {
+  constexpr int per = 8 / n_bits, chunk = 32 * per;  // elements of 32 bytes; see avx2_codes.h for their order
+  const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << n_bits) - 1));
+  for (int64_t k = 0; k < count; k += 2 * chunk) {
+    const int64_t begin = (first + k) / per, left = std::clamp<int64_t>(row_bytes - begin, 0, 64);
+    const __mmask64 there = left == 64 ? ~0ull : (1ull << left) - 1;
+    for (int p = 0; p < PANELS; ++p) {
+      __m512i row[kPanelRows], word[kPanelRows];
+      for (int n = 0; n < kPanelRows; ++n) row[n] = _mm512_maskz_loadu_epi8(there, rows[kPanelRows * p + n] + begin);
+      transpose(row, word);
+      for (int half = 0; half < 2 && k + half * chunk < count; ++half)
+#pragma GCC unroll 8
+        for (int j = 0; j < per; ++j)
+#pragma GCC unroll 8
+          for (int i = 0; i < 8; ++i) {
+            const __m512i u = j ? _mm512_srli_epi16(word[8 * half + i], j * n_bits) : word[8 * half + i];
+            uint8_t* to = out + (k + half * chunk + 32 * j + 4 * i) * kPanelRows * PANELS;
+            _mm512_store_si512(to + 64 * p, _mm512_and_si512(u, mask));
+          }
     }
   }
 }
 
-// Four levels of a row of x meet those of all 16 rows of the panel at once: no sum across lanes is left to do.
-template <int ROWS>
-inline void tile(const int8_t* x, int64_t x_stride, const uint8_t* panel, int64_t depth, int32_t* sums) {
-  __m512i total[ROWS];
-#pragma GCC unroll 12
-  for (int m = 0; m < ROWS; ++m) total[m] = _mm512_loadu_si512(sums + m * kPanelRows);
-  for (int64_t k = 0; k < depth; k += 4) {
-    const __m512i u = _mm512_load_si512(panel + k * kPanelRows);
-#pragma GCC unroll 12
-    for (int m = 0; m < ROWS; ++m)
-      asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(total[m]) : "v"(u), "m"(*reinterpret_cast<const Four*>(x + m * x_stride + k)));
+// The same for codes of other bits, which are first decoded row by row.
+template <int PANELS>
+void decode_rows(const uint8_t* const* rows, int64_t row_bytes, int64_t first, int64_t count, const IntLayout& layout, uint8_t* out) {
+  constexpr int64_t held = kPanelRows * PANELS, stride = kPanelBytes / held;
+  alignas(64) uint8_t levels[kPanelBytes];
+  const uint8_t* decoded[held];
+  for (int64_t n = 0; n < held; ++n) {
+    decode(rows[n], row_bytes, first, count, layout, levels + n * stride);
+    decoded[n] = levels + n * stride;
   }
-#pragma GCC unroll 12
-  for (int m = 0; m < ROWS; ++m) _mm512_storeu_si512(sums + m * kPanelRows, total[m]);
+  decode_words<8, PANELS>(decoded, count, 0, count, out);
 }
 
-// The rows that whole tiles leave, at once: one by one each would wait for its own sums.
-template <int ROWS>
-inline void rest(int64_t rows, const int8_t* x, int64_t x_stride, const uint8_t* panel, int64_t depth, int32_t* sums) {
+template <int PANELS>
+void decode_panels(const uint8_t* const* rows, int64_t row_bytes, int64_t first, int64_t count, const IntLayout& layout,
+                   uint8_t* out) {
+  if (layout.n_bits == 1) decode_words<1, PANELS>(rows, row_bytes, first, count, out);
+  else if (layout.n_bits == 2) decode_words<2, PANELS>(rows, row_bytes, first, count, out);
+  else if (layout.n_bits == 4) decode_words<4, PANELS>(rows, row_bytes, first, count, out);
+  else if (layout.n_bits == 8) decode_words<8, PANELS>(rows, row_bytes, first, count, out);
+  else decode_rows<PANELS>(rows, row_bytes, first, count, layout, out);
+}
+
+// Four levels of a row of x meet those of all rows of a panel at once: no sum across lanes is left to do. In it four levels of
+// row 0 are followed by four of row 1, ... of the last row, then the next four of each. Two panels share what is read of x.
+template <int ROWS, int PANELS>
+inline void tile(const int8_t* x, int64_t x_stride, const uint8_t* panel, int64_t depth, int32_t* sums) {
+  constexpr int held = kPanelRows * PANELS;
+  __m512i total[ROWS][PANELS], u[PANELS];
+#pragma GCC unroll 12
+  for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 2
+    for (int p = 0; p < PANELS; ++p) total[m][p] = _mm512_loadu_si512(sums + m * held + kPanelRows * p);
+  for (int64_t k = 0; k < depth; k += 4) {
+#pragma GCC unroll 2
+    for (int p = 0; p < PANELS; ++p) u[p] = _mm512_load_si512(panel + k * held + 64 * p);
+#pragma GCC unroll 12
+    for (int m = 0; m < ROWS; ++m) {
+      const auto* four = reinterpret_cast<const Four*>(x + m * x_stride + k);
+      if constexpr (PANELS == 1) {
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(total[m][0]) : "v"(u[0]), "m"(*four));
+      } else {
+        const __m512i a = _mm512_set1_epi32(*four);
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; ++p) asm("vpdpbusd %2, %1, %0" : "+v"(total[m][p]) : "v"(u[p]), "v"(a));
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 2
+    for (int p = 0; p < PANELS; ++p) _mm512_storeu_si512(sums + m * held + kPanelRows * p, total[m][p]);
+}
+
+// Rows in tiles of ROWS, and what these leave at once in one of fewer: one by one each would wait for its own sums.
+template <int ROWS, int PANELS>
+inline void tiles(int64_t rows, const int8_t* x, int64_t x_stride, const uint8_t* panel, int64_t depth, int32_t* sums) {
   if constexpr (ROWS > 0) {
-    if (rows == ROWS) return tile<ROWS>(x, x_stride, panel, depth, sums);
-    rest<ROWS - 1>(rows, x, x_stride, panel, depth, sums);
+    for (; rows >= ROWS; rows -= ROWS, x += ROWS * x_stride, sums += ROWS * kPanelRows * PANELS)
+      tile<ROWS, PANELS>(x, x_stride, panel, depth, sums);
+    tiles<ROWS - 1, PANELS>(rows, x, x_stride, panel, depth, sums);
   }
 }
 
@@ -149,15 +210,18 @@ void quantize_vnni(const float* x, int64_t cols, const InputGrid& grid, const In
   *stats = quantizer.stats();
 }
 
-void multiply_vnni(const void* x, int64_t x_stride, int64_t rows, const void* panel, int64_t panel_stride, int64_t depth,
-                   const IntLayout&, int32_t* sums) {
-  alignas(64) uint8_t interleaved[kPanelRows * kIntDepth];
+void decode_vnni(const uint8_t* const* rows, int64_t row_bytes, int64_t first, int64_t count, const IntLayout& layout, void* panel) {
+  auto* out = static_cast<uint8_t*>(panel);
+  if (layout.panel_rows == kPanelRows) decode_panels<1>(rows, row_bytes, first, count, layout, out);
+  else decode_panels<2>(rows, row_bytes, first, count, layout, out);
+}
+
+void multiply_vnni(const void* x, int64_t x_stride, int64_t rows, const void* panel, int64_t, int64_t depth,
+                   const IntLayout& layout, int32_t* sums) {
   const auto* codes = static_cast<const int8_t*>(x);
-  interleave(static_cast<const uint8_t*>(panel), panel_stride, depth, interleaved);
-  int64_t m = 0;
-  for (; m + kTileRows <= rows; m += kTileRows)
-    tile<kTileRows>(codes + m * x_stride, x_stride, interleaved, depth, sums + m * kPanelRows);
-  rest<kTileRows - 1>(rows - m, codes + m * x_stride, x_stride, interleaved, depth, sums + m * kPanelRows);
+  const auto* levels = static_cast<const uint8_t*>(panel);
+  if (layout.panel_rows == kPanelRows) tiles<kTileSums, 1>(rows, codes, x_stride, levels, depth, sums);
+  else tiles<kTileSums / 2, 2>(rows, codes, x_stride, levels, depth, sums);
 }
 
 bool stream_vnni(const void* x, const uint8_t* const* rows, int64_t row_bytes, const IntLayout& layout, int32_t* sums) {
