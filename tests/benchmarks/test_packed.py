@@ -4,8 +4,10 @@ import importlib.util
 import json
 
 import pytest
+import torch
 
-from dsquant.benchmarks.packed import DSQUANT_BITS, packed
+from dsquant.benchmarks.packed import packed
+from dsquant.benchmarks.packed_engines import ON_CPU, ON_GPU, EngineError, gpu_engines
 from dsquant.errors import ConfigError
 
 
@@ -16,7 +18,7 @@ def test_every_engine_has_a_line_for_every_case(tmp_path, capsys):
     lines = [json.loads(line) for line in printed]
     cases = {(line["m"], line["k"], line["n"]) for line in lines}
     assert cases == {(1, 64, 48), (5, 64, 48), (1, 48, 64), (5, 48, 64)}
-    assert len(lines) == len(cases) * (6 + len(DSQUANT_BITS))
+    assert len(lines) == len(cases) * (6 + len(ON_CPU))
     for line in lines:
         if "unavailable" in line:
             assert line["engine"].startswith(("onnxruntime", "torch int8"))
@@ -33,3 +35,26 @@ def test_every_engine_has_a_line_for_every_case(tmp_path, capsys):
 def test_a_shape_that_is_none_is_refused(shapes):
     with pytest.raises(ConfigError, match=r"no list of whole numbers|is no shape"):
         packed(shapes=shapes, m="1", threads="1")
+
+
+def test_engines_of_a_gpu_compute_their_layers():
+    """Triton's kernels run on CPU here, interpreted; the rest says why it does not."""
+    weight, bias = torch.randn(40, 64), torch.randn(40)
+    computed = []
+    for engine in gpu_engines():
+        try:
+            layer = engine.build(weight, bias)
+        except EngineError as error:
+            assert any(said in str(error) for said in ("no GPU", "gemlite"))
+            continue
+        y = layer(torch.randn(3, 64))
+        assert y.shape == (3, 40)
+        assert y.isfinite().all()
+        computed.append(engine.name)
+    assert computed.count("dsquant triton") == len(ON_GPU)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="device is 'cuda'; here is cpu alone"):
+        packed(device="cuda")
