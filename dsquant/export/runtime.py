@@ -1,8 +1,8 @@
 """Run a packed model: codes stay packed in memory.
 
-Exact, each layer unpacks its codes to the image that training used, and its forward pass is training's own code. Fast,
-layers multiply packed codes (`ops.packed_linear`): in integers where the input has one scale. A sum of integers rounds
-less than training's float product, so the two agree to float rounding, not to the bit.
+Layers multiply packed codes (`ops.packed_linear`) in integers where training's own code takes the product in integers, with the
+same bits. Elsewhere, exact, a layer unpacks its codes to the image that training used, and its forward pass is training's own
+code; fast, it multiplies packed codes all the same, and agrees to float rounding, not to the bit.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,11 @@ from dsquant.export.layout import decode, group_scales, site_table
 from dsquant.export.packed import PackedModel, read_packed
 from dsquant.models.registry import build_model, insert_sites
 from dsquant.models.sites import Sites, has_scale_a_row
+from dsquant.ops import backends
+from dsquant.ops.fake_quantize import QuantArgs
 from dsquant.ops.packed_linear import PackedMatrix, packed_linear, packed_matrix
 from dsquant.ops.qk_product import keys_and_values
-from dsquant.ops.quant_linear import WeightGrid
+from dsquant.ops.quant_linear import WeightGrid, integer_backend
 from dsquant.quant.modules import ActivationQuantizer, QuantConv2d, QuantLinear, become
 from dsquant.quant.reparam import QuantQkv
 from dsquant.spec import Grouping, WeightSite
@@ -39,8 +41,8 @@ class PackedWeight(nn.Module):
     def store(self, site: WeightSite, packed: Tensor, scale: Tensor, *, cache: bool, fast: bool) -> None:
         """Replace the float weight by packed words.
 
-        `cache` decodes once and keeps the image beside them; `fast` keeps what products with codes need: a scale and a
-        sum of codes for each row. Weights whose scales change along a row have no such product and stay exact.
+        `cache` decodes once and keeps the image beside them; without it what products with codes need is kept, a scale and
+        a sum of codes for each row. Weights whose scales change along a row have no such product.
         """
         self._parameters.pop("weight", None)
         self.site = site
@@ -49,7 +51,9 @@ class PackedWeight(nn.Module):
         image = decode(packed, scale, site) if cache else None
         self.register_buffer("_image", image, persistent=False)
         self.register_buffer("_like", torch.empty(0), persistent=False)  # has the dtype the module was moved to
-        self.matrix = _matrix(site, packed, scale) if fast else None
+        multiplied = isinstance(self, (QuantLinear, QuantConv2d)) and not cache
+        self.matrix = _matrix(site, packed, scale) if multiplied else None
+        self.fast = fast
 
     @property
     def weight(self) -> Tensor:
@@ -61,9 +65,19 @@ class PackedWeight(nn.Module):
     def weight_grid(self) -> WeightGrid | None:
         return WeightGrid(self.weight_scale, self.site.spec.levels) if has_scale_a_row(self.site) else None
 
-    def multiplies_codes(self, x: Tensor) -> bool:
-        """Say whether the product with x is taken from codes; a gradient with respect to x takes the exact path."""
-        return self.matrix is not None and not (x.requires_grad and torch.is_grad_enabled())
+    def multiplies_codes(self, x: Tensor, args: QuantArgs | None, after: Tensor | None = None) -> bool:
+        """Say whether the product with x, which `args` quantize, is taken from packed codes.
+
+        A gradient with respect to x is not, nor, exact, the product with a bias `after` the quantizer, which training takes in
+        floats.
+        """
+        if self.matrix is None or (x.requires_grad and torch.is_grad_enabled()):
+            return False
+        if self.fast or args is None or after is not None:
+            return self.fast
+        levels = None if self.weight_grid is None else self.weight_grid.levels  # what training knows of the weight
+        backend = integer_backend(x, self._like.dtype, self.matrix.cols, args.scale, args.levels, levels)
+        return backend != backends.TORCH
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         exact = self.weight_scale
@@ -89,15 +103,14 @@ class PackedLinear(PackedWeight, QuantLinear):
     """Apply QuantLinear with a packed weight."""
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not self.multiplies_codes(x):
+        quantizer, own = self.input_quantizer, self.bias if bias is None else bias
+        if quantizer is None:
+            return packed_linear(x, self.matrix, own) if self.multiplies_codes(x, None) else super().forward(x, bias)
+        shifted = quantizer.shifted(x)
+        args = quantizer.args(shifted)
+        if not self.multiplies_codes(shifted, args, quantizer.after):
             return super().forward(x, bias)
-        bias = self.bias if bias is None else bias
-        if self.input_quantizer is None:
-            return packed_linear(x, self.matrix, bias)
-        x = self.input_quantizer.shifted(x)
-        return packed_linear(
-            x, self.matrix, self.input_quantizer.packed_bias(self.matrix, bias), self.input_quantizer.args(x)
-        )
+        return packed_linear(shifted, self.matrix, quantizer.packed_bias(self.matrix, own), args)
 
 
 class PackedConv2d(PackedWeight, QuantConv2d):
@@ -105,7 +118,7 @@ class PackedConv2d(PackedWeight, QuantConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         args = None if self.input_quantizer is None else self.input_quantizer.args(x)
-        patches = self.patches(x) if args is not None and self.multiplies_codes(x) else None
+        patches = self.patches(x) if args is not None and self.multiplies_codes(x, args) else None
         if patches is None:
             return super().forward(x)
         return packed_linear(patches, self.matrix, self.bias, args).permute(0, 3, 1, 2)
@@ -138,10 +151,14 @@ class PackedQkv(PackedWeight, QuantQkv):
 class PackedActivation(ActivationQuantizer):
     """Quantize an activation with scales that follow the model to its device and stay float32."""
 
+    @property
+    def after(self) -> Tensor | None:
+        """Give the bias that follows the quantizer, if there is one."""
+        return self._values.get("after")
+
     def packed_bias(self, weight: PackedMatrix, bias: Tensor | None) -> Tensor | None:
         """Return a linear layer's bias with the one after the quantizer folded in, as `shifted_bias` does of an image."""
-        after = self._values.get("after")
-        return bias if after is None else packed_linear(after, weight, bias)
+        return bias if self.after is None else packed_linear(self.after, weight, bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -161,10 +178,10 @@ def load_packed(
     """Build the model of a packed file, in evaluation mode and without gradients.
 
     By default its outputs are those of the trained model, bit for bit on the same device and at the same dtype
-    (`.bfloat16()` for a model trained in bf16), and weights are unpacked at each use; `cache` keeps float images as well.
-    `fast` multiplies packed codes instead, in exact integers where a layer's input has one scale (`ops.packed_linear`):
-    outputs agree with the trained model's to float rounding. A value that rounding moves over a boundary of the next
-    quantizer takes the neighbouring code, so a logit may differ by more than one rounding.
+    (`.bfloat16()` for a model trained in bf16); packed codes are multiplied where training multiplies codes, and weights are
+    unpacked at each use elsewhere; `cache` keeps float images instead. `fast` multiplies packed codes everywhere
+    (`ops.packed_linear`): outputs agree with the trained model's to float rounding. A value that rounding moves over a boundary
+    of the next quantizer takes the neighbouring code, so a logit may differ by more than one rounding.
 
     Raises ExportError for a file that `read_packed` refuses or that does not fit the model it names, ConfigError for both
     `cache` and `fast`.

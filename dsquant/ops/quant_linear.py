@@ -30,7 +30,7 @@ class _QuantLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, scale, offset)
         ctx.levels, ctx.grad_scale = levels, grad_scale
         ctx.has_bias = bias is not None
-        backend = _backend(x, weight, scale, levels, weight_levels)
+        backend = integer_backend(x, weight.dtype, weight.shape[1], scale, levels, weight_levels)
         if backend == backends.TORCH:
             return F.linear(quantize_dequantize(x, scale, offset, levels), weight, bias)
         w, x_grid = weight_levels, (levels.qmin, levels.qmax, levels.shift)
@@ -72,12 +72,17 @@ def quant_linear(
     return _QuantLinear.apply(x, weight, bias, scale, offset, levels, grad_scale, *(grid or (None, None)))
 
 
-def _backend(x: Tensor, weight: Tensor, scale: Tensor, levels: Levels, grid: Levels | None) -> str:
-    """Return what takes the product: the definition, unless both operands are codes that native code takes."""
-    if grid is None or x.dtype != weight.dtype or scale.numel() != 1:
+def integer_backend(
+    x: Tensor, dtype: torch.dtype, cols: int, scale: Tensor, levels: Levels, weight_levels: Levels | None
+) -> str:  # fmt: skip
+    """Return the backend that multiplies codes of x and of a weight (out, cols) of a dtype, or torch where floats are multiplied.
+
+    Codes are multiplied where the weight's levels are known, x has one scale, and native code takes both and holds their sums.
+    """
+    if weight_levels is None or x.dtype != dtype or scale.numel() != 1:
         return backends.TORCH
-    n_bits = max(-grid.qmin, grid.qmax + 1).bit_length()
-    if not sums_fit(n_bits, weight.shape[1], grid.shift, levels):
+    n_bits = max(-weight_levels.qmin, weight_levels.qmax + 1).bit_length()
+    if not sums_fit(n_bits, cols, weight_levels.shift, levels):
         return backends.TORCH
     backend = backends.choose("quant_linear", x.device.type)
     dtypes = (torch.float32, torch.bfloat16) if backend == backends.TRITON else (torch.float32,)

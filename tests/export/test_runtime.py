@@ -10,8 +10,9 @@ from safetensors import safe_open
 
 import dsquant
 from dsquant.errors import ExportError
-from dsquant.export import PackedConv2d, PackedLinear, load_packed
+from dsquant.export import PackedConv2d, PackedLinear, load_packed, runtime
 from dsquant.export.runtime import PackedActivation
+from dsquant.ops import backends
 
 QKV = "blocks.0.attn.qkv.weight"
 
@@ -44,6 +45,32 @@ def test_in_bfloat16_every_method_computes_as_the_trained_model_does(method_case
     images = method_case.images().bfloat16()
     expected = copy.deepcopy(method_case.oracle).bfloat16()(images)
     assert torch.equal(load_packed(path).bfloat16()(images), expected)
+
+
+@pytest.mark.parametrize("n_bits", [2, 3])
+def test_layers_that_training_takes_in_integers_multiply_packed_codes(case, path, n_bits, monkeypatch):
+    """No image is made, and bits stay those of training, which found its codes in images."""
+    made = case(n_bits)
+    made.write(path)
+    images, expected = made.images(), made.oracle(made.images())
+    model, decoded = load_packed(path), []
+    of_codes = runtime.decode
+    monkeypatch.setattr(runtime, "decode", lambda *given: decoded.append(given) or of_codes(*given))
+    taken = backends.choose("quant_linear", "cpu") != backends.TORCH
+    assert torch.equal(model(images), expected)
+    assert bool(decoded) != taken
+    decoded.clear()
+    monkeypatch.setenv("DSQ_BACKEND", "quant_linear=torch")
+    assert torch.equal(model(images), made.oracle(images))
+    assert len(decoded) == 10
+
+
+def test_a_gradient_of_the_input_takes_training_s_own_code(case, path):
+    made = case(2)
+    made.write(path)
+    images = made.images().requires_grad_()
+    grads = [torch.autograd.grad(model(images).square().sum(), images)[0] for model in (load_packed(path), made.oracle)]
+    assert torch.equal(*grads)
 
 
 def test_a_packed_model_describes_its_sites(case, path):
