@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dsquant.errors import CheckpointError, ConfigError, ExportError
-from dsquant.export.layout import decode, group_scales, site_table
+from dsquant.export.layout import decode, site_table
 from dsquant.export.packed import PackedModel, read_packed
 from dsquant.models.registry import build_model, insert_sites
 from dsquant.models.sites import Sites, has_scale_a_row
@@ -92,10 +92,10 @@ class PackedWeight(nn.Module):
 
 def _matrix(site: WeightSite, packed: Tensor, scale: Tensor) -> PackedMatrix | None:
     """Return a weight as (shape[0], rest) with a scale a row, or None where scales change along a row."""
-    cols = site.numel // site.shape[0]
-    if site.grouping.inner % cols:
+    if not has_scale_a_row(site):
         return None
-    row_scale = group_scales(scale, site.shape, site.grouping).flatten(1)[:, 0].contiguous()
+    rows, cols = site.shape[0], site.numel // site.shape[0]
+    row_scale = scale.repeat_interleave(rows // scale.numel())
     return packed_matrix(packed, row_scale, site.spec.n_bits, cols, site.spec.levels.shift)
 
 
