@@ -134,15 +134,21 @@ def _backward(sizes: _Sizes) -> int:
 
 
 def _step(sizes: _Sizes, bf16: bool) -> int:
-    """Return what the optimizer step adds: gradients in float32, and latents aside while images take their place."""
+    """Return what the optimizer step adds: gradients in float32, whose memory images take until they are published.
+
+    Without native code for the step (no AdamW, or CGA) images take the latents' memory, and these are kept aside.
+    """
     quant = sizes.job.stage.quant
     weights, quantized = sizes.shard(sizes.whole), sizes.shard(sizes.need.quantized)
-    held = 5 * quantized if quant is not None and quant.oscillation.cga.enabled else 0
+    cga = quant is not None and quant.oscillation.cga.enabled
+    native = sizes.job.stage.optimizer == "adamw" and not cga
+    held, aside = 5 * quantized if cga else 0, 0 if native else 4 * quantized
     if sizes.stage == 0:
-        return held + sizes.whole * (sizes.element + 8 if bf16 else 4) + (4 * quantized if bf16 else 0)
+        return held + (sizes.whole * (sizes.element + 8) + aside if bf16 else 4 * sizes.whole)
     if sizes.stage < 3:
-        return held + weights * (sizes.element + 4) + 4 * quantized
-    return held + 4 * quantized + 4 * min(int(sizes.zero.get("sub_group_size", 1e9)), weights)
+        return held + weights * (sizes.element + 4) + aside
+    group = min(int(sizes.zero.get("sub_group_size", 1e9)), weights)
+    return held + aside + 4 * (max(group, quantized) if native else group)
 
 
 def _traffic(sizes: _Sizes) -> dict[str, int]:

@@ -96,7 +96,7 @@ def flat_step(
     variance of bins.
 
     Args:
-        image: float32 like the flat; what nothing quantizes is copied to it.
+        image: float32 like the flat, which may be `grad` itself; what nothing quantizes is copied to it.
         before, after: float32 (n_groups,) scales of the images that the forward pass used, and of the next.
         bins: float64 (2, n_bins), what the bins hold over all shards, for a variance term of factor `spread`.
         norms: float64 (n_weights, 2), or None.

@@ -1,8 +1,8 @@
 """The shard step in native code, where the inner optimizer is AdamW: two passes over a flat, however many weights lie in it.
 
 The first reads weights, gradients and codes for the sums that are reduced over ranks; the second does all the rest and writes
-each byte once. Latents stay where they are and images go to a tensor beside them: between the step and its end
-(`ShardQuantization.finish_step`) the flat's `data` is the images, so nothing is copied back.
+each byte once. Latents stay where they are and images take the gradient's place, which nobody reads after the step: between
+the step and its end (`ShardQuantization.finish_step`) the flat's `data` is the images, so nothing is copied back.
 """
 
 from collections.abc import Mapping
@@ -62,7 +62,7 @@ class FlatStore:
             self._take_trackers()
         shown = self.flat.data
         if not self.in_place:
-            self.images = torch.empty_like(shown, pin_memory=shown.is_pinned())
+            self.images = self._room_for_images(shown)
             if self.latents is None or self.latents.data_ptr() != shown.data_ptr():
                 self._keep(shown)
             return
@@ -83,7 +83,17 @@ class FlatStore:
 
     def show_latents(self) -> None:
         """Have the flat hold its latents again; the next backward pass needs the images' memory more."""
+        kept = self.flat.grad  # by DeepSpeed, to add to or to copy into: images must not pass for a gradient
+        if kept is not None and kept.data_ptr() == self.images.data_ptr():
+            kept.zero_()
         self.flat.data, self.images = self.latents, None
+
+    def _room_for_images(self, shown: Tensor) -> Tensor:
+        """Return the gradient's memory, or other where that does not lie as the flat does."""
+        grad, pinned = self.flat.grad, shown.is_pinned()
+        if grad.is_contiguous() and grad.shape == shown.shape and grad.is_pinned() == pinned:
+            return grad.detach()
+        return torch.empty_like(shown, pin_memory=pinned)
 
     def _keep(self, latents: Tensor) -> None:
         self.latents = latents

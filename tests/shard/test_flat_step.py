@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dsquant.benchmarks.shard import _shard_step
 from dsquant.ops import backends, shard_step
 from dsquant.ops.shard_step import AdamWStep, Column
 from dsquant.shard.oscillation import TrackerState
@@ -44,8 +45,11 @@ def table(tiles, levels):
     return found
 
 
-def stepped(isa, method, shape=SMALL, spread=0.01, pull=0.02, before=3, steps=4, freeze=False):
-    """Return, by name, all that some steps of a weight leave, `before` strange values before it in its flat."""
+def stepped(isa, method, shape=SMALL, spread=0.01, pull=0.02, before=3, steps=4, freeze=False, over=False):
+    """Return, by name, all that some steps of a weight leave, `before` strange values before it in its flat.
+
+    `over` has images take the place of the gradient.
+    """
     rows, cols = shape
     generator = torch.Generator().manual_seed(0)
     levels = QuantSpec(GRIDS[method], method=method.split()[0]).levels
@@ -69,6 +73,7 @@ def stepped(isa, method, shape=SMALL, spread=0.01, pull=0.02, before=3, steps=4,
         gather(w, grad, tracker.codes, tracker.frozen, scale, None, tiles, True, sums, bins, isa)
         after = scale * (1 + 0.03 * (-1) ** step)
         state, numbers = vars(tracker).values(), AdamWStep(0.05, 0.9, 0.999, 1e-8, 0.05, step + 1).numbers()
+        image = grad if over else image
         step_flat(w, grad, m, v, image, *state, scale, after, None, bins, spread, tiles, *numbers, 0.1, 0.15, None, isa)
         scale = after
         found |= {f"sums {step}": sums, f"bins {step}": bins}
@@ -95,6 +100,29 @@ def assert_same(one, two):
 def test_every_instruction_set_leaves_the_same_bits(isa, method, how):
     wanted, found = (stepped(level(name), method, **how) for name in ("portable", isa))
     assert_same(wanted, found)
+
+
+@pytest.mark.parametrize("isa", [*CPU_LEVELS, "Triton"])
+@pytest.mark.parametrize("how", [{}, {"freeze": True}], ids=["OBR", "freezing"])
+def test_images_may_take_the_place_of_the_gradient(isa, how):
+    if isa == "Triton":
+        require(backends.TRITON)
+    number = INTERPRETED if isa == "Triton" else level(isa)
+    wanted, found = (stepped(number, "lsq", over=over, **how) for over in (False, True))
+    assert_same(wanted, found)
+
+
+def test_a_gradient_that_is_kept_is_zero_after_a_step_and_no_image():
+    """DeepSpeed keeps those of offloaded and of bfloat16 masters, and copies or adds to them."""
+    require(backends.PORTABLE)
+    step, inner = _shard_step(backends.PORTABLE, QuantSpec(2, granularity="per_channel"), [SMALL], 5 * 83)
+    (flat,) = inner.param_groups[0]["params"]
+    grad, place, before = flat.grad, flat.data_ptr(), flat.detach().clone()
+    step()
+    assert flat.grad is grad
+    assert not grad.any()
+    assert flat.data_ptr() == place  # latents, where they were
+    assert (flat != before).all()
 
 
 KINDS = {method: (method, {}) for method in GRIDS} | {
