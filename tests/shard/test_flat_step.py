@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dsquant.benchmarks.shard import _shard_step
 from dsquant.ops import backends, shard_step
 from dsquant.ops.shard_step import AdamWStep, Column
+from dsquant.shard.flat_step import FlatStore
 from dsquant.shard.oscillation import TrackerState
 from dsquant.spec import QuantSpec
 from tests.ops.conftest import require
@@ -113,16 +113,20 @@ def test_images_may_take_the_place_of_the_gradient(isa, how):
 
 
 def test_a_gradient_that_is_kept_is_zero_after_a_step_and_no_image():
-    """DeepSpeed keeps those of offloaded and of bfloat16 masters, and copies or adds to them."""
-    require(backends.PORTABLE)
-    step, inner = _shard_step(backends.PORTABLE, QuantSpec(2, granularity="per_channel"), [SMALL], 5 * 83)
-    (flat,) = inner.param_groups[0]["params"]
-    grad, place, before = flat.grad, flat.data_ptr(), flat.detach().clone()
-    step()
-    assert flat.grad is grad
-    assert not grad.any()
-    assert flat.data_ptr() == place  # latents, where they were
-    assert (flat != before).all()
+    """DeepSpeed keeps those of offloaded and of bfloat16 masters, and copies or adds to them; others it lets go of."""
+    flat = torch.nn.Parameter(torch.randn(6))
+    store, place, latents = FlatStore(flat, [], {}, in_place=False), flat.data_ptr(), flat.detach().clone()
+    for kept in (True, False):
+        flat.grad = grad = torch.randn(6)
+        store.begin({})
+        store.images.fill_(7.0)
+        store.show_images()
+        assert flat.data_ptr() == grad.data_ptr()
+        flat.grad = grad if kept else None
+        store.show_latents()
+        assert flat.data_ptr() == place
+        assert torch.equal(flat, latents)
+        assert torch.equal(grad, torch.zeros(6) if kept else torch.full((6,), 7.0))
 
 
 KINDS = {method: (method, {}) for method in GRIDS} | {
