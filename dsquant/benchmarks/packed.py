@@ -98,14 +98,7 @@ def _case(m: int, k: int, n: int, device: str, threads: int, repeats: int, copie
         except EngineError as error:
             missing[engine] = str(error)
             continue
-        given = (
-            x
-            if device == "cpu" or engine.name == "torch fp32"
-            else x.half()
-            if engine.name == "gemlite"
-            else x.bfloat16()
-        )
-        run = partial(_run, layers, given)
+        run = partial(_run, layers, x.to(engine.dtype))
         runs[engine] = run if device == "cpu" else captured(run)
     seconds = interleaved(runs, repeats)
     floats = next(taken for engine, taken in seconds.items() if engine.name == "torch fp32")

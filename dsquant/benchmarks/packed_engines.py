@@ -22,12 +22,13 @@ Layer = Callable[[Tensor], Any]
 
 
 class Engine(NamedTuple):
-    """Name a way to compute a linear layer; `build(weight, bias)` returns the layer, or raises EngineError."""
+    """Name a way to compute a linear layer of inputs of a dtype; `build(weight, bias)` returns it, or raises EngineError."""
 
     name: str
     n_bits: int
     a_bits: int
     build: Callable[[Tensor, Tensor], Layer]
+    dtype: torch.dtype = torch.float32
 
 
 class EngineError(Exception):
@@ -53,15 +54,14 @@ def cpu_engines(threads: int) -> list[Engine]:
 
 
 def gpu_engines() -> list[Engine]:
-    """Return those of a GPU: inputs are bfloat16 but for the first, and for gemlite's kernels, which take float16."""
-    by_bits = [(n_bits, a_bits) for n_bits, a_bits in ON_GPU if (a_bits or 8) <= 2]
+    """Return those of a GPU; gemlite's kernels take float16."""
+    half, by_bits = torch.bfloat16, [(n_bits, a_bits) for n_bits, a_bits in ON_GPU if (a_bits or 8) <= 2]
     return [
         Engine("torch fp32", 32, 32, _linear(torch.float32)),
-        Engine("torch bf16", 16, 16, _linear(torch.bfloat16)),
-        Engine("gemlite", 2, 16, lambda w, b: _gemlite(w, b, 2)),
-        Engine("gemlite", 4, 16, lambda w, b: _gemlite(w, b, 4)),
-        *(Engine("dsquant triton", n, a or 16, _dsquant(n, a, backends.TRITON)) for n, a in ON_GPU),
-        *(Engine("dsquant cuda", n, a, _dsquant(n, a, backends.CUDA)) for n, a in by_bits),
+        Engine("torch bf16", 16, 16, _linear(half), half),
+        *(Engine("gemlite", n, 16, lambda w, b, n=n: _gemlite(w, b, n), torch.float16) for n in (2, 4)),
+        *(Engine("dsquant triton", n, a or 16, _dsquant(n, a, backends.TRITON), half) for n, a in ON_GPU),
+        *(Engine("dsquant cuda", n, a, _dsquant(n, a, backends.CUDA), half) for n, a in by_bits),
     ]
 
 
@@ -85,7 +85,7 @@ def _int8_dynamic(weight: Tensor, bias: Tensor) -> Layer:
 
 
 def _dsquant(n_bits: int, a_bits: int | None, backend: str | None = None) -> Callable[[Tensor, Tensor], Layer]:
-    """Return a builder of layers on packed weights by a backend: on CPU the one that runs by default, with float32 inputs."""
+    """Return a builder of layers on packed weights by a backend, or by the one that runs by default."""
 
     def build(weight: Tensor, bias: Tensor) -> Layer:
         half = 2 ** (n_bits - 1)
@@ -104,7 +104,7 @@ def _dsquant(n_bits: int, a_bits: int | None, backend: str | None = None) -> Cal
 
         def forced(x: Tensor) -> Tensor:
             with backends.forced(f"packed_linear={backend}"):
-                return packed_linear(x.bfloat16(), matrix, bias, quant)
+                return packed_linear(x, matrix, bias, quant)
 
         return forced
 
@@ -163,4 +163,4 @@ def _gemlite(weight: Tensor, bias: Tensor, n_bits: int) -> Layer:
         layer(torch.zeros(1, k, device=weight.device).half())
     except Exception as error:  # what it raises on a GPU or shape that it has no kernel for is no one class
         raise EngineError(f"gemlite: {str(error).splitlines()[0]}") from None
-    return lambda x: layer(x.half())
+    return layer

@@ -47,7 +47,7 @@ def test_engines_of_a_gpu_compute_their_layers():
         except EngineError as error:
             refused.append(str(error))
             continue
-        y = layer(torch.randn(3, 64))
+        y = layer(torch.randn(3, 64).to(engine.dtype))
         assert y.shape == (3, 40)
         assert y.isfinite().all()
         computed.append(engine.name)
