@@ -147,7 +147,7 @@ def test_the_command_prints_a_table_or_json(tmp_path):
 
 
 def test_the_benchmark_measures_and_predicts_what_it_says(tmp_path, capsys):
-    memory(model="", batch=2, recipe="digits_w2a2", zero="zero1", ranks=1, steps=1, out=str(tmp_path / "memory.json"))
+    memory(model="", batch=256, recipe="digits_w2a2", zero="zero1", ranks=1, steps=1, out=str(tmp_path / "memory.json"))
     found = json.loads((tmp_path / "memory.json").read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
     assert found["saved_ratio"] == found["saved_bytes"]["quantized"] / found["saved_bytes"]["float"]
