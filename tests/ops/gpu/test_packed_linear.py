@@ -52,9 +52,8 @@ def test_a_weight_unpacked_for_very_many_rows_gives_the_definition_s_products(n_
     monkeypatch.setattr(gpu.packed_linear, "MANY_ROWS", 16)
     monkeypatch.setattr(gpu.int8_product, "TILE", {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "SHARED_M": 2})
     weight, quant = matrix(n_bits, shift), QuantArgs(torch.tensor([0.03]), torch.tensor([0.4]), Levels(0, 255))
-    x = torch.randn(67, IN, generator=torch.Generator().manual_seed(2)).to(
-        dtype
-    )  # five tiles: two bands and half of one
+    rows = 67  # five tiles: two bands and half of one
+    x = torch.randn(rows, IN, generator=torch.Generator().manual_seed(2)).to(dtype)
     with gpu.recorded() as launches:
         run(backends.TRITON, x, weight, None, quant)
     assert len(launches) == 3
