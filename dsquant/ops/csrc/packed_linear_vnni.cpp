@@ -25,7 +25,7 @@ namespace {
 // In place, as an instruction: see add16 in avx2.cpp.
 inline void add_products(__m256i& sum, __m256i u, __m256i a) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(a)); }
 
-constexpr int kTileSums = 12;  // vectors, of one panel or two
+constexpr int kTileRows = 6;
 
 using Four = int32_t __attribute__((may_alias, aligned(1)));  // levels of x, taken as one
 
@@ -109,26 +109,21 @@ template <int ROWS, int PANELS>
 inline void tile(const int8_t* x, int64_t x_stride, const uint8_t* panel, int64_t depth, int32_t* sums) {
   constexpr int held = kPanelRows * PANELS;
   __m512i total[ROWS][PANELS], u[PANELS];
-#pragma GCC unroll 12
+#pragma GCC unroll 6
   for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 2
     for (int p = 0; p < PANELS; ++p) total[m][p] = _mm512_loadu_si512(sums + m * held + kPanelRows * p);
   for (int64_t k = 0; k < depth; k += 4) {
 #pragma GCC unroll 2
     for (int p = 0; p < PANELS; ++p) u[p] = _mm512_load_si512(panel + k * held + 64 * p);
-#pragma GCC unroll 12
+#pragma GCC unroll 6
     for (int m = 0; m < ROWS; ++m) {
-      const auto* four = reinterpret_cast<const Four*>(x + m * x_stride + k);
-      if constexpr (PANELS == 1) {
-        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(total[m][0]) : "v"(u[0]), "m"(*four));
-      } else {
-        const __m512i a = _mm512_set1_epi32(*four);
+      const __m512i a = _mm512_set1_epi32(*reinterpret_cast<const Four*>(x + m * x_stride + k));
 #pragma GCC unroll 2
-        for (int p = 0; p < PANELS; ++p) asm("vpdpbusd %2, %1, %0" : "+v"(total[m][p]) : "v"(u[p]), "v"(a));
-      }
+      for (int p = 0; p < PANELS; ++p) asm("vpdpbusd %2, %1, %0" : "+v"(total[m][p]) : "v"(u[p]), "v"(a));
     }
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 6
   for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 2
     for (int p = 0; p < PANELS; ++p) _mm512_storeu_si512(sums + m * held + kPanelRows * p, total[m][p]);
@@ -220,8 +215,8 @@ void multiply_vnni(const void* x, int64_t x_stride, int64_t rows, const void* pa
                    const IntLayout& layout, int32_t* sums) {
   const auto* codes = static_cast<const int8_t*>(x);
   const auto* levels = static_cast<const uint8_t*>(panel);
-  if (layout.panel_rows == kPanelRows) tiles<kTileSums, 1>(rows, codes, x_stride, levels, depth, sums);
-  else tiles<kTileSums / 2, 2>(rows, codes, x_stride, levels, depth, sums);
+  if (layout.panel_rows == kPanelRows) tiles<kFewRows, 1>(rows, codes, x_stride, levels, depth, sums);  // what cannot stream
+  else tiles<kTileRows, 2>(rows, codes, x_stride, levels, depth, sums);
 }
 
 bool stream_vnni(const void* x, const uint8_t* const* rows, int64_t row_bytes, const IntLayout& layout, int32_t* sums) {
