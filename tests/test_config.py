@@ -367,6 +367,17 @@ def test_a_stage_set_to_null_is_left_out_of_the_recipe_beneath(tmp_path):
     assert list(found.stages) == ["fp"]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "stages"),
+    [
+        ("cifar10_oscillation", ["fp", "lsq", "obr", "dampening", "freezing", "cga"]),
+        ("cifar10_mckd", ["fp", "dsquant_logits_w2a2"]),
+    ],
+)
+def test_what_is_added_to_the_comparison_is_not_trained_by_recipes_that_extend_it(recipe, stages):
+    assert list(load_config(recipe).stages) == stages
+
+
 def test_a_recipe_that_extends_itself_is_an_error(tmp_path):
     recipe_at(tmp_path, "a", "extends: b.yaml\n")
     with pytest.raises(ConfigError, match="extends itself"):
