@@ -45,11 +45,12 @@ def adamw(w: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Ad
 
 
 class Column(IntEnum):
-    """Name the columns of a table of the tiles of a flat, float64 (tiles, 18), which native code reads.
+    """Name the columns of a table of the tiles of a flat, float64 (tiles, 19), which native code reads.
 
     A tile is `rows * cols` elements from START on, row r of group `(FIRST_GROUP + r) % N_GROUPS` of a weight whose groups lie
     from GROUP on in all scales, and whose bins lie from BIN on in all bins, N_BINS a group; its tracker begins at STATE.
-    N_GROUPS of 0: values that nothing quantizes. LATE: the scale is a statistic of what the step leaves.
+    N_GROUPS of 0: values that nothing quantizes. LATE: the scale is a statistic of what the step leaves. FACTOR: that of the
+    gradients of learned scales, where a tile is a whole weight with a group a row and `flat_whole` is to step it; else 0.
     """
 
     START = 0
@@ -70,6 +71,10 @@ class Column(IntEnum):
     PLAIN = 15
     LATE = 16
     PULL = 17
+    FACTOR = 18
+
+
+LONGEST_RUN = 16 * 1024  # of a group that `flat_whole` steps: what stays in a core's cache
 
 
 def flat_gather(
@@ -108,6 +113,42 @@ def flat_step(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class ScaleAdam:
+    """Hold the numbers of one step of the scales' Adam (`quant/state.py`); `rate` is the schedule's factor on their rates."""
+
+    rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    floor: float
+    step: int
+
+    def numbers(self) -> tuple[float, ...]:
+        """Return rate, beta1, beta2, both bias corrections, eps and the floor."""
+        corrections = 1 - self.beta1**self.step, 1 - self.beta2**self.step
+        return self.rate, self.beta1, self.beta2, *corrections, self.eps, self.floor
+
+
+def flat_whole(
+    w: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, image: Tensor, tracker: dict[str, Tensor | None],
+    scales: tuple[Tensor, Tensor, Tensor, Tensor], scale_adam: ScaleAdam, spread: float, tiles: Tensor, adamw: AdamWStep,
+    momentum: float, threshold: float | None, norms: Tensor | None, sums: Tensor, backend: str,
+) -> None:  # fmt: skip
+    """Take the whole step of tiles with a FACTOR, each byte read and written once: sums of a group, the step of its scale, and
+    what `flat_step` does, a group at a time. Native code on CPU has it.
+
+    Args:
+        scales: float32 (n_groups,) values, both moments, and rates. They stay as they are.
+        sums: float64 (3, n_groups) in a row: the next scales and their moments are put there.
+    """
+    limit = -1.0 if threshold is None else threshold
+    call(
+        "flat_whole", backend, w.device.type, w, grad, exp_avg, exp_avg_sq, image, *tracker.values(), *scales,
+        *scale_adam.numbers(), spread, tiles, *adamw.numbers(), momentum, limit, norms, sums,
+    )  # fmt: skip
+
+
 def flat_moments(w: Tensor, tiles: Tensor, sums: Tensor, backend: str) -> None:
     """Add to float64 `sums` (n_groups, 3) those of |w|, w and w^2 of a flat's late tiles."""
     call("flat_moments", backend, w.device.type, w, tiles, sums)
@@ -133,6 +174,10 @@ for _schema in (
     f"shard_flat_step(Tensor(a!) w, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) image, {_TRACKER}, "
     f"Tensor before, Tensor after, Tensor? centre, Tensor bins, float spread, Tensor tiles, {_ADAMW}, float momentum, "
     "float threshold, Tensor(e!)? norms, int isa) -> ()",
+    f"shard_flat_whole(Tensor(a!) w, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) image, {_TRACKER}, "
+    "Tensor scale, Tensor scale_avg, Tensor scale_avg_sq, Tensor scale_lr, float rate, float scale_beta1, float scale_beta2, "
+    f"float correction1, float correction2, float scale_eps, float floor, float spread, Tensor tiles, {_ADAMW}, "
+    "float momentum, float threshold, Tensor(e!)? norms, Tensor(f!) sums, int isa) -> ()",
     "shard_flat_moments(Tensor w, Tensor tiles, Tensor(a!) sums, int isa) -> ()",
     f"shard_flat_image(Tensor(a!) w, Tensor(b!) image, {_TRACKER}, Tensor scale, Tensor? centre, Tensor tiles, float momentum, "
     "float threshold, int isa) -> ()",

@@ -13,6 +13,7 @@ from torch import Tensor
 from dsquant.errors import CheckpointError
 from dsquant.spec import SCALE_FLOOR, ActivationSite, WeightSite
 
+ADAM_EPS = 1e-8
 BIASES = frozenset({"before", "after"})  # one value a feature, where scale and offset have one a group
 
 
@@ -97,11 +98,14 @@ class QuantState:
         """Return the activation part of the gradients divided by world_size, float64, ready to be summed over ranks."""
         return self.grads[: self.n_activation].double() / world_size
 
-    def update(self, where: slice | Tensor, lr_factor: float, betas: tuple[float, float], eps: float = 1e-8) -> None:
+    def update(
+        self, where: slice | Tensor, lr_factor: float, betas: tuple[float, float], eps: float = ADAM_EPS
+    ) -> None:
         """Step the values at `where` with the summed gradients there; no weight decay, scales stay positive.
 
-        adam: value -= lr * lr_factor * m_hat / (sqrt(v_hat) + eps). sgd, where gradient scales have an effect:
-        m = beta1 * m + g, value -= lr * lr_factor * m. Call `begin_step` once before the updates of a step.
+        adam: value -= lr * lr_factor * m_hat / (sqrt(v_hat) + eps), in float64, and what is kept rounded once, so that no
+        device and no instruction set has bits of its own. sgd, where gradient scales have an effect: m = beta1 * m + g,
+        value -= lr * lr_factor * m. Call `begin_step` once before the updates of a step.
         """
         beta1, beta2 = betas
         grad = self.grads[where]
@@ -109,11 +113,13 @@ class QuantState:
             self.exp_avg[where] = m = self.exp_avg[where].mul(beta1).add_(grad)
             self._put(where, self.values[where] - self.lr[where] * lr_factor * m)
             return
-        m = self.exp_avg[where].mul(beta1).add_(grad, alpha=1 - beta1)
-        v = self.exp_avg_sq[where].mul(beta2).addcmul_(grad, grad, value=1 - beta2)
+        grad = grad.double()
+        m = self.exp_avg[where].double().mul_(beta1).add_(grad, alpha=1 - beta1).float()
+        v = self.exp_avg_sq[where].double().mul_(beta2).addcmul_(grad, grad, value=1 - beta2).float()
         self.exp_avg[where], self.exp_avg_sq[where] = m, v
-        m_hat, v_hat = m / (1 - beta1**self.step_count), v / (1 - beta2**self.step_count)
-        self._put(where, self.values[where] - self.lr[where] * lr_factor * m_hat / (v_hat.sqrt() + eps))
+        m_hat, v_hat = m.double() / (1 - beta1**self.step_count), v.double() / (1 - beta2**self.step_count)
+        away = self.lr[where].double() * lr_factor * m_hat / (v_hat.sqrt() + eps)
+        self._put(where, (self.values[where] - away).float())
 
     def _put(self, where: slice | Tensor, new: Tensor) -> None:
         self.values[where] = torch.where(self._is_scale[where], new.clamp(min=SCALE_FLOOR), new)

@@ -1,8 +1,10 @@
-"""The shard step in native code, where the inner optimizer is AdamW: two passes over a flat, however many weights lie in it.
+"""The shard step in native code, where the inner optimizer is AdamW, however many weights lie in a flat.
 
-The first reads weights, gradients and codes for the sums that are reduced over ranks; the second does all the rest and writes
-each byte once. Latents stay where they are and images take the gradient's place, which nobody reads after the step: between
-the step and its end (`ShardQuantization.finish_step`) the flat's `data` is the images, so nothing is copied back.
+On CPU a weight that one rank has all of, a learned scale a row, is stepped in one pass, scales and all: a row stays in the
+core's cache between what is summed over it and what the sums decide. Of other weights a first pass reads weights, gradients
+and codes for the sums that are reduced over ranks; a second does all the rest and writes each byte once. Latents stay where
+they are and images take the gradient's place, which nobody reads after the step: between the step and its end
+(`ShardQuantization.finish_step`) the flat's `data` is the images, so nothing is copied back.
 """
 
 from collections.abc import Mapping
@@ -10,13 +12,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dsquant.config import QuantConfig
 from dsquant.ops import backends, shard_step
-from dsquant.ops.shard_step import Column
-from dsquant.quant.state import QuantState
+from dsquant.ops.shard_step import LONGEST_RUN, AdamWStep, Column
 from dsquant.shard.native_step import next_step
 from dsquant.shard.oscillation import TrackerState
 from dsquant.shard.regularizers import Regularizer
+from dsquant.shard.scale_step import ScaleStep
 from dsquant.shard.weight_quantizers import ShardedWeight
+
+
+def lies_whole(weight: ShardedWeight) -> bool:
+    """Say whether this rank has all of a weight with a learned scale a row, so that one pass can step it."""
+    if not weight.learned or weight.fragment is None or weight.fragment.numel != weight.site.numel:
+        return False
+    rows, cols = weight.tiles[0].shape
+    return rows == weight.n_groups and cols <= LONGEST_RUN
 
 
 class FlatStore:
@@ -26,11 +37,13 @@ class FlatStore:
         flat: float32, of any shape; `weights` are this rank's quantized weights in it.
         places: of each weight, its number among all of a step and where its groups begin.
         in_place: the flat holds images between steps, not latents.
+        factors: of the gradients of scales, by weight, where one pass steps it.
     """
 
     def __init__(
-        self, flat: Tensor, weights: list[ShardedWeight], places: Mapping[str, tuple[int, int]], in_place: bool
-    ):
+        self, flat: Tensor, weights: list[ShardedWeight], places: Mapping[str, tuple[int, int]], in_place: bool,
+        factors: Mapping[str, float],
+    ):  # fmt: skip
         self.flat, self.in_place = flat, in_place
         self.weights = sorted(weights, key=lambda w: w.fragment.start)
         self.latents = self.images = None
@@ -40,12 +53,17 @@ class FlatStore:
         self.rest: list[slice] = []  # of the flat, that nothing quantizes
         rows, done, tracked = [], 0, 0
         for weight in self.weights:
-            start, numel = weight.fragment.start, weight.fragment.numel
-            rows += self._plain_row(done, start) + weight.table_rows(start, tracked, *places[weight.site.name])
+            start, numel, name = weight.fragment.start, weight.fragment.numel, weight.site.name
+            rows += self._plain_row(done, start) + weight.table_rows(start, tracked, *places[name])
+            rows[-1][Column.FACTOR] = factors.get(name, 0.0)
             done, tracked = start + numel, tracked + numel
         rows += self._plain_row(done, flat.numel())
         self.tiles = torch.tensor(rows, dtype=torch.float64)
         self.weight_of = self.tiles[:, Column.WEIGHT].long()
+        self.quantized = (self.tiles[:, Column.N_GROUPS] > 0).double()
+        whole = self.tiles[:, Column.FACTOR] != 0
+        self.any_in_one_pass, self.any_in_two = bool(whole.any()), not bool(whole.all())
+        self.any_to_gather = bool((self.quantized[~whole] > 0).any())
         self.tracked = tracked
 
     def _plain_row(self, start: int, stop: int) -> list[list[float]]:
@@ -112,24 +130,37 @@ class FlatStore:
 
 
 class FlatStep:
-    """Step some flats, all on one device, with an AdamW, quantized weights and all, by native code."""
+    """Step some flats, all on one device, with an AdamW, quantized weights and all, by native code.
+
+    Args:
+        in_flat: the weights of each flat, also those that this rank has nothing of.
+        in_one_pass: names of weights that the rank which has them steps in one pass, and tells the others the scales.
+    """
 
     def __init__(
-        self, flats: list[Tensor], in_flat: Mapping[int, list[ShardedWeight]], state: QuantState, in_place: bool
-    ):
-        self.flats, self.state = flats, state
-        self.device = flats[0].device if flats else state.values.device
-        self.weights = [w for flat in flats for w in in_flat[id(flat)]]  # also those that this rank has nothing of
-        places, self.n_groups = {}, 0
+        self, flats: list[Tensor], in_flat: Mapping[int, list[ShardedWeight]], scales: ScaleStep, config: QuantConfig,
+        in_place: bool, in_one_pass: frozenset[str],
+    ):  # fmt: skip
+        self.flats, self.scales, self.state, self.config = flats, scales, scales.state, config
+        self.device = flats[0].device if flats else self.state.values.device
+        self.weights = [w for flat in flats for w in in_flat[id(flat)]]
+        self.in_one_pass = in_one_pass & {w.site.name for w in self.weights}
+        places, factors, self.n_groups = {}, {}, 0
         for index, weight in enumerate(self.weights):
-            places[weight.site.name] = index, self.n_groups
+            name = weight.site.name
+            places[name] = index, self.n_groups
             self.n_groups += weight.n_groups
+            if name in self.in_one_pass:
+                factors[name] = scales.factor(weight)
+        self.n_sums = 3 * self.n_groups if factors else 2 * self.n_groups
         self.stores: dict[int, FlatStore] = {}
         for flat in flats:
             if mine := [w for w in in_flat[id(flat)] if w.fragment is not None]:
-                self.stores[id(flat)] = FlatStore(flat, mine, places, in_place)
+                self.stores[id(flat)] = FlatStore(flat, mine, places, in_place, factors)
+        self._shares: list[tuple[float, float, float]] = []  # of each weight in the regularizers' strengths
         self._scales, self._centres = (self._entries(role) for role in ("scale", "centre"))
-        self._norms: dict[int, Tensor | None] = {}
+        self._norms: dict[int, Tensor] = {}
+        self._numbers: dict[int, tuple[Tensor, tuple[Tensor, Tensor], AdamWStep]] = {}  # each flat's moments and step
         self._buffer = torch.empty(0, dtype=torch.float64)
         self.backend = backends.choose("shard_step", self.device.type)
 
@@ -150,77 +181,107 @@ class FlatStep:
                 found.append(entry.slice)
         return found if any_of_them else []
 
-    def _values(self, entries: list[slice | int]) -> Tensor | None:
-        """Return a copy of the values of a role, float32 (n_groups,) on the device of the flats; 0 where a weight has none."""
+    def _values(self, entries: list[slice | int], of: Tensor | None = None) -> Tensor | None:
+        """Return a copy of the values of a role, float32 (n_groups,) on the device of the flats; 0 where a weight has none.
+
+        `of`: the state's values, or another of its tensors.
+        """
         if not entries:
             return None
-        values = self.state.values
+        values = self.state.values if of is None else of
         return torch.cat([values[e] if isinstance(e, slice) else values.new_zeros(e) for e in entries]).to(self.device)
 
-    def begin(self, latents: Mapping[str, Tensor]) -> None:
-        """Have the flats hold their latents."""
+    def begin(self, latents: Mapping[str, Tensor], inner: torch.optim.AdamW) -> None:
+        """Have the flats hold their latents, and count a step of each."""
         for store in self.stores.values():
             store.begin(latents)
-
-    def gather(self, regularizer: Regularizer, sizes: bool, room: int) -> Tensor:
-        """Return this rank's sums over all weights, as `ShardQuantization._gather_sums` defines them for one.
-
-        They are (2, groups) and (2, bins) in a row, float64, with `room` for other values behind them: a buffer that the next
-        step takes again.
-        """
-        self._scale, self._centre = self._values(self._scales), self._values(self._centres)
-        self._spread = [regularizer.spread(w) for w in self.weights]
-        held = [w.n_bins if s else 0 for w, s in zip(self.weights, self._spread, strict=True)]
-        self._pull = [regularizer.pull(w) for w in self.weights]
-        first, size = [], 0
-        for weight, n_bins in zip(self.weights, held, strict=True):
-            first.append(size)
-            size += weight.n_groups * n_bins
-        columns = torch.tensor([first, held, self._pull], dtype=torch.float64)
-        if self._buffer.numel() != 2 * (self.n_groups + size) + room:
-            self._buffer = torch.empty(2 * (self.n_groups + size) + room, dtype=torch.float64, device=self.device)
-        sums, bins, _ = self._buffer.zero_().split([2 * self.n_groups, 2 * size, room])
-        for store in self.stores.values():
-            quantized = (store.tiles[:, Column.N_GROUPS] > 0).double()
-            wanted = columns[:, store.weight_of] * quantized
-            store.tiles[:, Column.BIN], store.tiles[:, Column.N_BINS], store.tiles[:, Column.PULL] = wanted
-            shard_step.flat_gather(
-                store.latents, store.flat.grad, store.state["codes"], store.state["frozen"], self._scale, self._centre,
-                store.tiles, sizes, sums, bins, self.backend,
-            )  # fmt: skip
-        return self._buffer
-
-    def prepare(self, bins: Tensor, regularizer: Regularizer) -> None:
-        """Note what the regularizers' gradient is formed with; `bins` are over all shards."""
-        self._bins = bins.to(self.device).contiguous()
-        pulled = [w.fragment is not None and bool(p or s)
-                  for w, p, s in zip(self.weights, self._pull, self._spread, strict=True)]  # fmt: skip
-        self._norms = {i: regularizer.new_norms(w) for i, w in enumerate(self.weights) if pulled[i]}
-
-    def step(self, inner: torch.optim.AdamW, momentum: float, threshold: float | None) -> None:
-        """Step every flat; weights whose scale is a statistic have no image yet."""
-        after = self._values(self._scales)
-        observed = any(norms is not None for norms in self._norms.values())
-        shape = len(self.weights), 2
-        norms = torch.zeros(shape, dtype=torch.float64, device=self.device) if observed else None
+        self._numbers = {}
         for group in inner.param_groups:
             for flat in group["params"]:
-                if flat.grad is None:
-                    continue
-                state, numbers = next_step(inner, flat, group)
-                moments = state["exp_avg"], state["exp_avg_sq"]
-                store = self.stores.get(id(flat))
-                if store is None:
-                    parts = (flat.data, flat.grad, *moments)
-                    shard_step.adamw(*(part.view(-1) for part in parts), numbers, self.backend)
-                    continue
+                if flat.grad is not None:
+                    state, numbers = next_step(inner, flat, group)
+                    self._numbers[id(flat)] = flat, (state["exp_avg"], state["exp_avg_sq"]), numbers
+
+    def first_pass(self, regularizer: Regularizer, threshold: float | None, lr_factor: float, room: int) -> Tensor:
+        """Step the weights that lie whole, and return what is to be added up over ranks.
+
+        That is, float64 and in a row: (2, groups) and (2, bins), this rank's sums of the other weights, as
+        `ShardQuantization._gather_sums` defines them for one; where any weight lies whole (3, groups) and (2, bins), in which
+        its scales are the next ones and their moments; and `room` for other values: a buffer that the next step takes again.
+        """
+        self._scale, self._centre = self._values(self._scales), self._values(self._centres)
+        bins = self._plan(regularizer)
+        if self._buffer.numel() != self.n_sums + bins + room:
+            self._buffer = torch.empty(self.n_sums + bins + room, dtype=torch.float64, device=self.device)
+        sums, bins, _ = self._buffer.zero_().split([self.n_sums, bins, room])
+        self._norms, self._squares = {}, None
+        if regularizer.observed:
+            self._norms = {
+                i: regularizer.new_norms(w)
+                for i, w in enumerate(self.weights)
+                if w.fragment is not None and (self._pull[i] or self._spread[i])
+            }
+            self._squares = torch.zeros(len(self.weights), 2, dtype=torch.float64, device=self.device)
+        if any(store.any_in_one_pass for store in self.stores.values()):
+            self._step_whole(sums, threshold, lr_factor)
+        for store in self.stores.values():
+            if store.any_to_gather:
+                shard_step.flat_gather(
+                    store.latents, store.flat.grad, store.state["codes"], store.state["frozen"], self._scale, self._centre,
+                    store.tiles, self.config.grad_scale == "mdq", sums[: 2 * self.n_groups], bins, self.backend,
+                )  # fmt: skip
+        return self._buffer
+
+    def _plan(self, regularizer: Regularizer) -> int:
+        """Put this step's regularizers into the tables of tiles; return how many values bins take in what is added up."""
+        if not self._shares:
+            self._shares = [regularizer.shares(w) for w in self.weights]
+        obr, dampening = regularizer.strengths
+        self._pull = [obr * of_obr + dampening * damped for of_obr, damped, _ in self._shares]
+        self._spread = [obr * varied for *_, varied in self._shares]
+        first, held, size = [], [], 0
+        for weight, spread in zip(self.weights, self._spread, strict=True):
+            first.append(size)
+            held.append(weight.n_bins if spread else 0)
+            if weight.site.name not in self.in_one_pass:
+                size += weight.n_groups * held[-1]
+        columns = torch.tensor([first, held, self._pull], dtype=torch.float64)
+        for store in self.stores.values():
+            wanted = columns[:, store.weight_of] * store.quantized
+            store.tiles[:, Column.BIN], store.tiles[:, Column.N_BINS], store.tiles[:, Column.PULL] = wanted
+        return 2 * size
+
+    def _step_whole(self, sums: Tensor, threshold: float | None, lr_factor: float) -> None:
+        moments = (self._values(self._scales, of) for of in (self.state.exp_avg, self.state.exp_avg_sq, self.state.lr))
+        scales, adam = (self._scale, *moments), self.scales.adam(lr_factor)
+        for key, store in self.stores.items():
+            if store.any_in_one_pass:
+                flat, moments, numbers = self._numbers[key]
+                shard_step.flat_whole(
+                    store.latents, flat.grad, *moments, store.images, store.state, scales, adam, max(self._spread),
+                    store.tiles, numbers, self.config.oscillation.momentum, threshold, self._squares, sums, self.backend,
+                )  # fmt: skip
+
+    def prepare(self, bins: Tensor) -> None:
+        """Note what bins hold over all ranks."""
+        self._bins = bins.to(self.device).contiguous()
+
+    def second_pass(self, threshold: float | None) -> None:
+        """Step all that the first pass did not; weights whose scale is a statistic have no image yet."""
+        after = self._values(self._scales)
+        for key, (flat, moments, numbers) in self._numbers.items():
+            store = self.stores.get(key)
+            if store is None:
+                parts = (flat.data, flat.grad, *moments)
+                shard_step.adamw(*(part.view(-1) for part in parts), numbers, self.backend)
+            elif store.any_in_two:
                 shard_step.flat_step(
                     store.latents, flat.grad, *moments, store.images, store.state, self._scale, after, self._centre,
-                    self._bins, max(self._spread), store.tiles, numbers, momentum, threshold, norms, self.backend,
+                    self._bins, max(self._spread), store.tiles, numbers, self.config.oscillation.momentum, threshold,
+                    self._squares, self.backend,
                 )  # fmt: skip
         for index, found in self._norms.items():
-            if found is not None:
-                found.copy_(norms[index])
+            found.copy_(self._squares[index])
 
     def moments(self, weights: list[ShardedWeight]) -> Tensor:
         """Return this rank's sums of |w|, w and w^2, float64 (groups, 3), of weights whose scales are statistics."""
@@ -233,13 +294,14 @@ class FlatStep:
         parts = zip(self.weights, found.split([w.n_groups for w in self.weights]), strict=True)
         return torch.cat([part for weight, part in parts if id(weight) in wanted])
 
-    def finish(self, momentum: float, threshold: float | None) -> dict[str, Tensor]:
+    def finish(self, threshold: float | None) -> dict[str, Tensor]:
         """Form the images that are missing, have the flats hold images, and return the latents by name."""
         late, found = any(not w.learned for w in self.weights), {}
         scale, centre = (self._values(of) for of in (self._scales, self._centres)) if late else (None, None)
         for store in self.stores.values():
             if late:
                 parts = (store.latents, store.images, store.state)
+                momentum = self.config.oscillation.momentum
                 shard_step.flat_image(*parts, scale, centre, store.tiles, momentum, threshold, self.backend)
             store.show_images()
             found |= store.of_weights

@@ -15,7 +15,7 @@ from dsquant.errors import ShardError
 from dsquant.ops import backends
 from dsquant.ops.fake_quantize import near_boundary
 from dsquant.quant.state import SCALE_FLOOR, QuantState
-from dsquant.shard.flat_step import FlatStep
+from dsquant.shard.flat_step import FlatStep, lies_whole
 from dsquant.shard.fragments import Fragment, ShardMap, part_of
 from dsquant.shard.native_step import can_step, step_float, write_image
 from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, track
@@ -125,6 +125,7 @@ class ShardQuantization:
         self._held: dict[str, tuple[Tensor, Tensor]] = {}  # CGA: which weights may move, and where all were
         self._flat: FlatStep | None = None  # of the step that is being taken, where native code takes it
         self._flat_steps: dict[tuple[int, ...], FlatStep] = {}  # by their flats
+        self._in_one_pass: frozenset[str] | None = None  # weights, once the ranks have agreed on them
         self._shown: list[FlatStep] = []  # whose flats hold images
         self.regularizer = Regularizer(config.obr, config.oscillation.dampening)
 
@@ -230,45 +231,58 @@ class ShardQuantization:
     def step(self, flats: list[Tensor], inner: torch.optim.Optimizer) -> None:
         """Step the flats by the inner optimizer, with what quantization does before and after it."""
         in_one_place = len({flat.device for flat in flats}) <= 1
-        if in_one_place and can_step(inner, flats) and not self.config.oscillation.cga.enabled:
+        native = in_one_place and can_step(inner, flats) and not self.config.oscillation.cga.enabled
+        if self._in_one_pass is None:
+            self._in_one_pass = self._agree_on_one_pass(native)
+        if native:
             self._flat = self._flat_step(flats)
+            self._flat.begin(self._latents, inner)
         self.before_inner_step(flats)
         if self._flat is not None:
-            self._flat.step(inner, self.config.oscillation.momentum, self._threshold)
+            self._flat.second_pass(self._threshold)
         else:
             inner.step()
         self.after_inner_step(flats)
         self._flat = None
 
+    def _agree_on_one_pass(self, native: bool) -> frozenset[str]:
+        """Return the weights that one rank has all of and steps in one pass; all ranks must expect the same of each."""
+        able = native and self.state.optimizer == "adam" and self.config.grad_scale != "mdq"
+        mine = [
+            able and (w.fragment is None or (w.backend in backends.ON_CPU and lies_whole(w)))
+            for w in self.weights.values()
+        ]
+        agreed = self._all_reduce(torch.tensor(mine, dtype=torch.int64), dist.ReduceOp.MIN).tolist()
+        return frozenset(name for name, every in zip(self.weights, agreed, strict=True) if every)
+
     def _flat_step(self, flats: list[Tensor]) -> FlatStep:
         key = tuple(id(flat) for flat in flats)
         if key not in self._flat_steps:
-            self._flat_steps[key] = FlatStep(flats, self._in_flat, self.state, self.shards.in_place)
+            self._flat_steps[key] = FlatStep(
+                flats, self._in_flat, self._scales, self.config, self.shards.in_place, self._in_one_pass
+            )
         return self._flat_steps[key]
 
     @torch.no_grad()
     def before_inner_step(self, flats: list[Tensor]) -> None:
         """Turn the gradients of the images in `flat.grad` into those of the latents, and step the scales.
 
-        A native step does the former itself, and is told how here.
+        A native step does the former itself, and is told how here; it may also step weights, scales and all.
         """
         weights = [w for flat in flats for w in self._in_flat[id(flat)]]
-        if self._flat is not None:
-            self._flat.begin(self._latents)
-        elif self.shards.in_place:
+        if self._flat is None and self.shards.in_place:
             for weight in weights:
                 weight.fragment.values.copy_(self.latent(weight))
         with_activations = self._activations_pending
         if not (weights or with_activations):
             return
-        room = self.state.n_activation if with_activations else 0
-        payload = self._gather_all(weights, room)
         if with_activations:
             self.state.begin_step()
+        room = self.state.n_activation if with_activations else 0
+        payload, n_sums = self._first_pass(weights, room)
+        if with_activations:
             payload[payload.numel() - room :] = self.state.take_activation_grads(self.world_size)
-        n_groups = sum(weight.n_groups for weight in weights)
-        sizes = [2 * n_groups, payload.numel() - room - 2 * n_groups, room]
-        groups, bins, activations = self._sum(payload).split(sizes)
+        groups, bins, activations = self._sum(payload).split([n_sums, payload.numel() - room - n_sums, room])
         if with_activations:
             self.state.grads[:room] = activations.float()
             self.state.update(slice(0, room), self._lr_factor, self.betas)
@@ -276,20 +290,25 @@ class ShardQuantization:
         if not weights:
             return
         if self._flat is not None:
-            self._flat.prepare(bins.view(2, -1), self.regularizer)
+            self._flat.prepare(bins)
         else:
             self._prepare(weights, bins.view(2, -1))
-        self._scales.step(weights, groups.view(2, -1), self._lr_factor)
+        stepped = frozenset() if self._flat is None else self._flat.in_one_pass
+        n_groups = sum(weight.n_groups for weight in weights)
+        self._scales.step(weights, groups.view(-1, n_groups), self._lr_factor, stepped)
 
-    def _gather_all(self, weights: list[ShardedWeight], room: int) -> Tensor:
-        """Return what `_gather_sums` says of all weights, (2, groups) and (2, bins) in a row, with room for other values."""
+    def _first_pass(self, weights: list[ShardedWeight], room: int) -> tuple[Tensor, int]:
+        """Return what `_gather_sums` says of all weights, (2, groups) and (2, bins) in a row, with room for other values behind.
+
+        And how many values come before the bins: of a native step also what `FlatStep.first_pass` says.
+        """
         device = self.state.values.device
         if self._flat is not None:
-            found = self._flat.gather(self.regularizer, self.config.grad_scale == "mdq", room)
-            return (found if self.contributes else found.zero_()).to(device)
+            found = self._flat.first_pass(self.regularizer, self._threshold, self._lr_factor, room)
+            return (found if self.contributes else found.zero_()).to(device), self._flat.n_sums
         sums = [self._gather_sums(weight) for weight in weights]
-        parts = [torch.cat(of, dim=1).view(-1) for of in zip(*sums, strict=True)]
-        return torch.cat([*parts, torch.zeros(room, dtype=torch.float64, device=device)])
+        groups, bins = (torch.cat(of, dim=1).view(-1) for of in zip(*sums, strict=True))
+        return torch.cat([groups, bins, torch.zeros(room, dtype=torch.float64, device=device)]), groups.numel()
 
     def _prepare(self, weights: list[ShardedWeight], bins: Tensor) -> None:
         """Add the regularizers' gradient; `bins` (2, all bins) are over all shards."""
@@ -347,7 +366,7 @@ class ShardQuantization:
                 weight.fragment.values.copy_(torch.where(free, weight.fragment.values, before))
         self._take_statistics(weights)
         if self._flat is not None:
-            self._latents |= self._flat.finish(self.config.oscillation.momentum, self._threshold)
+            self._latents |= self._flat.finish(self._threshold)
             self._shown.append(self._flat)
             return
         for weight in weights:

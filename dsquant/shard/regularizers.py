@@ -96,29 +96,42 @@ class Regularizer:
     def __init__(self, obr: ObrConfig, dampening: DampeningConfig):
         self.obr, self.dampening = obr, dampening
         self._strengths = 0.0, 0.0
-        self._observed = False
+        self.observed = False  # whether this step measures norms
         self.norms: dict[str, Tensor] = {}
 
     def begin_step(self, progress: float, observe: bool) -> None:
         """Fix the strengths at a share of the stage; `observe` has this step measure norms."""
         self._strengths = regularizer_weight(self.obr, progress), regularizer_weight(self.dampening, progress)
-        self._observed = observe
+        self.observed = observe
         if observe:
             self.norms.clear()
 
+    @property
+    def strengths(self) -> tuple[float, float]:
+        """Return lambda of OBR and of dampening at this step."""
+        return self._strengths
+
+    def shares(self, weight: "ShardedWeight") -> tuple[float, float, float]:
+        """Return what a weight takes of the strengths: of OBR's and of dampening's for the factor of (w_hat - w)^2, and of OBR's
+        for that of its variance term.
+        """
+        site, n_bits = weight.site, weight.site.spec.n_bits
+        numel, rows = site.numel // site.fused, site.shape[0] // site.fused
+        by_obr, damped = n_bits <= self.obr.max_bits, n_bits <= self.dampening.max_bits
+        return (
+            self.obr.mse_weight / divisor(self.obr.aggregation, numel, rows) if by_obr else 0.0,
+            1 / divisor(self.dampening.aggregation, numel, rows) if damped else 0.0,
+            self.obr.variance_weight if by_obr else 0.0,
+        )
+
     def spread(self, weight: "ShardedWeight") -> float:
         """Return the factor of the variance term of OBR at this step; 0 where it is off for this weight."""
-        return self._strengths[0] * self.obr.variance_weight if weight.site.spec.n_bits <= self.obr.max_bits else 0.0
+        return self._strengths[0] * self.shares(weight)[2]
 
     def pull(self, weight: "ShardedWeight") -> float:
         """Return the factor of (w_hat - w)^2 at this step, of OBR and of dampening together."""
-        site, n_bits, found = weight.site, weight.site.spec.n_bits, 0.0
-        numel, rows = site.numel // site.fused, site.shape[0] // site.fused
-        if n_bits <= self.obr.max_bits:
-            found += self._strengths[0] * self.obr.mse_weight / divisor(self.obr.aggregation, numel, rows)
-        if n_bits <= self.dampening.max_bits:
-            found += self._strengths[1] / divisor(self.dampening.aggregation, numel, rows)
-        return found
+        of_obr, damped, _ = self.shares(weight)
+        return self._strengths[0] * of_obr + self._strengths[1] * damped
 
     def add(self, weight: "ShardedWeight", bins: Tensor) -> None:
         """Add to this rank's gradient of a weight; `bins` (2, n_groups * n_bins) are over all shards, (2, 0) without spread."""
@@ -134,7 +147,7 @@ class Regularizer:
 
     def new_norms(self, weight: "ShardedWeight") -> Tensor | None:
         """Return where a weight's squared norms of this step are to be added up, or None where it is not observed."""
-        if not self._observed:
+        if not self.observed:
             return None
         found = self.norms[weight.site.name] = torch.zeros(2, dtype=torch.float64, device=weight.device)
         return found

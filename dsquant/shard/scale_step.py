@@ -1,11 +1,33 @@
 """The step of weight scales, all of them at once, from sums over all shards: those that are learned, and statistics."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from dsquant.ops.shard_step import ScaleAdam
 from dsquant.quant.modules import lsq_grad_scale, mdq_grad_scale
-from dsquant.quant.state import SCALE_FLOOR, QuantState
+from dsquant.quant.state import ADAM_EPS, SCALE_FLOOR, QuantState
 from dsquant.shard.weight_quantizers import ShardedWeight, half_of, statistic_scale
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Say which columns of sums over all weights are of some of them (None: all), and where their scales lie in the state."""
+
+    columns: Tensor | None
+    where: slice | Tensor
+
+    @classmethod
+    def of(cls, state: QuantState, weights: list[ShardedWeight], some: list[ShardedWeight]) -> "_Part":
+        if len(some) == len(weights):
+            return cls(None, places(state, some, "scale"))
+        wanted = {w.site.name for w in some}
+        mine = torch.cat([torch.full((w.n_groups,), w.site.name in wanted) for w in weights])
+        return cls(mine.nonzero().view(-1).to(state.values.device), places(state, some, "scale"))
+
+    def columns_of(self, sums: Tensor) -> Tensor:
+        return sums if self.columns is None else sums[:, self.columns]
 
 
 class ScaleStep:
@@ -19,33 +41,39 @@ class ScaleStep:
 
     def __init__(self, state: QuantState, grad_scale: str, betas: tuple[float, float]):
         self.state, self.grad_scale, self.betas = state, grad_scale, betas
-        self._known: dict[tuple[str, ...], tuple[Tensor | None, slice | Tensor, Tensor]] = {}
+        self._known: dict[tuple, tuple[_Part, Tensor, _Part]] = {}
 
-    def step(self, weights: list[ShardedWeight], sums: Tensor, lr_factor: float) -> None:
-        """Step by float64 `sums` (2, groups of all weights): d scale and |w|_1, over all shards."""
-        key = tuple(w.site.name for w in weights)
+    def adam(self, lr_factor: float) -> ScaleAdam:
+        """Return the numbers by which native code takes the present step."""
+        return ScaleAdam(lr_factor, *self.betas, ADAM_EPS, SCALE_FLOOR, self.state.step_count)
+
+    def step(
+        self, weights: list[ShardedWeight], sums: Tensor, lr_factor: float, stepped: frozenset[str] = frozenset()
+    ) -> None:  # fmt: skip
+        """Step by float64 `sums` (2, groups of all weights): d scale and |w|_1, over all shards.
+
+        Of `stepped` weights, which native code has stepped by `adam`, they are (3, groups): the next scales and their moments.
+        """
+        key = stepped, *(w.site.name for w in weights)
         if key not in self._known:
-            self._known[key] = self._learned_among(weights)
-        columns, where, factor = self._known[key]
-        if not factor.numel():
-            return
-        d_scale, norm = sums if columns is None else sums[:, columns]
-        if self.grad_scale == "mdq":
-            factor = mdq_grad_scale(norm, factor)
-        self.state.grads[where] = (d_scale * factor).float()
-        self.state.update(where, lr_factor, self.betas)
+            ours = [w for w in weights if w.learned and w.site.name not in stepped]
+            factors = [torch.full((w.n_groups,), self.factor(w), dtype=torch.float64) for w in ours]
+            factor = torch.cat([torch.zeros(0, dtype=torch.float64), *factors]).to(self.state.values.device)
+            theirs = [w for w in weights if w.site.name in stepped]
+            self._known[key] = _Part.of(self.state, weights, ours), factor, _Part.of(self.state, weights, theirs)
+        part, factor, taken = self._known[key]
+        if stepped:
+            values = taken.columns_of(sums)
+            for tensor, row in zip((self.state.values, self.state.exp_avg, self.state.exp_avg_sq), values, strict=True):
+                tensor[taken.where] = row.float()
+        if factor.numel():
+            d_scale, norm = part.columns_of(sums[:2])
+            if self.grad_scale == "mdq":
+                factor = mdq_grad_scale(norm, factor)
+            self.state.grads[part.where] = (d_scale * factor).float()
+            self.state.update(part.where, lr_factor, self.betas)
 
-    def _learned_among(self, weights: list[ShardedWeight]) -> tuple[Tensor | None, slice | Tensor, Tensor]:
-        """Return which columns of the sums are of learned scales (None: all), where these lie, and their gradients' factors."""
-        device, learned = self.state.values.device, [w for w in weights if w.learned]
-        factor = torch.zeros(0, dtype=torch.float64)
-        for weight in learned:
-            factor = torch.cat([factor, torch.full((weight.n_groups,), self._factor(weight), dtype=torch.float64)])
-        columns = torch.cat([torch.full((w.n_groups,), w.learned) for w in weights]).nonzero().view(-1)
-        all_of_them = None if len(learned) == len(weights) else columns.to(device)
-        return all_of_them, places(self.state, learned, "scale"), factor.to(device)
-
-    def _factor(self, weight: ShardedWeight) -> float:
+    def factor(self, weight: ShardedWeight) -> float:
         """Return the factor of the gradient of a weight's scales, or what mdq's follows from: qmax."""
         per_group, qmax = weight.site.numel // weight.n_groups, weight.site.spec.grad_qmax
         if self.grad_scale == "mdq":

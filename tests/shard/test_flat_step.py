@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsquant.ops import backends, shard_step
-from dsquant.ops.shard_step import AdamWStep, Column
+from dsquant.ops.shard_step import AdamWStep, Column, ScaleAdam
 from dsquant.shard.flat_step import FlatStore
 from dsquant.shard.oscillation import TrackerState
 from dsquant.spec import QuantSpec
@@ -115,7 +115,7 @@ def test_images_may_take_the_place_of_the_gradient(isa, how):
 def test_a_gradient_that_is_kept_is_zero_after_a_step_and_no_image():
     """DeepSpeed keeps those of offloaded and of bfloat16 masters, and copies or adds to them; others it lets go of."""
     flat = torch.nn.Parameter(torch.randn(6))
-    store, place, latents = FlatStore(flat, [], {}, in_place=False), flat.data_ptr(), flat.detach().clone()
+    store, place, latents = FlatStore(flat, [], {}, in_place=False, factors={}), flat.data_ptr(), flat.detach().clone()
     for kept in (True, False):
         flat.grad = grad = torch.randn(6)
         store.begin({})
@@ -270,6 +270,21 @@ def test_tiles_that_do_not_lie_in_their_flat_are_refused(backend):
         shard_step.flat_step(w, grad, m, v, image, tracker, w, w, None, bins, 0.0, rows, step, 0.1, None, None, backend)
 
 
+@pytest.mark.parametrize("odd", [{"N_GROUPS": 4}, {"LATE": 1}, {"ROWS": 6, "COLS": 4}], ids=str)
+def test_a_tile_that_is_not_all_of_its_groups_is_not_stepped_in_one_pass(odd):
+    require(backends.PORTABLE)
+    w, grad, m, v, image, frequency = torch.zeros(6, 24)
+    scale, codes = torch.ones(4), torch.zeros(24, dtype=torch.int8)
+    rows = table([{"ROWS": 3, "COLS": 8, "N_GROUPS": 3, "FACTOR": 0.5} | odd], QuantSpec(2).levels)
+    tracker = vars(TrackerState(codes, codes.clone(), frequency))
+    sums, adam = torch.zeros(12, dtype=torch.float64), ScaleAdam(1.0, 0.9, 0.999, 1e-8, 1e-6, 1)
+    step = AdamWStep(1e-3, 0.9, 0.999, 1e-8, 0.0, 1)
+    with pytest.raises(RuntimeError, match="tile 0 does not hold all of its groups"):
+        shard_step.flat_whole(
+            w, grad, m, v, image, tracker, (scale,) * 4, adam, 0.0, rows, step, 0.1, None, None, sums, backends.PORTABLE
+        )
+
+
 def test_operators_of_flats_pass_torchs_checks():
     require(backends.PORTABLE)
     w, grad, m, v, image, frequency = torch.rand(6, 24)
@@ -279,12 +294,18 @@ def test_operators_of_flats_pass_torchs_checks():
     grid = {Column.QMIN: -2, Column.QMAX: 1, Column.LOW: -2, Column.HIGH: 1}
     for column, value in {Column.ROWS: 3, Column.COLS: 8, Column.N_GROUPS: 3, Column.N_BINS: 4, **grid}.items():
         rows[0, column] = value
+    whole = rows.clone()
+    whole[0, Column.FACTOR] = 0.5
     sums, bins = torch.zeros(2, 3, dtype=torch.float64), torch.ones(2, 12, dtype=torch.float64)
     ops, adam = torch.ops.dsquant, (0.999, 0.9, 0.999, 0.1, 1e-8, 1e-3)
     for op, arguments in {
         ops.shard_flat_gather: (w, grad, codes, None, scale, None, rows, True, sums, bins, 0),
         ops.shard_flat_step: (
             w, grad, m, v, image, *tracker, scale, scale.clone(), None, bins, 0.1, rows, *adam, 0.1, -1.0, None, 0
+        ),
+        ops.shard_flat_whole: (
+            w, grad, m, v, image, *tracker, scale, scale.clone(), scale.clone(), scale.clone(), 1.0, 0.9, 0.999, 0.1, 0.1, 1e-8,
+            1e-6, 0.1, whole, *adam, 0.1, -1.0, None, torch.zeros(9, dtype=torch.float64), 0
         ),
         ops.shard_flat_moments: (w, rows, torch.zeros(3, 3, dtype=torch.float64), 0),
         ops.shard_flat_image: (w, image, *tracker, scale, None, rows, 0.1, -1.0, 0),

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsquant.ops import backends
+from dsquant.ops import backends, shard_step
+from dsquant.shard import flat_step
 from tests.ops.conftest import require
 from tests.shard.test_step import BINARY, make
 
@@ -87,6 +88,27 @@ def test_native_steps_leave_the_bits_of_the_definition(monkeypatch, name, backen
         outside_vectors = tensor.numel() % 8 and key.startswith(("image", "exp_avg"))  # torch rounds these otherwise
         if outside_vectors or key.startswith(("norms", "code_mean")):
             torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-7)
+        else:
+            assert torch.equal(found[key], tensor), key
+
+
+IN_TWO_PASSES = {"by head", "ternary", "cga"}  # also on one rank: mdq takes a sum of its own over ranks, CGA a step
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_stepped_in_one_pass_get_the_bits_of_two(monkeypatch, name):
+    taken, one_pass = [], shard_step.flat_whole
+    monkeypatch.setattr(shard_step, "flat_whole", lambda *given: taken.append(1) or one_pass(*given))
+    found = trained(monkeypatch, "cpu", CASES[name])
+    assert bool(taken) == (name not in IN_TWO_PASSES)
+    taken.clear()
+    monkeypatch.setattr(flat_step, "LONGEST_RUN", 0)
+    wanted = trained(monkeypatch, "cpu", CASES[name])
+    assert not taken
+    assert wanted.keys() == found.keys()
+    for key, tensor in wanted.items():
+        if key.startswith("norms"):
+            torch.testing.assert_close(found[key], tensor, rtol=1e-12, atol=0)
         else:
             assert torch.equal(found[key], tensor), key
 

@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <vector>
@@ -23,10 +24,11 @@ constexpr int64_t kRun = 16 * 1024;  // elements at most: what a thread takes at
 // A row of the table of tiles: dsquant/ops/shard_step.py names the columns. Without groups: values that nothing quantizes.
 struct FlatTile {
   int64_t start, rows, cols, state, first_group, n_groups, group_base, bin_base, n_bins, weight;
-  double qmin, qmax, shift, low, high, plain, late, pull;
+  double qmin, qmax, shift, low, high, plain, late, pull, factor;
   bool alone = true;  // no other run adds to the sums of a run's group
 
   bool quantized() const { return n_groups > 0; }
+  bool whole() const { return factor != 0; }
   int64_t pieces() const { return (cols + kRun - 1) / kRun; }
   int64_t count() const { return rows * pieces(); }
   RunGrid grid(float scale, float centre) const {
@@ -34,7 +36,7 @@ struct FlatTile {
             static_cast<int32_t>(qmin), static_cast<int32_t>(qmax), plain != 0};
   }
 };
-constexpr int64_t kColumns = 18;
+constexpr int64_t kColumns = 19;
 
 // Where a run lies: its elements in the flat and beside the tracker, its group among all scales and its bins among all bins.
 struct Run {
@@ -68,7 +70,7 @@ struct FlatTiles {
     for (int64_t t = 0; t < count; ++t, row += kColumns) {
       const auto at = [row](int column) { return static_cast<int64_t>(row[column]); };
       FlatTile tile{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), row[10], row[11], row[12],
-                    row[13], row[14], row[15], row[16], row[17]};
+                    row[13], row[14], row[15], row[16], row[17], row[18]};
       tile.alone = tile.pieces() == 1 && tile.rows <= tile.n_groups;
       const int64_t size = tile.rows * tile.cols;
       STD_TORCH_CHECK(tile.rows > 0 && tile.cols > 0 && tile.start >= 0 && tile.start + size <= numel, "tile ", t,
@@ -80,14 +82,18 @@ struct FlatTiles {
         STD_TORCH_CHECK(-128 <= tile.qmin && tile.qmin <= tile.qmax && tile.qmax <= 127, "codes of weights are int8");
         STD_TORCH_CHECK(tile.weight >= 0 && tile.weight < weights, "tile ", t, " is of weight ", tile.weight);
         STD_TORCH_CHECK(tile.n_bins == 0 || (tile.n_bins > tile.qmax - tile.qmin && tile.n_bins <= 256 && tile.bin_base >= 0 &&
-                                             tile.bin_base + tile.n_bins * tile.n_groups <= bins),
+                                             (tile.whole() || tile.bin_base + tile.n_bins * tile.n_groups <= bins)),
                         "tile ", t, " has no bins");
       }
       for (FlatTile& other : tiles)
         if (tile.quantized() && other.quantized() && other.weight == tile.weight) other.alone = tile.alone = false;
       tiles.push_back(tile);
     }
-    for (int64_t t = 0; t < count; ++t) cut(tiles[t], t);
+    for (int64_t t = 0; t < count; ++t) {
+      STD_TORCH_CHECK(!tiles[t].whole() || (tiles[t].alone && tiles[t].rows == tiles[t].n_groups && !tiles[t].late), "tile ", t,
+                      " does not hold all of its groups, one a run");
+      cut(tiles[t], t);
+    }
   }
 
   void cut(const FlatTile& tile, int64_t index) {
@@ -133,7 +139,7 @@ void shard_flat_gather(const Tensor& w, const Tensor& grad, const Tensor& codes,
   const auto* centres = values_of<const float>(centre, ScalarType::Float, n_groups, "centre");
   auto* totals = values_of<double>(sums, ScalarType::Double, 2 * n_groups, "sums");
   auto* held = values_of<double>(bins, ScalarType::Double, 2 * all_bins, "bins");
-  const auto asked = [](const FlatTile& tile) { return tile.quantized() && (!tile.late || tile.n_bins); };
+  const auto asked = [](const FlatTile& tile) { return tile.quantized() && !tile.whole() && (!tile.late || tile.n_bins); };
   const auto add = [&](const FlatTile& tile, const Run& at, const double* own) {
     for (int64_t k = 0; k < 2; ++k) totals[k * n_groups + at.group] += own[k];
     for (int64_t b = 0; b < tile.n_bins; ++b) {
@@ -207,6 +213,10 @@ void step_in_passes(const StepKernels& kernels, int64_t n, const RunStep& s, dou
   }
 }
 
+void step_run(const StepKernels& kernels, int64_t n, const RunStep& s, double* norms) {
+  if (norms || s.tracker.frozen || !kernels.step || !kernels.step(n, s)) step_in_passes(kernels, n, s, norms);
+}
+
 // Tables of OBR's variance term for one group, as `regularizers.bin_tables` forms them, from what its bins hold over all shards.
 struct BinTables {
   float mean[256], factor[256];
@@ -235,11 +245,12 @@ struct FlatStep {
     return {tile.n_bins, bins + at.bin, bins + all_bins + at.bin, twice_spread};
   }
 
-  RunStep of(const FlatTile& tile, const Run& at, const BinTables& tables) const {
+  // A run's step to the scale `next`.
+  RunStep of(const FlatTile& tile, const Run& at, const BinTables& tables, float next) const {
     const float middle = centre ? centre[at.group] : 0.0f;
     const bool spread = tile.n_bins != 0;
     RunStep own{w + at.element, grad + at.element, m + at.element, v + at.element, image + at.element,
-                tile.grid(before[at.group], middle), tile.grid(after[at.group], middle),
+                tile.grid(before[at.group], middle), tile.grid(next, middle),
                 {static_cast<float>(2 * tile.pull), spread ? tables.mean : nullptr, spread ? tables.factor : nullptr, tile.n_bins,
                  tile.pull != 0 || spread},
                 adam, tracker};
@@ -259,11 +270,51 @@ void run_tile(const StepKernels& kernels, const FlatStep& flat, const FlatTile& 
     return;
   }
   const BinTables tables = flat.tables_of(tile, at);
-  const RunStep s = flat.of(tile, at, tables);
+  const RunStep s = flat.of(tile, at, tables, flat.after[at.group]);
   if (tile.late)
     kernels.update(n, s.w, s.grad, s.m, s.v, s.tracker.codes, s.tracker.frozen, s.before, s.pull, s.adam, norms);
-  else if (norms || s.tracker.frozen || !kernels.step || !kernels.step(n, s))
-    step_in_passes(kernels, n, s, norms);
+  else
+    step_run(kernels, n, s, norms);
+}
+
+// The Adam of scales, as QuantState.update has it: float64, and what is kept rounded once.
+struct ScaleAdam {
+  double rate, beta1, beta2, correction1, correction2, eps;
+  float floor;
+
+  // Return the next scale, and step its moments.
+  float step(float scale, float grad, float lr, float& m, float& v) const {
+    const double g = grad;
+    m = static_cast<float>(m * beta1 + (1 - beta1) * g);
+    v = static_cast<float>(v * beta2 + (1 - beta2) * g * g);
+    const double away = lr * rate * (m / correction1) / (std::sqrt(v / correction2) + eps);
+    return std::max(floor, static_cast<float>(scale - away));
+  }
+};
+
+// What is known of the scales before a step, one a group.
+struct Scales {
+  const float *value, *m, *v, *lr;
+  ScaleAdam adam;
+};
+
+// A run that is all of its group: what is summed over it, the step of its scale and its own, while it stays in a core's cache.
+// `next` is (3, groups): the scale and its moments.
+void step_whole(const StepKernels& kernels, const FlatStep& flat, const FlatTile& tile, int64_t run, const Scales& scales,
+                double* next, int64_t groups, double* norms) {
+  const Run at(tile, run);
+  const int64_t i = at.element, g = at.group, bins = tile.n_bins;
+  const bool* frozen = flat.tracker.frozen ? flat.tracker.frozen + at.state : nullptr;
+  double sums[2 + 2 * 256], *held = sums + 2;
+  std::fill_n(sums, 2 + 2 * bins, 0.0);
+  sums_of(kernels, at.size, flat.w + i, flat.grad + i, flat.tracker.codes + at.state, frozen, tile.grid(scales.value[g], 0.0f),
+          bins, false, sums, bins ? held : nullptr);
+  float m = scales.m[g], v = scales.v[g];
+  const float grad = static_cast<float>(sums[0] * tile.factor);
+  const float scale = scales.adam.step(scales.value[g], grad, scales.lr[g], m, v);
+  next[g] = scale, next[groups + g] = m, next[2 * groups + g] = v;
+  const BinTables tables(bins, held, held + bins, flat.twice_spread);
+  step_run(kernels, at.size, flat.of(tile, at, tables, scale), norms);
 }
 
 Tracker tracker_of(const Tensor& codes, const Tensor& direction, const Tensor& frequency,
@@ -280,6 +331,29 @@ Tracker tracker_of(const Tensor& codes, const Tensor& direction, const Tensor& f
                 static_cast<float>(threshold)};
   STD_TORCH_CHECK(!found.code_mean == !found.frozen, "code_mean and frozen come together");
   return found;
+}
+
+// The squared norms of a step, (weights, 2): units add to their own, which are added up in one order.
+struct Norms {
+  double* squares;
+  std::vector<double> found;
+
+  Norms(const std::optional<Tensor>& norms, const FlatTiles& tiles)
+      : squares(values_of<double>(norms, ScalarType::Double, norms ? norms->numel() : 0, "norms")),
+        found(squares ? 2 * tiles.units.size() : 0) {}
+  double* of(int64_t unit) { return squares ? &found[2 * unit] : nullptr; }
+  void add_up(const FlatTiles& tiles) {
+    for (size_t u = 0; squares && u < tiles.units.size(); ++u) {
+      const FlatTile& tile = tiles.tiles[tiles.units[u].tile];
+      for (int k = 0; tile.quantized() && k < 2; ++k) squares[2 * tile.weight + k] += found[2 * u + k];
+    }
+  }
+};
+
+AdamW adamw_of(double decay, double beta1, double beta2, double correction, double eps, double step) {
+  return {static_cast<float>(decay),     static_cast<float>(1 - beta1),  static_cast<float>(beta2),
+          static_cast<float>(1 - beta2), static_cast<float>(correction), static_cast<float>(eps),
+          static_cast<float>(step)};
 }
 
 void shard_flat_step(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
@@ -302,19 +376,45 @@ void shard_flat_step(const Tensor& w, const Tensor& grad, const Tensor& exp_avg,
                       values_of<const double>(bins, ScalarType::Double, bins.numel(), "bins"),
                       bins.numel() / 2,
                       2 * spread,
-                      {static_cast<float>(decay), static_cast<float>(1 - beta1), static_cast<float>(beta2),
-                       static_cast<float>(1 - beta2), static_cast<float>(correction), static_cast<float>(eps),
-                       static_cast<float>(step)},
+                      adamw_of(decay, beta1, beta2, correction, eps, step),
                       tracker_of(codes, direction, frequency, code_mean, frozen, momentum, threshold)};
-  auto* squares = values_of<double>(norms, ScalarType::Double, 2 * n_weights, "norms");
-  std::vector<double> found(squares ? 2 * tiles.units.size() : 0);
-  tiles.each([](const FlatTile&) { return true; }, [&](const FlatTile& tile, int64_t run, int64_t unit) {
-    run_tile(kernels, flat, tile, run, squares ? &found[2 * unit] : nullptr);
+  Norms squares(norms, tiles);
+  tiles.each([](const FlatTile& tile) { return !tile.whole(); }, [&](const FlatTile& tile, int64_t run, int64_t unit) {
+    run_tile(kernels, flat, tile, run, squares.of(unit));
   });
-  for (size_t u = 0; squares && u < tiles.units.size(); ++u) {
-    const FlatTile& tile = tiles.tiles[tiles.units[u].tile];
-    for (int k = 0; tile.quantized() && k < 2; ++k) squares[2 * tile.weight + k] += found[2 * u + k];
-  }
+  squares.add_up(tiles);
+}
+
+void shard_flat_whole(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                      const Tensor& image, const Tensor& codes, const Tensor& direction, const Tensor& frequency,
+                      std::optional<Tensor> code_mean, std::optional<Tensor> frozen, const Tensor& scale,
+                      const Tensor& scale_avg, const Tensor& scale_avg_sq, const Tensor& scale_lr, double rate,
+                      double scale_beta1, double scale_beta2, double correction1, double correction2, double scale_eps,
+                      double floor, double spread, const Tensor& table, double decay, double beta1, double beta2,
+                      double correction, double eps, double step, double momentum, double threshold,
+                      std::optional<Tensor> norms, const Tensor& sums, int64_t isa) {
+  const StepKernels kernels = kernels_for(isa);
+  const int64_t n = w.numel(), n_groups = scale.numel(), n_weights = norms ? norms->numel() / 2 : n;
+  const FlatTiles tiles(table, n, codes.numel(), n_groups, INT64_MAX, n_weights);
+  const Scales scales{values_of<const float>(scale, ScalarType::Float, n_groups, "scale"),
+                      values_of<const float>(scale_avg, ScalarType::Float, n_groups, "scale_avg"),
+                      values_of<const float>(scale_avg_sq, ScalarType::Float, n_groups, "scale_avg_sq"),
+                      values_of<const float>(scale_lr, ScalarType::Float, n_groups, "scale_lr"),
+                      {rate, scale_beta1, scale_beta2, correction1, correction2, scale_eps, static_cast<float>(floor)}};
+  const FlatStep flat{values_of<float>(w, ScalarType::Float, n, "w"),
+                      values_of<const float>(grad, ScalarType::Float, n, "grad"),
+                      values_of<float>(exp_avg, ScalarType::Float, n, "exp_avg"),
+                      values_of<float>(exp_avg_sq, ScalarType::Float, n, "exp_avg_sq"),
+                      values_of<float>(image, ScalarType::Float, n, "image"),
+                      scales.value, nullptr, nullptr, nullptr, 0, 2 * spread,
+                      adamw_of(decay, beta1, beta2, correction, eps, step),
+                      tracker_of(codes, direction, frequency, code_mean, frozen, momentum, threshold)};
+  auto* next = values_of<double>(sums, ScalarType::Double, 3 * n_groups, "sums");
+  Norms squares(norms, tiles);
+  tiles.each([](const FlatTile& tile) { return tile.whole(); }, [&](const FlatTile& tile, int64_t run, int64_t unit) {
+    step_whole(kernels, flat, tile, run, scales, next, n_groups, squares.of(unit));
+  });
+  squares.add_up(tiles);
 }
 
 void shard_flat_image(const Tensor& w, const Tensor& image, const Tensor& codes, const Tensor& direction,
@@ -349,9 +449,7 @@ void shard_adamw(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, con
   const auto* g = values_of<const float>(grad, ScalarType::Float, n, "grad");
   auto* m = values_of<float>(exp_avg, ScalarType::Float, n, "exp_avg");
   auto* v = values_of<float>(exp_avg_sq, ScalarType::Float, n, "exp_avg_sq");
-  const AdamW adam{static_cast<float>(decay),      static_cast<float>(1 - beta1),  static_cast<float>(beta2),
-                   static_cast<float>(1 - beta2),  static_cast<float>(correction), static_cast<float>(eps),
-                   static_cast<float>(step)};
+  const AdamW adam = adamw_of(decay, beta1, beta2, correction, eps, step);
   torch::stable::parallel_for(0, n, kRun, [&](int64_t begin, int64_t end) {
     kernels.adamw(end - begin, x + begin, g + begin, m + begin, v + begin, adam);
   });
@@ -364,6 +462,7 @@ void shard_adamw(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, con
 STABLE_TORCH_LIBRARY_IMPL(dsquant, CPU, m) {
   m.impl("shard_flat_gather", TORCH_BOX(&dsq::shard_flat_gather));
   m.impl("shard_flat_step", TORCH_BOX(&dsq::shard_flat_step));
+  m.impl("shard_flat_whole", TORCH_BOX(&dsq::shard_flat_whole));
   m.impl("shard_flat_moments", TORCH_BOX(&dsq::shard_flat_moments));
   m.impl("shard_flat_image", TORCH_BOX(&dsq::shard_flat_image));
   m.impl("shard_adamw", TORCH_BOX(&dsq::shard_adamw));
