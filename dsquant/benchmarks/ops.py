@@ -31,7 +31,7 @@ def ops(device: str | None = None, repeats: int = 15, threads: int | None = None
     with torch.no_grad():
         for case in all_cases(device):
             here = [b for b in case.backends(device) if backends.availability(b).available]
-            seconds = interleaved({b: (lambda b=b, case=case: case.run(b)) for b in here}, repeats)
+            seconds = case.timed(here, repeats)
             lines += [
                 _line(case.op, case.label, device, b, case.shape, seconds[b], case.bytes_moved)
                 for b in case.backends(device)

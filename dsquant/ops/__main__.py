@@ -8,7 +8,6 @@ import torch
 from dsquant.errors import DsquantError
 from dsquant.ops import backends
 from dsquant.ops.cases import Case, all_cases
-from dsquant.ops.timing import interleaved
 
 REPEATS = 7
 
@@ -41,9 +40,9 @@ def report() -> bool:
 
 
 def _report_case(case: Case, device: str) -> bool:
-    expected, good = case.run(backends.TORCH), True
+    expected, good = case.results(backends.TORCH), True
     here = [b for b in case.backends(device) if backends.availability(b).available]
-    seconds = interleaved({b: (lambda b=b: case.run(b)) for b in here}, REPEATS)
+    seconds = case.timed(here, REPEATS)
     for backend in case.backends(device):
         if backend not in here:
             row(case.op, case.label, device, backend, "no", "", "", "")

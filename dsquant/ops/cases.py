@@ -13,9 +13,11 @@ from dsquant.ops.packed_linear import PackedMatrix, packed_matrix, run
 from dsquant.ops.quant_attention import quant_attention
 from dsquant.ops.quant_linear import WeightGrid, quant_linear
 from dsquant.ops.shard_step import Column
+from dsquant.ops.timing import interleaved
 from dsquant.spec import Levels
 
 FLOAT_BYTES = 4
+SCALE_LR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -26,27 +28,45 @@ class Case:
         op, label: what it is.
         shape: of the operands.
         bytes_moved: read and written, each operand once.
-        run: gives a result by a backend.
-        tolerance: of the result, as a share of its largest value.
+        run: gives the results by a backend, one or several.
+        tolerance: of each result, as a share of its largest value.
         native: backends that have code for it.
+        fresh: makes what `run` is given beside the backend, and may change: anew each time, and not timed.
     """
 
     op: str
     label: str
     shape: str
     bytes_moved: int
-    run: Callable[[str], Tensor]
+    run: Callable[..., Tensor | tuple[Tensor, ...]]
     tolerance: float = 0.0
     native: tuple[str, ...] = backends.NATIVE
+    fresh: Callable[[], tuple] = tuple
 
     def backends(self, device: str) -> list[str]:
         """Return the definition and the native code for a device, available or not."""
         here = backends.ON_CPU if device == "cpu" else backends.ON_GPU
         return [backends.TORCH, *(name for name in self.native if name in here)]
 
-    def error(self, backend: str, expected: Tensor) -> float:
-        """Return how far a backend is from the definition's result, as a share of its largest value."""
-        return float((self.run(backend) - expected).abs().max() / expected.abs().max())
+    def results(self, backend: str) -> tuple[Tensor, ...]:
+        """Run the case by a backend."""
+        found = self.run(backend, *self.fresh())
+        return (found,) if isinstance(found, Tensor) else found
+
+    def error(self, backend: str, expected: tuple[Tensor, ...]) -> float:
+        """Return how far a backend is from the definition's results, as a share of the largest value of each."""
+        pairs = zip(self.results(backend), expected, strict=True)
+        return max(
+            float((found.double() - wanted).abs().max() / wanted.double().abs().max().clamp(min=1e-30))
+            for found, wanted in pairs
+        )
+
+    def timed(self, names: list[str], repeats: int) -> dict[str, float]:
+        """Return the median seconds of each of some backends, taking turns."""
+        given: dict[str, tuple] = {}
+        before = {name: (lambda name=name: given.update({name: self.fresh()})) for name in names}
+        runs = {name: (lambda name=name: self.run(name, *given[name])) for name in names}
+        return interleaved(runs, repeats, before=before)
 
 
 @torch.no_grad()
@@ -54,7 +74,7 @@ def disagreements(device: str) -> list[str]:
     """Run every case by each backend that can; name those that are further from the definition than tolerated."""
     found = []
     for case in all_cases(device):
-        expected = case.run(backends.TORCH)
+        expected = case.results(backends.TORCH)
         for backend in case.backends(device)[1:]:
             if backends.availability(backend).available and not case.error(backend, expected) <= case.tolerance:
                 found.append(f"{case.op} ({case.label}) by {backend}")
@@ -163,7 +183,9 @@ def attention_cases(device: str) -> list[Case]:
 
 
 def shard_step_cases(device: str) -> list[Case]:
-    """Return the passes of the shard step: two over four 2-bit weights, and images that come later; each written out."""
+    """Return the passes of the shard step over four 2-bit weights: one for all, the two that may take its place, and that of
+    images that come later; each written out.
+    """
     levels, n_weights, size, pull = Levels(-2, 1), 4, 768, 0.01
     rows = n_weights * size  # of all weights, a scale a row
     w, grad, m, v, often = _randn(5, rows, size, device=device) * 0.05
@@ -187,39 +209,45 @@ def shard_step_cases(device: str) -> list[Case]:
         bins[1].index_add_(0, index, w.clamp(levels.low * column, levels.high * column).double().view(-1))
         return bins
 
-    known_bins, late = of_bins(), tiles.clone()
-    late[:, Column.LATE] = 1
+    known_bins, late, in_one, factor = of_bins(), tiles.clone(), tiles.clone(), 0.01
+    late[:, Column.LATE], in_one[:, Column.FACTOR] = 1, factor
+    scale_adam, still = shard_step.ScaleAdam(1.0, 0.9, 0.999, 1e-8, 1e-6, 1), torch.zeros_like(scale)
+    of_scales = scale, still, still, torch.full_like(scale, SCALE_LR)
 
-    def gather(backend: str) -> Tensor:
-        if backend != backends.TORCH:
-            sums, bins = (torch.zeros(2, n * rows, dtype=torch.float64, device=device) for n in (1, 4))
-            shard_step.flat_gather(w, grad, codes, None, scale, None, tiles, True, sums, bins, backend)
-            return torch.cat([sums.flatten(), bins.flatten()])
-        of_scale = grad * torch.where(inside, codes - w / column, codes.float())
-        return torch.cat([of_scale.double().sum(1), w.abs().double().sum(1), of_bins().flatten()])
+    def d_scale() -> Tensor:
+        return grad * torch.where(inside, codes - w / column, codes.float())
 
-    def recorded(own: Tensor, before: Tensor) -> Tensor:
-        """Return what a tracker holds once codes went from `before` to `own`, each time from the same start."""
+    def sums() -> tuple[Tensor, Tensor]:
+        return tuple(torch.zeros(2, n * rows, dtype=torch.float64, device=device) for n in (1, 4))
+
+    def gather(backend: str, sums: Tensor, bins: Tensor) -> tuple[Tensor, ...]:
+        if backend == backends.TORCH:
+            return torch.stack([d_scale().double().sum(1), w.abs().double().sum(1)]), of_bins()
+        shard_step.flat_gather(w, grad, codes, None, scale, None, tiles, True, sums, bins, backend)
+        return sums, bins
+
+    def recorded(own: Tensor, before: Tensor) -> tuple[Tensor, ...]:
+        """Return codes, direction and frequency of a tracker once codes went from `before` to `own`."""
         delta = (own > before).to(torch.int8) - (own < before).to(torch.int8)
         frequency = often.abs().mul(0.99).add((delta * codes.sign() == -1).float(), alpha=0.01)
-        return torch.cat([frequency, own.float(), torch.where(delta != 0, delta, codes.sign()).float()])
+        return own, torch.where(delta != 0, delta, codes.sign()), frequency
 
-    def step(backend: str) -> Tensor:
-        values, first, second, shown = w.clone(), m.clone(), v.square(), torch.empty_like(w)
-        tracker = {
-            "codes": codes.clone(),
-            "direction": codes.sign(),
-            "frequency": often.abs(),
-            "code_mean": None,
-            "frozen": None,
-        }
-        if backend != backends.TORCH:
-            shard_step.flat_step(
-                values, grad, first, second, shown, tracker, scale, after, None, known_bins, pull, tiles, adamw, 0.01, None,
-                None, backend,
-            )  # fmt: skip
-            left = tracker["frequency"], tracker["codes"].float(), tracker["direction"].float()
-            return torch.cat([values, first, second, shown, *left])
+    def of_tracker(tracker: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
+        return tracker["codes"], tracker["direction"], tracker["frequency"]
+
+    def start() -> tuple:
+        """Return latents, both moments, room for images, tracker, and room for what `whole` finds of scales."""
+        tracker = dict(codes=codes.clone(), direction=codes.sign(), frequency=often.abs(), code_mean=None, frozen=None)
+        return (
+            w.clone(),
+            m.clone(),
+            v.square(),
+            torch.empty_like(w),
+            tracker,
+            torch.zeros(3 * rows, dtype=torch.float64, device=device),
+        )
+
+    def by_definition(first: Tensor, second: Tensor, after: Tensor) -> tuple[Tensor, ...]:
         decay, beta1, beta2, correction, eps, size_of_step = adamw.numbers()
         counts, totals = known_bins.view(2, rows, 4)
         index = codes.long() - levels.qmin
@@ -228,18 +256,54 @@ def shard_step_cases(device: str) -> list[Case]:
         g = torch.where(inside, grad + 2 * pull * (w - codes * column) + (w - mean) * factor, 0.0)
         first.lerp_(g, 1 - beta1)
         second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        values.mul_(decay).sub_(size_of_step * first / (second.sqrt() / correction + eps))
+        values = w * decay - size_of_step * first / (second.sqrt() / correction + eps)
         own = (values / after[:, None]).clamp(levels.qmin, levels.qmax).round()
-        return torch.cat([values, first, second, own * after[:, None], recorded(own.to(torch.int8), codes)])
+        return values, first, second, own * after[:, None], *recorded(own.to(torch.int8), codes)
 
-    def image(backend: str) -> Tensor:
-        own, direction, frequency, shown = 1 - codes.abs(), codes.sign(), often.abs(), torch.empty_like(w)
-        if backend != backends.TORCH:
-            tracker = dict(codes=own, direction=direction, frequency=frequency, code_mean=None, frozen=None)
-            shard_step.flat_image(w, shown, tracker, scale, None, late, 0.01, None, backend)
-            return torch.cat([shown, frequency, own.float(), direction.float()])
-        return torch.cat([codes * column, recorded(codes, own)])
+    def step(backend: str, *given) -> tuple[Tensor, ...]:
+        values, first, second, shown, tracker, _ = given
+        if backend == backends.TORCH:
+            return by_definition(first, second, after)
+        shard_step.flat_step(
+            values, grad, first, second, shown, tracker, scale, after, None, known_bins, pull, tiles, adamw, 0.01, None, None,
+            backend,
+        )  # fmt: skip
+        return values, first, second, shown, *of_tracker(tracker)
 
-    moved = {gather: 9, step: 48, image: 18}  # bytes a weight
+    def whole(backend: str, *given) -> tuple[Tensor, ...]:
+        """Give the next scales and their moments, too, which follow from sums over the elements."""
+        values, first, second, shown, tracker, scales = given
+        if backend == backends.TORCH:
+            of_scale = (d_scale().double().sum(1) * factor).float().double()
+            mean, square = (
+                ((1 - scale_adam.beta1) * of_scale).float(),
+                ((1 - scale_adam.beta2) * of_scale.square()).float(),
+            )
+            rate, _, _, correction1, correction2, eps, floor = scale_adam.numbers()
+            away = rate * SCALE_LR * (mean.double() / correction1) / ((square.double() / correction2).sqrt() + eps)
+            new = (scale - away).float().clamp(min=floor)
+            return *by_definition(first, second, new), torch.cat([new, mean, square]).double()
+        shard_step.flat_whole(
+            values, grad, first, second, shown, tracker, of_scales, scale_adam, pull, in_one, adamw, 0.01, None, None, scales,
+            backend,
+        )  # fmt: skip
+        return values, first, second, shown, *of_tracker(tracker), scales
+
+    def start_late() -> tuple:
+        values, *_, shown, tracker, _ = start()
+        tracker["codes"] = 1 - codes.abs()
+        return values, shown, tracker
+
+    def image(backend: str, values: Tensor, shown: Tensor, tracker: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
+        if backend == backends.TORCH:
+            return codes * column, *recorded(codes, tracker["codes"])
+        shard_step.flat_image(values, shown, tracker, scale, None, late, 0.01, None, backend)
+        return shown, *of_tracker(tracker)
+
     of = {"op": "shard_step", "shape": f"{n_weights} x {size} x {size}"}
-    return [Case(label=f.__name__, bytes_moved=n * rows * size, run=f, tolerance=1e-6, **of) for f, n in moved.items()]
+    # Bytes a weight, and what each is given.
+    moved = {whole: (44, start), gather: (9, sums), step: (44, start), image: (18, start_late)}
+    return [
+        Case(label=f.__name__, bytes_moved=n * rows * size, run=f, tolerance=1e-6, fresh=fresh, **of)
+        for f, (n, fresh) in moved.items()
+    ]

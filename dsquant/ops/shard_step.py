@@ -74,7 +74,8 @@ class Column(IntEnum):
     FACTOR = 18
 
 
-LONGEST_RUN = 16 * 1024  # of a group that `flat_whole` steps: what stays in a core's cache
+# Elements of a group that `flat_whole` steps: what stays in a core's cache, or in the registers of a program.
+LONGEST_RUN = {backends.PORTABLE: 16 * 1024, backends.AVX2: 16 * 1024, backends.TRITON: 4096}
 
 
 def flat_gather(
@@ -136,7 +137,7 @@ def flat_whole(
     momentum: float, threshold: float | None, norms: Tensor | None, sums: Tensor, backend: str,
 ) -> None:  # fmt: skip
     """Take the whole step of tiles with a FACTOR, each byte read and written once: sums of a group, the step of its scale, and
-    what `flat_step` does, a group at a time. Native code on CPU has it.
+    what `flat_step` does, a group at a time. Groups are at most LONGEST_RUN long.
 
     Args:
         scales: float32 (n_groups,) values, both moments, and rates. They stay as they are.

@@ -1,9 +1,9 @@
 """The shard step in native code, where the inner optimizer is AdamW, however many weights lie in a flat.
 
-On CPU a weight that one rank has all of, a learned scale a row, is stepped in one pass, scales and all: a row stays in the
-core's cache between what is summed over it and what the sums decide. Of other weights a first pass reads weights, gradients
-and codes for the sums that are reduced over ranks; a second does all the rest and writes each byte once. Latents stay where
-they are and images take the gradient's place, which nobody reads after the step: between the step and its end
+A weight that one rank has all of, a learned scale a row, is stepped in one pass, scales and all: a row stays in a core's cache
+(on a GPU: in registers) between what is summed over it and what the sums decide. Of other weights a first pass reads weights,
+gradients and codes for the sums that are reduced over ranks; a second does all the rest and writes each byte once. Latents stay
+where they are and images take the gradient's place, which nobody reads after the step: between the step and its end
 (`ShardQuantization.finish_step`) the flat's `data` is the images, so nothing is copied back.
 """
 
@@ -23,11 +23,12 @@ from dsquant.shard.weight_quantizers import ShardedWeight
 
 
 def lies_whole(weight: ShardedWeight) -> bool:
-    """Say whether this rank has all of a weight with a learned scale a row, so that one pass can step it."""
+    """Say whether this rank has all of a weight with a learned scale a row, so that one native pass can step it."""
+    longest = LONGEST_RUN.get(weight.backend, 0)
     if not weight.learned or weight.fragment is None or weight.fragment.numel != weight.site.numel:
         return False
     rows, cols = weight.tiles[0].shape
-    return rows == weight.n_groups and cols <= LONGEST_RUN
+    return rows == weight.n_groups and cols <= longest
 
 
 class FlatStore:

@@ -248,10 +248,7 @@ class ShardQuantization:
     def _agree_on_one_pass(self, native: bool) -> frozenset[str]:
         """Return the weights that one rank has all of and steps in one pass; all ranks must expect the same of each."""
         able = native and self.state.optimizer == "adam" and self.config.grad_scale != "mdq"
-        mine = [
-            able and (w.fragment is None or (w.backend in backends.ON_CPU and lies_whole(w)))
-            for w in self.weights.values()
-        ]
+        mine = [able and (w.fragment is None or lies_whole(w)) for w in self.weights.values()]
         agreed = self._all_reduce(torch.tensor(mine, dtype=torch.int64), dist.ReduceOp.MIN).tolist()
         return frozenset(name for name, every in zip(self.weights, agreed, strict=True) if every)
 

@@ -95,15 +95,17 @@ def test_native_steps_leave_the_bits_of_the_definition(monkeypatch, name, backen
 IN_TWO_PASSES = {"by head", "ternary", "cga"}  # also on one rank: mdq takes a sum of its own over ranks, CGA a step
 
 
+@pytest.mark.parametrize("backend", ["cpu", backends.TRITON])
 @pytest.mark.parametrize("name", CASES)
-def test_weights_stepped_in_one_pass_get_the_bits_of_two(monkeypatch, name):
-    taken, one_pass = [], shard_step.flat_whole
+def test_weights_stepped_in_one_pass_get_the_bits_of_two(monkeypatch, name, backend):
+    require(backends.TRITON if backend == backends.TRITON else backends.PORTABLE)
+    taken, one_pass, steps = [], shard_step.flat_whole, 3 if backend == backends.TRITON else 6
     monkeypatch.setattr(shard_step, "flat_whole", lambda *given: taken.append(1) or one_pass(*given))
-    found = trained(monkeypatch, "cpu", CASES[name])
+    found = trained(monkeypatch, backend, CASES[name], steps)
     assert bool(taken) == (name not in IN_TWO_PASSES)
     taken.clear()
-    monkeypatch.setattr(flat_step, "LONGEST_RUN", 0)
-    wanted = trained(monkeypatch, "cpu", CASES[name])
+    monkeypatch.setattr(flat_step, "LONGEST_RUN", {})
+    wanted = trained(monkeypatch, backend, CASES[name], steps)
     assert not taken
     assert wanted.keys() == found.keys()
     for key, tensor in wanted.items():

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from dsquant.ops.gpu.fake_quantize import TILE
 from dsquant.ops.gpu.launch import launch
-from dsquant.ops.gpu.shard_step import WIDE
-from dsquant.ops.shard_step import Column
+from dsquant.ops.gpu.shard_step import WIDE, WIDER
+from dsquant.ops.shard_step import LONGEST_RUN, Column
 
 NARROWEST = 32  # columns of a block: a warp's width
 ALIGNED = 16  # elements: where rows begin at multiples of it, a thread reads 16 bytes at a time
+LONGEST_ROW = LONGEST_RUN["triton"]  # that a program takes whole
 CHUNK = 1024  # partial sums that are added up at a time
 
 # What the table of tiles says of one, int64. The first nine are as in `ops.shard_step.Column`; the others say how to sum it, and
@@ -53,8 +54,9 @@ class Shape(NamedTuple):
     units: Tensor
 
     def launch(self, kernel: triton.JITFunction, **arguments: Tensor | float | bool | None) -> None:
+        wide = WIDE if self.block_rows * self.block_cols <= TILE else WIDER
         launch(
-            kernel, (len(self.units),), WIDE, unit=self.units, ALIGNED=self.aligned, BLOCK_ROWS=self.block_rows,
+            kernel, (len(self.units),), wide, unit=self.units, ALIGNED=self.aligned, BLOCK_ROWS=self.block_rows,
             BLOCK_COLS=self.block_cols, **arguments,
         )  # fmt: skip
 
@@ -90,15 +92,18 @@ class Plan(NamedTuple):
 
     Attributes:
         tiles, numbers: the tables that kernels read.
-        asked, late, all_of_it: what the passes visit: tiles that sums are asked of, those with a late image, and all.
+        whole: tiles that one pass steps, each of whose rows fits into a block.
+        asked, late, all_of_it: what other passes visit: tiles that sums are asked of, those with a late image, and all others.
         room: float64 values of the buffer of sums: those of groups, those of bins, and of runs that make up the former.
         groups: how they do so.
         moment_room, moments: the same of the moments of late tiles, the three of a group side by side.
-        weights: how squares that programs of `all_of_it` find make up those of weights, which lie before them in a buffer.
+        weights, whole_weights: how squares that programs of `all_of_it` and of `whole` find make up those of weights, which lie
+            before them in a buffer.
     """
 
     tiles: Tensor
     numbers: Tensor
+    whole: list[Shape]
     asked: list[Shape]
     late: list[Shape]
     all_of_it: list[Shape]
@@ -107,6 +112,7 @@ class Plan(NamedTuple):
     moment_room: int
     moments: Sums
     weights: Sums
+    whole_weights: Sums
 
 
 def _on(device: torch.device, values: np.ndarray) -> Tensor:
@@ -131,30 +137,35 @@ def _plan(
 ) -> Plan:
     numbers = np.frombuffer(table).reshape(-1, len(Column))
     rows = np.where(np.isfinite(numbers), numbers, 0).astype(np.int64)  # the ends of a grid may be infinite
-    _check(rows, numel, state, n_groups, n_bins)
+    _check(rows, numbers[:, Column.FACTOR] != 0, numel, state, n_groups, n_bins)
     of = {column: rows[:, column] for column in Column}
     quantized = of[Column.N_GROUPS] > 0
-    late = quantized & (of[Column.LATE] > 0)
-    asked = quantized & (~late | (of[Column.N_BINS] > 0))
-    blocks = np.array([min(max(triton.next_power_of_2(int(cols)), NARROWEST), TILE) for cols in of[Column.COLS]])
+    late, whole = quantized & (of[Column.LATE] > 0), numbers[:, Column.FACTOR] != 0
+    asked = quantized & ~whole & (~late | (of[Column.N_BINS] > 0))
+    longest = np.where(whole, LONGEST_ROW, TILE)
+    widths = [max(triton.next_power_of_2(int(cols)), NARROWEST) for cols in of[Column.COLS]]
+    blocks = np.minimum(widths, longest)
     runs = of[Column.ROWS] * -(-of[Column.COLS] // blocks)
     tiles = np.zeros((len(rows), FIELDS.value), dtype=np.int64)
     tiles[:, : PLAIN.value] = rows[:, _AS_THEY_ARE]
     tiles[:, PLAIN.value], tiles[:, LATE.value] = of[Column.PLAIN], late
     room, groups = 2 * (n_groups + n_bins), Sums()
-    for weight in np.unique(of[Column.WEIGHT][quantized]):
+    for weight in np.unique(of[Column.WEIGHT][quantized & ~whole]):
         mine = np.flatnonzero(quantized & (of[Column.WEIGHT] == weight))
         used = _lay_out_sums(mine, rows, runs, tiles, (room, n_groups, n_bins), groups, bool(asked[mine[0]]))
         room += used
     moment_room, moments = _lay_out_moments(np.flatnonzero(late), rows, runs, tiles, n_groups)
-    every, weights = _shapes(np.flatnonzero(runs), rows, blocks, runs, device), Sums()
+    in_one, every, of_late, of_asked = (
+        _shapes(np.flatnonzero(which), rows, blocks, runs, device) for which in (whole, ~whole, late, asked)
+    )
+    weights, whole_weights = Sums(), Sums()
     if n_weights:
         _lay_out_squares(every, of[Column.WEIGHT], quantized, n_weights, weights)
+        _lay_out_squares(in_one, of[Column.WEIGHT], quantized, n_weights, whole_weights)
     grid = numbers[:, [Column.QMIN, Column.QMAX, Column.SHIFT, Column.LOW, Column.HIGH]].astype(np.float32, order="C")
     return Plan(
-        torch.from_numpy(tiles).to(device), torch.from_numpy(grid).to(device),
-        *(_shapes(np.flatnonzero(which), rows, blocks, runs, device) for which in (asked, late)), every, room,
-        groups.to(device), moment_room, moments.to(device), weights.to(device),
+        torch.from_numpy(tiles).to(device), torch.from_numpy(grid).to(device), in_one, of_asked, of_late, every, room,
+        groups.to(device), moment_room, moments.to(device), weights.to(device), whole_weights.to(device),
     )  # fmt: skip
 
 
@@ -162,7 +173,11 @@ _AS_THEY_ARE = [Column.START, Column.ROWS, Column.COLS, Column.STATE, Column.FIR
                 Column.BIN, Column.N_BINS]  # fmt: skip
 
 
-def _check(rows: np.ndarray, numel: int, state: int, n_groups: int, n_bins: int) -> None:
+def _one_run_a_group(row: np.ndarray) -> bool:
+    return row[Column.ROWS] == row[Column.N_GROUPS] and row[Column.COLS] <= LONGEST_ROW and not row[Column.LATE]
+
+
+def _check(rows: np.ndarray, whole: np.ndarray, numel: int, state: int, n_groups: int, n_bins: int) -> None:
     """Refuse tiles that would have kernels read or write elsewhere, as C++ does."""
     for tile, row in enumerate(rows):
         size, quantized = row[Column.ROWS] * row[Column.COLS], row[Column.N_GROUPS] > 0
@@ -170,7 +185,8 @@ def _check(rows: np.ndarray, numel: int, state: int, n_groups: int, n_bins: int)
             "lie in the flat": size > 0 and 0 <= row[Column.START] <= numel - size,
             "have a tracker": not quantized or 0 <= row[Column.STATE] <= state - size,
             "have scales": not quantized or 0 <= row[Column.GROUP] <= n_groups - row[Column.N_GROUPS],
-            "have bins": 0 <= row[Column.BIN] <= n_bins - row[Column.N_BINS] * row[Column.N_GROUPS],
+            "have bins": whole[tile] or 0 <= row[Column.BIN] <= n_bins - row[Column.N_BINS] * row[Column.N_GROUPS],
+            "hold all of its groups": not whole[tile] or _one_run_a_group(row),
         }.items():
             if not lies:
                 raise RuntimeError(f"tile {tile} does not {what}")
@@ -230,7 +246,7 @@ def _lay_out_squares(
     every: list[Shape], weight_of: np.ndarray, quantized: np.ndarray, n_weights: int, weights: Sums
 ) -> None:
     before = 2 * n_weights
-    for k in range(2):
+    for k in range(2 if every else 0):
         at, parts = before, []
         for shape in every:
             tile = shape.units[:, 0].cpu().numpy()
@@ -250,7 +266,7 @@ def _shapes(
     aligned = (places % ALIGNED == 0).all(1)
     found = []
     for block, whole in sorted({(int(blocks[tile]), bool(aligned[tile])) for tile in wanted}):
-        each = TILE // block
+        each = max(1, TILE // block)
         units = [
             np.stack([np.full(-(-runs[tile] // each), tile), np.arange(0, runs[tile], each)], axis=1)
             for tile in wanted

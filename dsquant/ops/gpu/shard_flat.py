@@ -72,6 +72,14 @@ def _grid(numbers, unit):
 
 
 @triton.jit
+def _of_scale(v, level, g, still, qmin, shift, low, high):
+    """Return what each element adds to the gradient of its scale; `still` ones level * g."""
+    passed, clipped = tl.where((v >= low) & (v <= high), g, 0.0), clip(v, low, high)
+    outside = tl.where((shift == 0) & (low == qmin), level, clipped)  # no shift and no reach: ends and levels are one
+    return tl.where(still, level * g, tl.math.fma(g - passed, outside, (level - clipped) * g))
+
+
+@triton.jit
 def _gather(w, grad, codes, frozen, scale, centre, unit, tiles, numbers, found, SIZES: tl.constexpr, HAS_CENTRE: tl.constexpr,
             HAS_FROZEN: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):  # fmt: skip
     tile, start, state, where, there, here, run, own = _block(unit, tiles, ALIGNED, BLOCK_ROWS, BLOCK_COLS)
@@ -89,9 +97,7 @@ def _gather(w, grad, codes, frozen, scale, centre, unit, tiles, numbers, found, 
     if HAS_FROZEN:
         still = plain | (tl.load(frozen + state + where, mask=there, other=0) != 0)
     v = tl.math.div_rn(x, s + tl.zeros_like(x))
-    passed, clipped = tl.where((v >= low) & (v <= high), g, 0.0), clip(v, low, high)
-    outside = tl.where((shift == 0) & (low == qmin), level, clipped)  # no shift and no reach: ends and levels are one
-    of_scale = tl.where(still, level * g, tl.math.fma(g - passed, outside, (level - clipped) * g))
+    of_scale = _of_scale(v, level, g, still, qmin, shift, low, high)
     index = tl.where(tl.load(tile + ALONE) != 0, own, run.to(tl.int64))
     at, apart = found + tl.load(tile + SUM_AT) + index, tl.load(tile + SUM_APART)
     tl.store(at, tl.sum(of_scale.to(tl.float64), axis=1), mask=here)
@@ -103,6 +109,24 @@ def _gather(w, grad, codes, frozen, scale, centre, unit, tiles, numbers, found, 
         held = (code.to(tl.float32) == qmin + b) & there
         tl.store(at + b, tl.sum(held.to(tl.int32), axis=1).to(tl.float64), mask=here)
         tl.store(at + apart + b, tl.sum(tl.where(held, clipped, 0.0), axis=1), mask=here)
+
+
+@triton.jit
+def _keep_norms(squares, n_units, task, pull):
+    """Keep the squared norms of a program's part of both gradients."""
+    task, pull = task.to(tl.float64), pull.to(tl.float64)
+    tl.store(squares + tl.program_id(0), tl.sum(task * task))
+    tl.store(squares + n_units + tl.program_id(0), tl.sum(pull * pull))
+
+
+@triton.jit
+def _moved(w, g, exp_avg, exp_avg_sq, there, decay, one_minus_beta1, beta2, one_minus_beta2, correction, eps, step):
+    """Return w after a step of AdamW, and step its moments, which lie at exp_avg and exp_avg_sq."""
+    m, square = tl.load(exp_avg, mask=there, other=0.0), tl.load(exp_avg_sq, mask=there, other=0.0)
+    w, m, square = adamw_step(w, g, m, square, decay, one_minus_beta1, beta2, one_minus_beta2, correction, eps, step)
+    tl.store(exp_avg, m, mask=there)
+    tl.store(exp_avg_sq, square, mask=there)
+    return w
 
 
 @triton.jit
@@ -138,17 +162,10 @@ def _step(w, grad, exp_avg, exp_avg_sq, image, codes, direction, frequency, code
             pull = tl.math.fma(spread, tl.load(factor + entry, mask=held, other=0.0), pull)
         pull = tl.where(free & of_quantized, pull, 0.0)
         if HAS_NORMS:
-            task, added = g.to(tl.float64), pull.to(tl.float64)
-            tl.store(squares + tl.program_id(0), tl.sum(task * task))
-            tl.store(squares + n_units + tl.program_id(0), tl.sum(added * added))
+            _keep_norms(squares, n_units, g, pull)
         g = g + pull
-    kept, m, square = adamw_step(
-        kept, g, tl.load(exp_avg + start + where, mask=there, other=0.0),
-        tl.load(exp_avg_sq + start + where, mask=there, other=0.0), decay, one_minus_beta1, beta2, one_minus_beta2, correction,
-        eps, step,
-    )  # fmt: skip
-    tl.store(exp_avg + start + where, m, mask=there)
-    tl.store(exp_avg_sq + start + where, square, mask=there)
+    kept = _moved(kept, g, exp_avg + start + where, exp_avg_sq + start + where, there, decay, one_minus_beta1, beta2,
+                  one_minus_beta2, correction, eps, step)  # fmt: skip
     s = _of_rows(after, group, here & quantized)
     x = kept
     if HAS_CENTRE:
@@ -160,6 +177,72 @@ def _step(w, grad, exp_avg, exp_avg_sq, image, codes, direction, frequency, code
     images = quantized & (late == 0)
     tl.store(w + start + where, tl.where(images, latent, kept), mask=there)
     tl.store(image + start + where, tl.where(images, shown, kept), mask=there & (late == 0))
+
+
+@triton.jit
+def _next_scale(scale, scale_avg, scale_avg_sq, scale_lr, of_step, group, here, g, sums, n_groups):
+    """Return the scales of some groups after the Adam of scales, float64 (`QuantState.update`), and put them into `sums`.
+
+    `of_step` holds its numbers as `ScaleAdam.numbers` gives them; g is the gradient.
+    """
+    rate, beta1, beta2 = tl.load(of_step), tl.load(of_step + 1), tl.load(of_step + 2)
+    s, g = tl.load(scale + group, mask=here, other=1.0).to(tl.float64), g.to(tl.float64)
+    m = tl.load(scale_avg + group, mask=here, other=0.0).to(tl.float64) * beta1 + (1 - beta1) * g
+    v = tl.load(scale_avg_sq + group, mask=here, other=0.0).to(tl.float64) * beta2 + (1 - beta2) * g * g
+    m, v = m.to(tl.float32).to(tl.float64), v.to(tl.float32).to(tl.float64)
+    size = tl.sqrt(v / tl.load(of_step + 4)) + tl.load(of_step + 5)
+    away = tl.load(scale_lr + group, mask=here, other=0.0).to(tl.float64) * rate * (m / tl.load(of_step + 3)) / size
+    s = tl.maximum((s - away).to(tl.float32), tl.load(of_step + 6).to(tl.float32))
+    tl.store(sums + group, s.to(tl.float64), mask=here)
+    tl.store(sums + n_groups + group, m, mask=here)
+    tl.store(sums + 2 * n_groups + group, v, mask=here)
+    return s[:, None]
+
+
+@triton.jit
+def _whole(w, grad, exp_avg, exp_avg_sq, image, codes, direction, frequency, code_mean, frozen, scale, scale_avg, scale_avg_sq,
+           scale_lr, of_step, factors, pulls, squares, n_units, sums, n_groups, unit, tiles, numbers, decay, one_minus_beta1,
+           beta2, one_minus_beta2, correction, eps, step, momentum, keep, threshold, PULLED: tl.constexpr,
+           HAS_NORMS: tl.constexpr, FREEZES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+           BLOCK_COLS: tl.constexpr):  # fmt: skip
+    tile, start, state, where, there, here, _, own = _block(unit, tiles, ALIGNED, BLOCK_ROWS, BLOCK_COLS)
+    qmin, qmax, shift, low, high = _grid(numbers, unit)
+    number, group = tl.load(unit + 2 * tl.program_id(0)), tl.load(tile + GROUP) + own
+    s = _of_rows(scale, group, here)
+    x = tl.load(w + start + where, mask=there, other=0.0)
+    g = tl.load(grad + start + where, mask=there, other=0.0)
+    code = tl.load(codes + state + where, mask=there, other=0).to(tl.float32)
+    v, level, still = tl.math.div_rn(x, s + tl.zeros_like(x)), code + shift, tl.load(tile + PLAIN) != 0
+    free = (v >= low) & (v <= high)
+    if FREEZES:
+        held = tl.load(frozen + state + where, mask=there, other=0) != 0
+        still, free = still | held, free & (held == 0)
+    of_scale = tl.sum(_of_scale(v, level, g, still, qmin, shift, low, high).to(tl.float64), axis=1)
+    of_scale = (of_scale * tl.load(factors + number)).to(tl.float32)
+    after = _next_scale(scale, scale_avg, scale_avg_sq, scale_lr, of_step, group, here, of_scale, sums, n_groups)
+    g = tl.where(free, g, 0.0)
+    if PULLED:
+        pull, n_bins = (x - level * s) * tl.load(pulls + number), tl.load(tile + N_BINS).to(tl.int32)
+        clipped = clip(x, low * s, high * s).to(tl.float64)
+        for b in range(n_bins):
+            held = (code == qmin + b) & there
+            count = tl.sum(held.to(tl.int32), axis=1).to(tl.float64)[:, None]
+            mean = tl.sum(tl.where(held, clipped, 0.0), axis=1)[:, None] / tl.maximum(count, 1.0)
+            factor = tl.where(count > 1, 1.0 / tl.maximum(count - 1, 1.0) * tl.load(of_step + 7), 0.0).to(tl.float32)
+            spread = x - mean.to(tl.float32)
+            pull = tl.where(held, tl.math.fma(spread, factor + tl.zeros_like(x), pull), pull)
+        pull = tl.where(free & there, pull, 0.0)
+        if HAS_NORMS:
+            _keep_norms(squares, n_units, g, pull)
+        g = g + pull
+    kept = _moved(x, g, exp_avg + start + where, exp_avg_sq + start + where, there, decay, one_minus_beta1, beta2,
+                  one_minus_beta2, correction, eps, step)  # fmt: skip
+    latent, shown = show(
+        kept, kept, after, codes, direction, frequency, code_mean, frozen, state, where, there, qmin, qmax, shift, momentum,
+        keep, threshold, FREEZES,
+    )  # fmt: skip
+    tl.store(w + start + where, latent, mask=there)
+    tl.store(image + start + where, shown, mask=there)
 
 
 @triton.jit
@@ -246,6 +329,41 @@ def shard_flat_step(
         norms += squares[: 2 * n_weights].view_as(norms)
 
 
+def shard_flat_whole(
+    w: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, image: Tensor, codes: Tensor, direction: Tensor,
+    frequency: Tensor, code_mean: Tensor | None, frozen: Tensor | None, scale: Tensor, scale_avg: Tensor,
+    scale_avg_sq: Tensor, scale_lr: Tensor, rate: float, scale_beta1: float, scale_beta2: float, correction1: float,
+    correction2: float, scale_eps: float, floor: float, spread: float, tiles: Tensor, decay: float, beta1: float, beta2: float,
+    correction: float, eps: float, step: float, momentum: float, threshold: float, norms: Tensor | None, sums: Tensor,
+    isa: int = 0,
+) -> None:  # fmt: skip
+    """Step a flat's whole tiles as `ops.shard_step.flat_whole` says."""
+    n_weights = 0 if norms is None else norms.numel() // 2
+    plan = plan_of(tiles, w.numel(), codes.numel(), scale.numel(), _n_bins(tiles), n_weights, w.device)
+    of_scales = [rate, scale_beta1, scale_beta2, correction1, correction2, scale_eps, floor, 2 * spread]
+    of_scales = torch.tensor(of_scales, dtype=torch.float64)
+    of_step = torch.cat([of_scales, tiles[:, Column.FACTOR]]).to(w.device, non_blocking=True)
+    pulls = (2 * tiles[:, Column.PULL]).float()
+    pulled = bool((pulls.numpy() != 0).any() or (tiles[:, Column.N_BINS].numpy() != 0).any())
+    pulls, squares, at = pulls.to(w.device, non_blocking=True), None, 2 * n_weights
+    if norms is not None and pulled:
+        squares = w.new_zeros(2 * (n_weights + sum(len(s.units) for s in plan.whole)), dtype=torch.float64)
+    for shape in plan.whole:
+        shape.launch(
+            _whole, w=w, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, image=image, codes=codes, direction=direction,
+            frequency=frequency, code_mean=code_mean, frozen=frozen, scale=scale, scale_avg=scale_avg,
+            scale_avg_sq=scale_avg_sq, scale_lr=scale_lr, of_step=of_step, factors=of_step[len(of_scales) :], pulls=pulls,
+            squares=None if squares is None else squares[at:], n_units=len(shape.units), sums=sums, n_groups=scale.numel(),
+            tiles=plan.tiles, numbers=plan.numbers, **adamw_numbers(decay, beta1, beta2, correction, eps, step),
+            momentum=float(momentum), keep=1.0 - momentum, threshold=float(threshold), PULLED=pulled,
+            HAS_NORMS=squares is not None, FREEZES=frozen is not None,
+        )  # fmt: skip
+        at += 2 * len(shape.units)
+    if squares is not None:
+        plan.whole_weights.add_up(squares)
+        norms += squares[: 2 * n_weights].view_as(norms)
+
+
 def shard_flat_moments(w: Tensor, tiles: Tensor, sums: Tensor, isa: int = 0) -> None:
     """Add to `sums` what `ops.shard_step.flat_moments` says."""
     n_groups = sums.numel() // 3
@@ -275,7 +393,7 @@ def _n_bins(tiles: Tensor) -> int:
     return int((tiles[:, Column.BIN] + tiles[:, Column.N_BINS] * tiles[:, Column.N_GROUPS]).max())
 
 
-OPERATORS = (shard_flat_gather, shard_flat_step, shard_flat_moments, shard_flat_image)
+OPERATORS = (shard_flat_gather, shard_flat_step, shard_flat_whole, shard_flat_moments, shard_flat_image)
 
 
 def samples() -> None:
@@ -307,3 +425,26 @@ def samples() -> None:
         shard_flat_step(w, grad, m, v, image, *tracker, scale, scale, centre, *rest)
         shard_flat_moments(w, table, torch.zeros(groups, 3, dtype=torch.float64))
         shard_flat_image(w, image, *tracker, scale, centre, table, 0.1, 0.1)
+    _whole_samples()
+
+
+def _whole_samples() -> None:
+    """Launch the kernel of one pass for rows of one block, of half and of the longest, in odd places too."""
+    shapes = (64, 192), (4, 3072), (30, 50)
+    tiles, at, groups = torch.zeros(len(shapes), len(Column), dtype=torch.float64), 0, 0
+    for index, (row, (rows, cols)) in enumerate(zip(tiles, shapes, strict=True)):
+        for column, value in {
+            Column.START: at, Column.STATE: at, Column.ROWS: rows, Column.COLS: cols, Column.N_GROUPS: rows,
+            Column.GROUP: groups, Column.N_BINS: 4, Column.WEIGHT: index, Column.QMIN: -2, Column.QMAX: 1, Column.LOW: -2,
+            Column.HIGH: 1, Column.PULL: 0.1, Column.FACTOR: 0.1,
+        }.items():  # fmt: skip
+            row[column] = value
+        at, groups = at + rows * cols, groups + rows
+    w, grad, m, v, image, often, mean = torch.zeros(7, at)
+    codes, direction = torch.zeros(2, at, dtype=torch.int8)
+    scales, still = torch.ones(4, groups), torch.zeros(at, dtype=torch.bool)
+    norms, sums = torch.zeros(len(shapes), 2, dtype=torch.float64), torch.zeros(3, groups, dtype=torch.float64)
+    adams = (1.0, 0.9, 0.999, 0.1, 0.1, 1e-8, 1e-6, 0.1, tiles, 0.999, 0.9, 0.999, 0.1, 1e-8, 1e-3, 0.1, 0.1)
+    for code_mean, frozen, squares in ((None, None, None), (mean, still, norms)):
+        tracker = codes, direction, often, code_mean, frozen
+        shard_flat_whole(w, grad, m, v, image, *tracker, *scales, *adams, squares, sums)
