@@ -95,21 +95,16 @@ class Regularizer:
 
     def __init__(self, obr: ObrConfig, dampening: DampeningConfig):
         self.obr, self.dampening = obr, dampening
-        self._strengths = 0.0, 0.0
+        self.strengths = 0.0, 0.0  # lambda of OBR and of dampening at this step
         self.observed = False  # whether this step measures norms
         self.norms: dict[str, Tensor] = {}
 
     def begin_step(self, progress: float, observe: bool) -> None:
         """Fix the strengths at a share of the stage; `observe` has this step measure norms."""
-        self._strengths = regularizer_weight(self.obr, progress), regularizer_weight(self.dampening, progress)
+        self.strengths = regularizer_weight(self.obr, progress), regularizer_weight(self.dampening, progress)
         self.observed = observe
         if observe:
             self.norms.clear()
-
-    @property
-    def strengths(self) -> tuple[float, float]:
-        """Return lambda of OBR and of dampening at this step."""
-        return self._strengths
 
     def shares(self, weight: "ShardedWeight") -> tuple[float, float, float]:
         """Return what a weight takes of the strengths: of OBR's and of dampening's for the factor of (w_hat - w)^2, and of OBR's
@@ -126,12 +121,12 @@ class Regularizer:
 
     def spread(self, weight: "ShardedWeight") -> float:
         """Return the factor of the variance term of OBR at this step; 0 where it is off for this weight."""
-        return self._strengths[0] * self.shares(weight)[2]
+        return self.strengths[0] * self.shares(weight)[2]
 
     def pull(self, weight: "ShardedWeight") -> float:
         """Return the factor of (w_hat - w)^2 at this step, of OBR and of dampening together."""
         of_obr, damped, _ = self.shares(weight)
-        return self._strengths[0] * of_obr + self._strengths[1] * damped
+        return self.strengths[0] * of_obr + self.strengths[1] * damped
 
     def add(self, weight: "ShardedWeight", bins: Tensor) -> None:
         """Add to this rank's gradient of a weight; `bins` (2, n_groups * n_bins) are over all shards, (2, 0) without spread."""
