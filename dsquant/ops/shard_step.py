@@ -50,7 +50,7 @@ class Column(IntEnum):
     A tile is `rows * cols` elements from START on, row r of group `(FIRST_GROUP + r) % N_GROUPS` of a weight whose groups lie
     from GROUP on in all scales, and whose bins lie from BIN on in all bins, N_BINS a group; its tracker begins at STATE.
     N_GROUPS of 0: values that nothing quantizes. LATE: the scale is a statistic of what the step leaves. FACTOR: that of the
-    gradients of learned scales, where a tile is a whole weight with a group a row and `flat_whole` is to step it; else 0.
+    gradients of learned scales, where each row of a tile is all of a group and `flat_whole` is to step them; else 0.
     """
 
     START = 0

@@ -1,7 +1,7 @@
 """The shard step in native code, where the inner optimizer is AdamW, however many weights lie in a flat.
 
-A weight that one rank has all of, a learned scale a row, is stepped in one pass, scales and all: a row stays in a core's cache
-(on a GPU: in registers) between what is summed over it and what the sums decide. Of other weights a first pass reads weights,
+A row with a learned scale of its own that one rank has all of is stepped in one pass, scale and all: it stays in a core's cache
+(on a GPU: in registers) between what is summed over it and what the sums decide. Of all else a first pass reads weights,
 gradients and codes for the sums that are reduced over ranks; a second does all the rest and writes each byte once. Latents stay
 where they are and images take the gradient's place, which nobody reads after the step: between the step and its end
 (`ShardQuantization.finish_step`) the flat's `data` is the images, so nothing is copied back.
@@ -19,16 +19,23 @@ from dsquant.shard.native_step import next_step
 from dsquant.shard.oscillation import TrackerState
 from dsquant.shard.regularizers import Regularizer
 from dsquant.shard.scale_step import ScaleStep
-from dsquant.shard.weight_quantizers import ShardedWeight
+from dsquant.shard.weight_quantizers import ShardedWeight, Tile
 
 
-def lies_whole(weight: ShardedWeight) -> bool:
-    """Say whether this rank has all of a weight with a learned scale a row, so that one native pass can step it."""
-    longest = LONGEST_RUN.get(weight.backend, 0)
-    if not weight.learned or weight.fragment is None or weight.fragment.numel != weight.site.numel:
-        return False
-    rows, cols = weight.tiles[0].shape
-    return rows == weight.n_groups and cols <= longest
+def steps_in_one_pass(weight: ShardedWeight, tile: Tile) -> bool:
+    """Say whether each row of a tile is a group of its own, with a learned scale, and short enough for one native pass."""
+    rows, cols = tile.shape
+    alone = weight.site.numel == weight.n_groups * cols
+    return weight.learned and alone and rows <= weight.n_groups and cols <= LONGEST_RUN.get(weight.backend, 0)
+
+
+def in_one_pass(weight: ShardedWeight) -> Tensor:
+    """Return which groups of a weight this rank can step in one pass, or has nothing of; bool (n_groups,)."""
+    found = torch.ones(weight.n_groups, dtype=torch.bool)
+    for tile in weight.tiles:
+        if not steps_in_one_pass(weight, tile):
+            found[tile.groups.cpu()] = False
+    return found
 
 
 class FlatStore:
@@ -38,7 +45,7 @@ class FlatStore:
         flat: float32, of any shape; `weights` are this rank's quantized weights in it.
         places: of each weight, its number among all of a step and where its groups begin.
         in_place: the flat holds images between steps, not latents.
-        factors: of the gradients of scales, by weight, where one pass steps it.
+        factors: of the gradients of scales, by weight, of which one pass steps what it can.
     """
 
     def __init__(
@@ -56,7 +63,8 @@ class FlatStore:
         for weight in self.weights:
             start, numel, name = weight.fragment.start, weight.fragment.numel, weight.site.name
             rows += self._plain_row(done, start) + weight.table_rows(start, tracked, *places[name])
-            rows[-1][Column.FACTOR] = factors.get(name, 0.0)
+            for row, tile in zip(rows[-len(weight.tiles) :], weight.tiles, strict=True):
+                row[Column.FACTOR] = factors[name] if name in factors and steps_in_one_pass(weight, tile) else 0.0
             done, tracked = start + numel, tracked + numel
         rows += self._plain_row(done, flat.numel())
         self.tiles = torch.tensor(rows, dtype=torch.float64)
@@ -135,23 +143,29 @@ class FlatStep:
 
     Args:
         in_flat: the weights of each flat, also those that this rank has nothing of.
-        in_one_pass: names of weights that the rank which has them steps in one pass, and tells the others the scales.
+        in_one_pass: of each weight, the groups that the rank which has them steps in one pass, and tells the others the scales;
+            bool (n_groups,), the same on all ranks.
     """
 
     def __init__(
         self, flats: list[Tensor], in_flat: Mapping[int, list[ShardedWeight]], scales: ScaleStep, config: QuantConfig,
-        in_place: bool, in_one_pass: frozenset[str],
+        in_place: bool, in_one_pass: Mapping[str, Tensor],
     ):  # fmt: skip
         self.flats, self.scales, self.state, self.config = flats, scales, scales.state, config
         self.device = flats[0].device if flats else self.state.values.device
         self.weights = [w for flat in flats for w in in_flat[id(flat)]]
-        self.in_one_pass = in_one_pass & {w.site.name for w in self.weights}
+        self.in_one_pass = torch.cat(
+            [torch.zeros(0, dtype=torch.bool), *(in_one_pass[w.site.name] for w in self.weights)]
+        )
+        self._reduced = [
+            w.n_bins * w.n_groups * (not in_one_pass[w.site.name].all()) for w in self.weights
+        ]  # their bins
         places, factors, self.n_groups = {}, {}, 0
         for index, weight in enumerate(self.weights):
             name = weight.site.name
             places[name] = index, self.n_groups
             self.n_groups += weight.n_groups
-            if name in self.in_one_pass:
+            if in_one_pass[name].any():
                 factors[name] = scales.factor(weight)
         self.n_sums = 3 * self.n_groups if factors else 2 * self.n_groups
         self.stores: dict[int, FlatStore] = {}
@@ -204,11 +218,12 @@ class FlatStep:
                     self._numbers[id(flat)] = flat, (state["exp_avg"], state["exp_avg_sq"]), numbers
 
     def first_pass(self, regularizer: Regularizer, threshold: float | None, lr_factor: float, room: int) -> Tensor:
-        """Step the weights that lie whole, and return what is to be added up over ranks.
+        """Step what one pass can, and return what is to be added up over ranks.
 
-        That is, float64 and in a row: (2, groups) and (2, bins), this rank's sums of the other weights, as
-        `ShardQuantization._gather_sums` defines them for one; where any weight lies whole (3, groups) and (2, bins), in which
-        its scales are the next ones and their moments; and `room` for other values: a buffer that the next step takes again.
+        That is, float64 and in a row: (2, groups) and (2, bins), this rank's sums of all else, as
+        `ShardQuantization._gather_sums` defines them for a weight; where any group is stepped in one pass (3, groups) and
+        (2, bins), in which it has its next scale and the moments of that; and `room` for other values: a buffer that the next
+        step takes again.
         """
         self._scale, self._centre = self._values(self._scales), self._values(self._centres)
         bins = self._plan(regularizer)
@@ -241,11 +256,10 @@ class FlatStep:
         self._pull = [obr * of_obr + dampening * damped for of_obr, damped, _ in self._shares]
         self._spread = [obr * varied for *_, varied in self._shares]
         first, held, size = [], [], 0
-        for weight, spread in zip(self.weights, self._spread, strict=True):
+        for weight, spread, reduced in zip(self.weights, self._spread, self._reduced, strict=True):
             first.append(size)
             held.append(weight.n_bins if spread else 0)
-            if weight.site.name not in self.in_one_pass:
-                size += weight.n_groups * held[-1]
+            size += reduced if spread else 0
         columns = torch.tensor([first, held, self._pull], dtype=torch.float64)
         for store in self.stores.values():
             wanted = columns[:, store.weight_of] * store.quantized

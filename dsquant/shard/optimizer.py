@@ -15,7 +15,7 @@ from dsquant.errors import ShardError
 from dsquant.ops import backends
 from dsquant.ops.fake_quantize import near_boundary
 from dsquant.quant.state import SCALE_FLOOR, QuantState
-from dsquant.shard.flat_step import FlatStep, lies_whole
+from dsquant.shard.flat_step import FlatStep, in_one_pass
 from dsquant.shard.fragments import Fragment, ShardMap, part_of
 from dsquant.shard.native_step import can_step, step_float, write_image
 from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, track
@@ -125,7 +125,7 @@ class ShardQuantization:
         self._held: dict[str, tuple[Tensor, Tensor]] = {}  # CGA: which weights may move, and where all were
         self._flat: FlatStep | None = None  # of the step that is being taken, where native code takes it
         self._flat_steps: dict[tuple[int, ...], FlatStep] = {}  # by their flats
-        self._in_one_pass: frozenset[str] | None = None  # weights, once the ranks have agreed on them
+        self._in_one_pass: dict[str, Tensor] | None = None  # groups of each weight, once the ranks have agreed on them
         self._shown: list[FlatStep] = []  # whose flats hold images
         self.regularizer = Regularizer(config.obr, config.oscillation.dampening)
 
@@ -233,7 +233,7 @@ class ShardQuantization:
         in_one_place = len({flat.device for flat in flats}) <= 1
         native = in_one_place and can_step(inner, flats) and not self.config.oscillation.cga.enabled
         if self._in_one_pass is None:
-            self._in_one_pass = self._agree_on_one_pass(native)
+            self._agree_on_one_pass(native)
         if native:
             self._flat = self._flat_step(flats)
             self._flat.begin(self._latents, inner)
@@ -245,12 +245,17 @@ class ShardQuantization:
         self.after_inner_step(flats)
         self._flat = None
 
-    def _agree_on_one_pass(self, native: bool) -> frozenset[str]:
-        """Return the weights that one rank has all of and steps in one pass; all ranks must expect the same of each."""
+    def _agree_on_one_pass(self, native: bool) -> None:
+        """Find the groups that the rank which has them steps in one pass: all ranks must expect the same of each."""
+        weights = self.weights.values()
         able = native and self.state.optimizer == "adam" and self.config.grad_scale != "mdq"
-        mine = [able and (w.fragment is None or lies_whole(w)) for w in self.weights.values()]
-        agreed = self._all_reduce(torch.tensor(mine, dtype=torch.int64), dist.ReduceOp.MIN).tolist()
-        return frozenset(name for name, every in zip(self.weights, agreed, strict=True) if every)
+        mine = torch.cat([torch.zeros(0, dtype=torch.bool), *(in_one_pass(w) for w in weights)]) & able
+        agreed = self._all_reduce(mine.int(), dist.ReduceOp.MIN).bool().split([w.n_groups for w in weights])
+        self._in_one_pass = dict(zip(self.weights, agreed, strict=True))
+
+    def in_one_pass(self) -> dict[str, Tensor]:
+        """Return, for each weight, which of its groups are stepped in one pass; bool (n_groups,), known after a step."""
+        return self._in_one_pass or {}
 
     def _flat_step(self, flats: list[Tensor]) -> FlatStep:
         key = tuple(id(flat) for flat in flats)
@@ -290,7 +295,7 @@ class ShardQuantization:
             self._flat.prepare(bins)
         else:
             self._prepare(weights, bins.view(2, -1))
-        stepped = frozenset() if self._flat is None else self._flat.in_one_pass
+        stepped = None if self._flat is None else self._flat.in_one_pass
         n_groups = sum(weight.n_groups for weight in weights)
         self._scales.step(weights, groups.view(-1, n_groups), self._lr_factor, stepped)
 

@@ -13,18 +13,20 @@ from dsquant.shard.weight_quantizers import ShardedWeight, half_of, statistic_sc
 
 @dataclass(frozen=True)
 class _Part:
-    """Say which columns of sums over all weights are of some of them (None: all), and where their scales lie in the state."""
+    """Say which columns of sums over all groups are of some of them (None: all), and where their scales lie in the state."""
 
     columns: Tensor | None
     where: slice | Tensor
 
     @classmethod
-    def of(cls, state: QuantState, weights: list[ShardedWeight], some: list[ShardedWeight]) -> "_Part":
-        if len(some) == len(weights):
-            return cls(None, places(state, some, "scale"))
-        wanted = {w.site.name for w in some}
-        mine = torch.cat([torch.full((w.n_groups,), w.site.name in wanted) for w in weights])
-        return cls(mine.nonzero().view(-1).to(state.values.device), places(state, some, "scale"))
+    def of(cls, state: QuantState, weights: list[ShardedWeight], wanted: Tensor) -> "_Part":
+        """Take the groups that are `wanted`, bool (groups of all weights,)."""
+        if bool(wanted.all()):
+            return cls(None, places(state, weights, "scale"))
+        entries = [state.entries[f"{w.site.name}:scale"] for w in weights]
+        every = torch.cat([torch.arange(e.start, e.start + e.numel) for e in entries])
+        device = state.values.device
+        return cls(wanted.nonzero().view(-1).to(device), every[wanted].to(device))
 
     def columns_of(self, sums: Tensor) -> Tensor:
         return sums if self.columns is None else sums[:, self.columns]
@@ -41,30 +43,27 @@ class ScaleStep:
 
     def __init__(self, state: QuantState, grad_scale: str, betas: tuple[float, float]):
         self.state, self.grad_scale, self.betas = state, grad_scale, betas
-        self._known: dict[tuple, tuple[_Part, Tensor, _Part]] = {}
+        self._known: dict[tuple, tuple[_Part, Tensor, _Part | None]] = {}
 
     def adam(self, lr_factor: float) -> ScaleAdam:
         """Return the numbers by which native code takes the present step."""
         return ScaleAdam(lr_factor, *self.betas, ADAM_EPS, SCALE_FLOOR, self.state.step_count)
 
     def step(
-        self, weights: list[ShardedWeight], sums: Tensor, lr_factor: float, stepped: frozenset[str] = frozenset()
+        self, weights: list[ShardedWeight], sums: Tensor, lr_factor: float, stepped: Tensor | None = None
     ) -> None:  # fmt: skip
         """Step by float64 `sums` (2, groups of all weights): d scale and |w|_1, over all shards.
 
-        Of `stepped` weights, which native code has stepped by `adam`, they are (3, groups): the next scales and their moments.
+        Of `stepped` groups (bool, of all weights), which native code has stepped by `adam`, they are the next scale and its
+        moments, (3, groups). They are the same at every step.
         """
-        key = stepped, *(w.site.name for w in weights)
+        key = stepped is not None, *(w.site.name for w in weights)
         if key not in self._known:
-            ours = [w for w in weights if w.learned and w.site.name not in stepped]
-            factors = [torch.full((w.n_groups,), self.factor(w), dtype=torch.float64) for w in ours]
-            factor = torch.cat([torch.zeros(0, dtype=torch.float64), *factors]).to(self.state.values.device)
-            theirs = [w for w in weights if w.site.name in stepped]
-            self._known[key] = _Part.of(self.state, weights, ours), factor, _Part.of(self.state, weights, theirs)
+            self._known[key] = self._plan(weights, stepped)
         part, factor, taken = self._known[key]
-        if stepped:
-            values = taken.columns_of(sums)
-            for tensor, row in zip((self.state.values, self.state.exp_avg, self.state.exp_avg_sq), values, strict=True):
+        if taken is not None:
+            tensors = self.state.values, self.state.exp_avg, self.state.exp_avg_sq
+            for tensor, row in zip(tensors, taken.columns_of(sums), strict=True):
                 tensor[taken.where] = row.float()
         if factor.numel():
             d_scale, norm = part.columns_of(sums[:2])
@@ -72,6 +71,15 @@ class ScaleStep:
                 factor = mdq_grad_scale(norm, factor)
             self.state.grads[part.where] = (d_scale * factor).float()
             self.state.update(part.where, lr_factor, self.betas)
+
+    def _plan(self, weights: list[ShardedWeight], stepped: Tensor | None) -> tuple[_Part, Tensor, _Part | None]:
+        """Return which groups are stepped here, the factors of their gradients, and which are stepped already."""
+        groups = torch.tensor([w.n_groups for w in weights])
+        learned = torch.tensor([w.learned for w in weights]).repeat_interleave(groups)
+        factor = torch.tensor([self.factor(w) for w in weights], dtype=torch.float64).repeat_interleave(groups)
+        ours = learned if stepped is None else learned & ~stepped
+        taken = None if stepped is None or not bool(stepped.any()) else _Part.of(self.state, weights, stepped)
+        return _Part.of(self.state, weights, ours), factor[ours].to(self.state.values.device), taken
 
     def factor(self, weight: ShardedWeight) -> float:
         """Return the factor of the gradient of a weight's scales, or what mdq's follows from: qmax."""

@@ -30,6 +30,7 @@ CASES = {
     "dampening": {"weight": {"n_bits": 2}, "oscillation": DAMPEN},
     "dampened statsq": {"weight": STATSQ, "oscillation": DAMPEN},
     "obr": {"weight": {"n_bits": 2}, "obr": OBR},
+    "obr by channel": {"weight": {"n_bits": 2, "granularity": "per_channel"}, "obr": OBR},
     "obr of bwn": {"weight": {"n_bits": 1, "method": "bwn"}, "obr": OBR},
     "obr and dampening": {"weight": SEQ, "obr": OBR, "oscillation": DAMPEN},
     "freezing": {"weight": SEQ, "oscillation": FREEZE},
@@ -108,6 +109,7 @@ def outcome(engine, losses, latents):
         "latents": [*latents, fragments(engine, "latent")],
         **{part: fragments(engine, part) for part in parts},
         "scales": {key: engine.state.values[e.slice].clone() for key, e in engine.state.entries.items()},
+        "in_one_pass": engine.quantization.in_one_pass(),
         "ratios": {n: s.get("regularizer_ratio") for n, s in engine.quantization.statistics().items()},
     }
 

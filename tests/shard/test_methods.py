@@ -85,6 +85,15 @@ def test_ranks_own_different_parts_of_weights_whose_groups_span_both(runs):
     assert shared
 
 
+def test_rows_that_one_rank_has_all_of_are_stepped_in_one_pass(runs):
+    """Under ZeRO 3, too, which cuts every weight: all rows but one that is cut, and both ranks know which these are."""
+    ours, theirs = (run["obr by channel"]["in_one_pass"] for run in runs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    rows = torch.cat(list(ours.values()))
+    assert int(rows.sum()) >= len(rows) - 1
+    assert not any(rows.any() for rows in runs[0]["mdq"]["in_one_pass"].values())
+
+
 @pytest.mark.parametrize("method", ["seq", "ternary", "elastic", "statsq", "bwn", "mdq", "lsq_plus"])
 def test_each_method_is_seen_in_the_losses(runs, oracles, method):
     """Were a method ignored, its losses would be those of plain LSQ, which are further away than any tolerance here."""

@@ -90,8 +90,8 @@ struct FlatTiles {
       tiles.push_back(tile);
     }
     for (int64_t t = 0; t < count; ++t) {
-      STD_TORCH_CHECK(!tiles[t].whole() || (tiles[t].alone && tiles[t].rows == tiles[t].n_groups && !tiles[t].late), "tile ", t,
-                      " does not hold all of its groups, one a run");
+      STD_TORCH_CHECK(!tiles[t].whole() || (tiles[t].pieces() == 1 && tiles[t].rows <= tiles[t].n_groups && !tiles[t].late),
+                      "tile ", t, " is not of groups of one run each");
       cut(tiles[t], t);
     }
   }

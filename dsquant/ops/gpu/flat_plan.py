@@ -151,7 +151,7 @@ def _plan(
     tiles[:, PLAIN.value], tiles[:, LATE.value] = of[Column.PLAIN], late
     room, groups = 2 * (n_groups + n_bins), Sums()
     for weight in np.unique(of[Column.WEIGHT][quantized & ~whole]):
-        mine = np.flatnonzero(quantized & (of[Column.WEIGHT] == weight))
+        mine = np.flatnonzero(quantized & ~whole & (of[Column.WEIGHT] == weight))
         used = _lay_out_sums(mine, rows, runs, tiles, (room, n_groups, n_bins), groups, bool(asked[mine[0]]))
         room += used
     moment_room, moments = _lay_out_moments(np.flatnonzero(late), rows, runs, tiles, n_groups)
@@ -174,7 +174,7 @@ _AS_THEY_ARE = [Column.START, Column.ROWS, Column.COLS, Column.STATE, Column.FIR
 
 
 def _one_run_a_group(row: np.ndarray) -> bool:
-    return row[Column.ROWS] == row[Column.N_GROUPS] and row[Column.COLS] <= LONGEST_ROW and not row[Column.LATE]
+    return row[Column.ROWS] <= row[Column.N_GROUPS] and row[Column.COLS] <= LONGEST_ROW and not row[Column.LATE]
 
 
 def _check(rows: np.ndarray, whole: np.ndarray, numel: int, state: int, n_groups: int, n_bins: int) -> None:
@@ -186,10 +186,11 @@ def _check(rows: np.ndarray, whole: np.ndarray, numel: int, state: int, n_groups
             "have a tracker": not quantized or 0 <= row[Column.STATE] <= state - size,
             "have scales": not quantized or 0 <= row[Column.GROUP] <= n_groups - row[Column.N_GROUPS],
             "have bins": whole[tile] or 0 <= row[Column.BIN] <= n_bins - row[Column.N_BINS] * row[Column.N_GROUPS],
-            "hold all of its groups": not whole[tile] or _one_run_a_group(row),
         }.items():
             if not lies:
                 raise RuntimeError(f"tile {tile} does not {what}")
+        if whole[tile] and not _one_run_a_group(row):
+            raise RuntimeError(f"tile {tile} is not of groups of one run each")
 
 
 def _groups_of(tile: int, rows: np.ndarray, runs: np.ndarray) -> np.ndarray:
