@@ -95,8 +95,13 @@ def test_native_steps_leave_the_bits_of_the_definition(monkeypatch, name, backen
 IN_TWO_PASSES = {"by head", "ternary", "cga"}  # also on one rank: mdq takes a sum of its own over ranks, CGA a step
 
 
-@pytest.mark.parametrize("backend", ["cpu", backends.TRITON])
-@pytest.mark.parametrize("name", CASES)
+IN_BOTH = [(name, "cpu") for name in CASES]
+IN_BOTH += [
+    (name, backends.TRITON) for name in ("lsq by channel, OBR", "elastic", "freezing")
+]  # its interpreter is slow
+
+
+@pytest.mark.parametrize(("name", "backend"), IN_BOTH)
 def test_weights_stepped_in_one_pass_get_the_bits_of_two(monkeypatch, name, backend):
     require(backends.TRITON if backend == backends.TRITON else backends.PORTABLE)
     taken, one_pass, steps = [], shard_step.flat_whole, 3 if backend == backends.TRITON else 6
