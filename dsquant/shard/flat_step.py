@@ -154,12 +154,10 @@ class FlatStep:
         self.flats, self.scales, self.state, self.config = flats, scales, scales.state, config
         self.device = flats[0].device if flats else self.state.values.device
         self.weights = [w for flat in flats for w in in_flat[id(flat)]]
-        self.in_one_pass = torch.cat(
-            [torch.zeros(0, dtype=torch.bool), *(in_one_pass[w.site.name] for w in self.weights)]
-        )
-        self._reduced = [
-            w.n_bins * w.n_groups * (not in_one_pass[w.site.name].all()) for w in self.weights
-        ]  # their bins
+        one_pass = [in_one_pass[w.site.name] for w in self.weights]
+        self.in_one_pass = torch.cat([torch.zeros(0, dtype=torch.bool), *one_pass])
+        # How many bins of each weight the ranks add up: all of a weight, where any of its groups takes two passes.
+        self._reduced = [w.n_bins * w.n_groups * (not of.all()) for w, of in zip(self.weights, one_pass, strict=True)]
         places, factors, self.n_groups = {}, {}, 0
         for index, weight in enumerate(self.weights):
             name = weight.site.name

@@ -396,25 +396,31 @@ def _n_bins(tiles: Tensor) -> int:
 OPERATORS = (shard_flat_gather, shard_flat_step, shard_flat_whole, shard_flat_moments, shard_flat_image)
 
 
-def samples() -> None:
-    """Launch each kernel in the kinds that differ once compiled: narrow and wide rows, one scale for all, odd places."""
-    shapes = (192, 192), (192, 768), (1, 192 * 192), (30, 50)
-    table = torch.zeros(len(shapes), len(Column), dtype=torch.float64)
-    at = groups = bins = 0
+def _sample_table(*shapes: tuple[int, int]) -> tuple[Tensor, int, int]:
+    """Return the table of 2-bit weights with a scale a row, one behind the other, their elements and their groups."""
+    table, at, groups = torch.zeros(len(shapes), len(Column), dtype=torch.float64), 0, 0
     for index, (row, (rows, cols)) in enumerate(zip(table, shapes, strict=True)):
         for column, value in {
             Column.START: at, Column.STATE: at, Column.ROWS: rows, Column.COLS: cols, Column.N_GROUPS: rows,
-            Column.GROUP: groups, Column.BIN: bins, Column.N_BINS: 4, Column.WEIGHT: index, Column.QMIN: -2, Column.QMAX: 1,
-            Column.LOW: -2, Column.HIGH: 1, Column.PULL: 0.1, Column.LATE: index % 2,
+            Column.GROUP: groups, Column.BIN: 4 * groups, Column.N_BINS: 4, Column.WEIGHT: index, Column.QMIN: -2,
+            Column.QMAX: 1, Column.LOW: -2, Column.HIGH: 1, Column.PULL: 0.1,
         }.items():  # fmt: skip
             row[column] = value
-        at, groups, bins = at + rows * cols, groups + rows, bins + 4 * rows
+        at, groups = at + rows * cols, groups + rows
+    return table, at, groups
+
+
+def samples() -> None:
+    """Launch each kernel in the kinds that differ once compiled: narrow and wide rows, one scale for all, odd places."""
+    table, at, groups = _sample_table((192, 192), (192, 768), (1, 192 * 192), (30, 50))
+    table[1::2, Column.LATE] = 1
+    bins = 4 * groups
     w, grad, m, v, image, often = torch.zeros(6, at)
     codes, direction = torch.zeros(2, at, dtype=torch.int8)
     scale, still, norms = (
         torch.ones(groups),
         torch.zeros(at, dtype=torch.bool),
-        torch.zeros(len(shapes), 2, dtype=torch.float64),
+        torch.zeros(len(table), 2, dtype=torch.float64),
     )
     sums, held = torch.zeros(2, groups, dtype=torch.float64), torch.zeros(2, bins, dtype=torch.float64)
     adam = (0.999, 0.9, 0.999, 0.1, 1e-8, 1e-3)
@@ -430,20 +436,12 @@ def samples() -> None:
 
 def _whole_samples() -> None:
     """Launch the kernel of one pass for rows of one block, of half and of the longest, in odd places too."""
-    shapes = (64, 192), (4, 3072), (30, 50)
-    tiles, at, groups = torch.zeros(len(shapes), len(Column), dtype=torch.float64), 0, 0
-    for index, (row, (rows, cols)) in enumerate(zip(tiles, shapes, strict=True)):
-        for column, value in {
-            Column.START: at, Column.STATE: at, Column.ROWS: rows, Column.COLS: cols, Column.N_GROUPS: rows,
-            Column.GROUP: groups, Column.N_BINS: 4, Column.WEIGHT: index, Column.QMIN: -2, Column.QMAX: 1, Column.LOW: -2,
-            Column.HIGH: 1, Column.PULL: 0.1, Column.FACTOR: 0.1,
-        }.items():  # fmt: skip
-            row[column] = value
-        at, groups = at + rows * cols, groups + rows
+    tiles, at, groups = _sample_table((64, 192), (4, 3072), (30, 50))
+    tiles[:, Column.FACTOR] = 0.1
     w, grad, m, v, image, often, mean = torch.zeros(7, at)
     codes, direction = torch.zeros(2, at, dtype=torch.int8)
     scales, still = torch.ones(4, groups), torch.zeros(at, dtype=torch.bool)
-    norms, sums = torch.zeros(len(shapes), 2, dtype=torch.float64), torch.zeros(3, groups, dtype=torch.float64)
+    norms, sums = torch.zeros(len(tiles), 2, dtype=torch.float64), torch.zeros(3, groups, dtype=torch.float64)
     adams = (1.0, 0.9, 0.999, 0.1, 0.1, 1e-8, 1e-6, 0.1, tiles, 0.999, 0.9, 0.999, 0.1, 1e-8, 1e-3, 0.1, 0.1)
     for code_mean, frozen, squares in ((None, None, None), (mean, still, norms)):
         tracker = codes, direction, often, code_mean, frozen
