@@ -286,6 +286,38 @@ def test_a_tile_that_is_not_of_groups_of_a_run_is_not_stepped_in_one_pass(odd, b
         )
 
 
+def test_rows_in_one_pass_beside_rows_that_are_cut_are_stepped_alike_by_triton_and_in_cpp():
+    """As ranks have them: a part of a row, whole rows of the same weight, and a part of the next."""
+    whole = {"ROWS": 2, "COLS": 40, "FIRST_GROUP": 1, "FACTOR": 0.5}
+    parts = {"COLS": 9, "FIRST_GROUP": 0}, whole, {"COLS": 21, "FIRST_GROUP": 3}
+    tiles = table([{"N_GROUPS": 4, "N_BINS": 4, "PULL": 0.02} | part for part in parts], QuantSpec(2).levels)
+    found = []
+    for backend in (backends.PORTABLE, backends.TRITON):
+        require(backend)
+        generator = torch.Generator().manual_seed(0)
+        w, grad, m, v = torch.randn(4, 110, generator=generator)
+        codes, scale, image = (
+            w.clamp(-2, 1).round().to(torch.int8),
+            torch.tensor([0.9, 1.0, 1.1, 1.2]),
+            torch.zeros(110),
+        )
+        tracker = vars(TrackerState.start(codes, freeze=False))
+        sums, bins, norms = (torch.zeros(*size, dtype=torch.float64) for size in ((3, 4), (2, 16), (1, 2)))
+        moments, step = (m, v.square_()), AdamWStep(1e-2, 0.9, 0.999, 1e-8, 0.0, 3)
+        adam, scales = ScaleAdam(1.0, 0.9, 0.999, 1e-8, 1e-6, 3), (scale, scale / 9, scale / 99, scale / 50)
+        rest = 0.01, tiles, step, 0.1, None, norms
+        shard_step.flat_whole(w, grad, *moments, image, tracker, scales, adam, *rest, sums, backend)
+        shard_step.flat_gather(w, grad, tracker["codes"], None, scale, None, tiles, True, sums[:2], bins, backend)
+        shard_step.flat_step(w, grad, *moments, image, tracker, scale, scale, None, bins, *rest, backend)
+        found.append((w, *moments, image, *tracker.values(), sums, bins, norms))
+    assert bins[0].view(4, 4).sum(1).tolist() == [9, 0, 0, 21]  # of rows in two passes alone
+    assert norms.gt(0).all()
+    assert image.ne(0).any()
+    for ours, theirs in zip(*found, strict=True):
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
 def test_operators_of_flats_pass_torchs_checks():
     require(backends.PORTABLE)
     w, grad, m, v, image, frequency = torch.rand(6, 24)
