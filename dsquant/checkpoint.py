@@ -33,7 +33,7 @@ from dsquant.quant.state import QuantState
 from dsquant.spec import WeightSite
 
 logger = logging.getLogger(__name__)
-FORMAT, VERSION, MANIFEST, STEPS = "dsquant-checkpoint", 1, "manifest.json", "step_*"
+FORMAT, VERSION, MANIFEST, STEPS = "dsquant-checkpoint", 2, "manifest.json", "step_*"
 
 
 def checkpoint_dir(run_dir: Path, stage: str, step: int) -> Path:

@@ -12,6 +12,7 @@ from dsquant.analysis.modules import fused_rows, layer_of, split_name
 from dsquant.config import load_config
 from dsquant.errors import ConfigError
 from dsquant.models import build_model, insert_sites
+from dsquant.ops.shard_step import TrackerStep
 from dsquant.run_folder import RECIPE_FILE
 from dsquant.telemetry.metrics import METRICS_FILE, read_metrics
 
@@ -90,11 +91,11 @@ def final_by_part(run: str | Path, stage: str) -> dict[str, float] | None:
     config = load_config(str(Path(run) / RECIPE_FILE))
     quant = config.stages[stage].quant
     checkpoint = load_run_checkpoint(Path(run), stage)
-    frequency = checkpoint.whole("tracker.frequency")
+    kept, steps = checkpoint.whole("tracker.frequency"), int(checkpoint.replicated("quant")["step_count"])
     plain = config.model.model_copy(update={"pretrained": False, "checkpoint": None})
-    threshold, found = quant.oscillation.threshold, {}
+    left, found = TrackerStep(quant.oscillation.momentum, steps).left, {}
     for site in insert_sites(build_model(plain), quant.policy()).weights:
-        oscillates = frequency[site.name] > threshold
+        oscillates = kept[site.name] > quant.oscillation.threshold / left
         for name, (start, stop) in fused_rows(site).items():
             found[name] = 100 * float(oscillates[start:stop].double().mean())
     return found

@@ -193,7 +193,7 @@ def shard_step_cases(device: str) -> list[Case]:
     column, after = scale[:, None], 1.01 * scale
     codes = (w / column).clamp(levels.qmin, levels.qmax).round().to(torch.int8)
     inside = (w / column >= levels.low) & (w / column <= levels.high)
-    adamw = shard_step.AdamWStep(1e-3, 0.9, 0.999, 1e-8, 0.05, 10)
+    adamw, tracking = shard_step.AdamWStep(1e-3, 0.9, 0.999, 1e-8, 0.05, 10), shard_step.TrackerStep(0.01, 10)
     tiles = torch.zeros(n_weights, len(Column), dtype=torch.float64)
     for weight, tile in enumerate(tiles):
         tile[Column.WEIGHT], tile[Column.GROUP], tile[Column.BIN] = weight, weight * size, 4 * weight * size
@@ -206,7 +206,7 @@ def shard_step_cases(device: str) -> list[Case]:
         bins = torch.zeros(2, 4 * rows, dtype=torch.float64, device=device)
         index = (groups[:, None] * 4 + codes.long() - levels.qmin).view(-1)
         bins[0].index_add_(0, index, torch.ones(rows * size, dtype=torch.float64, device=device))
-        bins[1].index_add_(0, index, w.clamp(levels.low * column, levels.high * column).double().view(-1))
+        bins[1].index_add_(0, index, ((w / column).clamp(levels.low, levels.high) * 2**22).round().double().view(-1))
         return bins
 
     known_bins, late, in_one, factor = of_bins(), tiles.clone(), tiles.clone(), 0.01
@@ -229,7 +229,7 @@ def shard_step_cases(device: str) -> list[Case]:
     def recorded(own: Tensor, before: Tensor) -> tuple[Tensor, ...]:
         """Return codes, direction and frequency of a tracker once codes went from `before` to `own`."""
         delta = (own > before).to(torch.int8) - (own < before).to(torch.int8)
-        frequency = often.abs().mul(0.99).add((delta * codes.sign() == -1).float(), alpha=0.01)
+        frequency = often.abs().add((delta * codes.sign() == -1).float(), alpha=tracking.gain)
         return own, torch.where(delta != 0, delta, codes.sign()), frequency
 
     def of_tracker(tracker: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
@@ -251,7 +251,7 @@ def shard_step_cases(device: str) -> list[Case]:
         decay, beta1, beta2, correction, eps, size_of_step = adamw.numbers()
         counts, totals = known_bins.view(2, rows, 4)
         index = codes.long() - levels.qmin
-        mean = (totals / counts.clamp(min=1)).float().gather(1, index)
+        mean = (totals / counts.clamp(min=1) * (column.double() / 2**22)).float().gather(1, index)
         factor = torch.where(counts > 1, 2 * pull / (counts - 1).clamp(min=1), 0.0).float().gather(1, index)
         g = torch.where(inside, grad + 2 * pull * (w - codes * column) + (w - mean) * factor, 0.0)
         first.lerp_(g, 1 - beta1)
@@ -265,7 +265,7 @@ def shard_step_cases(device: str) -> list[Case]:
         if backend == backends.TORCH:
             return by_definition(first, second, after)
         shard_step.flat_step(
-            values, grad, first, second, shown, tracker, scale, after, None, known_bins, pull, tiles, adamw, 0.01, None, None,
+            values, grad, first, second, shown, tracker, scale, after, None, known_bins, pull, tiles, adamw, tracking, None,
             backend,
         )  # fmt: skip
         return values, first, second, shown, *of_tracker(tracker)
@@ -284,7 +284,7 @@ def shard_step_cases(device: str) -> list[Case]:
             new = (scale - away).float().clamp(min=floor)
             return *by_definition(first, second, new), torch.cat([new, mean, square]).double()
         shard_step.flat_whole(
-            values, grad, first, second, shown, tracker, of_scales, scale_adam, pull, in_one, adamw, 0.01, None, None, scales,
+            values, grad, first, second, shown, tracker, of_scales, scale_adam, pull, in_one, adamw, tracking, None, scales,
             backend,
         )  # fmt: skip
         return values, first, second, shown, *of_tracker(tracker), scales
@@ -297,12 +297,12 @@ def shard_step_cases(device: str) -> list[Case]:
     def image(backend: str, values: Tensor, shown: Tensor, tracker: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
         if backend == backends.TORCH:
             return codes * column, *recorded(codes, tracker["codes"])
-        shard_step.flat_image(values, shown, tracker, scale, None, late, 0.01, None, backend)
+        shard_step.flat_image(values, shown, tracker, scale, None, late, tracking, backend)
         return shown, *of_tracker(tracker)
 
     of = {"op": "shard_step", "shape": f"{n_weights} x {size} x {size}"}
-    # Bytes a weight, and what each is given.
-    moved = {whole: (44, start), gather: (9, sums), step: (44, start), image: (18, start_late)}
+    # Bytes a weight, but those of the tracker that move where a code changes; and what each is given.
+    moved = {whole: (33, start), gather: (9, sums), step: (33, start), image: (13, start_late)}
     return [
         Case(label=f.__name__, bytes_moved=n * rows * size, run=f, tolerance=1e-6, fresh=fresh, **of)
         for f, (n, fresh) in moved.items()

@@ -6,6 +6,7 @@ outside its vectors, the last few elements of a tensor, and, where freezing is o
 once where the definition rounds twice. `flat_*` take all tiles of a flat in one call.
 """
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -42,6 +43,54 @@ class AdamWStep:
 def adamw(w: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamWStep, backend: str) -> None:
     """Step float32 values that nothing quantizes, each tensor one-dimensional."""
     call("adamw", backend, w.device.type, w, grad, exp_avg, exp_avg_sq, *step.numbers())
+
+
+@dataclass(frozen=True)
+class TrackerStep:
+    """Hold the numbers of one step of the oscillation tracker; `step` counts from 1.
+
+    f_t = m o_t + (1 - m) f_{t-1} moves in every step, of every weight. A tracker keeps f_t / (1 - m)^k instead, which moves where
+    a weight oscillates, by m / (1 - m)^k, and else stays where it is: not even read. k is the step modulo `spell`, and
+    before a step where it is 0 all that is kept fades by (1 - m)^spell.
+
+    Attributes:
+        threshold: frequency above which weights freeze at this step, or None.
+    """
+
+    momentum: float
+    step: int
+    threshold: float | None = None
+
+    @property
+    def spell(self) -> int:
+        """Return how many steps pass until all fades, by 2^-40 at most."""
+        if not 0 < self.momentum < 1:
+            return 1
+        return max(1, int(-40 * math.log(2) / math.log1p(-self.momentum)))
+
+    @property
+    def left(self) -> float:
+        """Return (1 - m)^k: what is kept, times this, is the frequency."""
+        return (1 - self.momentum) ** (self.step % self.spell)
+
+    @property
+    def gain(self) -> float:
+        """Return what an oscillation adds to what is kept."""
+        return self.momentum / self.left
+
+    @property
+    def fade(self) -> float:
+        """Return the factor on all that is kept, before the step."""
+        return 1.0 if self.step % self.spell else (1 - self.momentum) ** self.spell
+
+    @property
+    def limit(self) -> float | None:
+        """Return the threshold on what is kept, or None."""
+        return None if self.threshold is None else self.threshold / self.left
+
+    def numbers(self) -> tuple[float, float, float]:
+        """Return momentum, gain and limit, -1 for none."""
+        return self.momentum, self.gain, -1.0 if self.limit is None else self.limit
 
 
 class Column(IntEnum):
@@ -83,7 +132,7 @@ def flat_gather(
     sizes: bool, sums: Tensor, bins: Tensor, backend: str,
 ) -> None:  # fmt: skip
     """Add to float64 `sums` (2, n_groups) those of d scale and of |w|, and to `bins` (2, n_bins) what each bin holds: how many
-    weights, and the sum of their clipped values.
+    weights, and the sum of v = w / scale in parts of 2^-22, clipped (see `regularizers.in_parts`).
 
     The sums of |w| are there where `sizes` asks for them. The gradient is only read. w and grad are the flat and its gradient,
     codes and frozen those of its quantized elements alone.
@@ -94,7 +143,7 @@ def flat_gather(
 def flat_step(
     w: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, image: Tensor, tracker: dict[str, Tensor | None],
     before: Tensor, after: Tensor, centre: Tensor | None, bins: Tensor, spread: float, tiles: Tensor, adamw: AdamWStep,
-    momentum: float, threshold: float | None, norms: Tensor | None, backend: str,
+    tracking: TrackerStep, norms: Tensor | None, backend: str,
 ) -> None:  # fmt: skip
     """Step a flat by AdamW, leave its image beside it and record its codes; late tiles by AdamW alone.
 
@@ -107,10 +156,9 @@ def flat_step(
         bins: float64 (2, n_bins), what the bins hold over all shards, for a variance term of factor `spread`.
         norms: float64 (n_weights, 2), or None.
     """
-    limit = -1.0 if threshold is None else threshold
     call(
         "flat_step", backend, w.device.type, w, grad, exp_avg, exp_avg_sq, image, *tracker.values(), before, after, centre,
-        bins, spread, tiles, *adamw.numbers(), momentum, limit, norms,
+        bins, spread, tiles, *adamw.numbers(), *tracking.numbers(), norms,
     )  # fmt: skip
 
 
@@ -134,7 +182,7 @@ class ScaleAdam:
 def flat_whole(
     w: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, image: Tensor, tracker: dict[str, Tensor | None],
     scales: tuple[Tensor, Tensor, Tensor, Tensor], scale_adam: ScaleAdam, spread: float, tiles: Tensor, adamw: AdamWStep,
-    momentum: float, threshold: float | None, norms: Tensor | None, sums: Tensor, backend: str,
+    tracking: TrackerStep, norms: Tensor | None, sums: Tensor, backend: str,
 ) -> None:  # fmt: skip
     """Take the whole step of tiles with a FACTOR, each byte read and written once: sums of a group, the step of its scale, and
     what `flat_step` does, a group at a time. Groups are at most LONGEST_RUN long.
@@ -143,10 +191,9 @@ def flat_whole(
         scales: float32 (n_groups,) values, both moments, and rates. They stay as they are.
         sums: float64 (3, n_groups) in a row: the next scales and their moments are put there.
     """
-    limit = -1.0 if threshold is None else threshold
     call(
         "flat_whole", backend, w.device.type, w, grad, exp_avg, exp_avg_sq, image, *tracker.values(), *scales,
-        *scale_adam.numbers(), spread, tiles, *adamw.numbers(), momentum, limit, norms, sums,
+        *scale_adam.numbers(), spread, tiles, *adamw.numbers(), *tracking.numbers(), norms, sums,
     )  # fmt: skip
 
 
@@ -157,11 +204,10 @@ def flat_moments(w: Tensor, tiles: Tensor, sums: Tensor, backend: str) -> None:
 
 def flat_image(
     w: Tensor, image: Tensor, tracker: dict[str, Tensor | None], scale: Tensor, centre: Tensor | None, tiles: Tensor,
-    momentum: float, threshold: float | None, backend: str,
+    tracking: TrackerStep, backend: str,
 ) -> None:  # fmt: skip
     """Leave the images of a flat's late tiles in `image`, and record their new codes."""
-    limit = -1.0 if threshold is None else threshold
-    call("flat_image", backend, w.device.type, w, image, *tracker.values(), scale, centre, tiles, momentum, limit)
+    call("flat_image", backend, w.device.type, w, image, *tracker.values(), scale, centre, tiles, *tracking.numbers())
 
 
 # The schemas are here and their kernels in csrc/, attached when the library is loaded.
@@ -174,14 +220,14 @@ for _schema in (
     "bool sizes, Tensor(a!) sums, Tensor(b!) bins, int isa) -> ()",
     f"shard_flat_step(Tensor(a!) w, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) image, {_TRACKER}, "
     f"Tensor before, Tensor after, Tensor? centre, Tensor bins, float spread, Tensor tiles, {_ADAMW}, float momentum, "
-    "float threshold, Tensor(e!)? norms, int isa) -> ()",
+    "float gain, float threshold, Tensor(e!)? norms, int isa) -> ()",
     f"shard_flat_whole(Tensor(a!) w, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) image, {_TRACKER}, "
     "Tensor scale, Tensor scale_avg, Tensor scale_avg_sq, Tensor scale_lr, float rate, float scale_beta1, float scale_beta2, "
     f"float correction1, float correction2, float scale_eps, float floor, float spread, Tensor tiles, {_ADAMW}, "
-    "float momentum, float threshold, Tensor(e!)? norms, Tensor(f!) sums, int isa) -> ()",
+    "float momentum, float gain, float threshold, Tensor(e!)? norms, Tensor(f!) sums, int isa) -> ()",
     "shard_flat_moments(Tensor w, Tensor tiles, Tensor(a!) sums, int isa) -> ()",
     f"shard_flat_image(Tensor(a!) w, Tensor(b!) image, {_TRACKER}, Tensor scale, Tensor? centre, Tensor tiles, float momentum, "
-    "float threshold, int isa) -> ()",
+    "float gain, float threshold, int isa) -> ()",
 ):
     _LIBRARY.define(_schema)
     torch.library.register_fake("dsquant::" + _schema.partition("(")[0], lambda *_: None, lib=_LIBRARY)

@@ -9,12 +9,13 @@ where they are and images take the gradient's place, which nobody reads after th
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dsquant.config import QuantConfig
 from dsquant.ops import backends, shard_step
-from dsquant.ops.shard_step import LONGEST_RUN, AdamWStep, Column
+from dsquant.ops.shard_step import LONGEST_RUN, AdamWStep, Column, TrackerStep
 from dsquant.shard.native_step import next_step
 from dsquant.shard.oscillation import TrackerState
 from dsquant.shard.regularizers import Regularizer
@@ -68,11 +69,11 @@ class FlatStore:
             done, tracked = start + numel, tracked + numel
         rows += self._plain_row(done, flat.numel())
         self.tiles = torch.tensor(rows, dtype=torch.float64)
-        self.weight_of = self.tiles[:, Column.WEIGHT].long()
-        self.quantized = (self.tiles[:, Column.N_GROUPS] > 0).double()
-        whole = self.tiles[:, Column.FACTOR] != 0
+        self.weight_of = self.tiles[:, Column.WEIGHT].long().numpy()
+        self.quantized = (self.tiles[:, Column.N_GROUPS] > 0).numpy()
+        whole = (self.tiles[:, Column.FACTOR] != 0).numpy()
         self.any_in_one_pass, self.any_in_two = bool(whole.any()), not bool(whole.all())
-        self.any_to_gather = bool((self.quantized[~whole] > 0).any())
+        self.any_to_gather = bool(self.quantized[~whole].any())
         self.tracked = tracked
 
     def _plain_row(self, start: int, stop: int) -> list[list[float]]:
@@ -157,7 +158,8 @@ class FlatStep:
         one_pass = [in_one_pass[w.site.name] for w in self.weights]
         self.in_one_pass = torch.cat([torch.zeros(0, dtype=torch.bool), *one_pass])
         # How many bins of each weight the ranks add up: all of a weight, where any of its groups takes two passes.
-        self._reduced = [w.n_bins * w.n_groups * (not of.all()) for w, of in zip(self.weights, one_pass, strict=True)]
+        bins = [w.n_bins * w.n_groups * (not of.all()) for w, of in zip(self.weights, one_pass, strict=True)]
+        self._reduced = np.array(bins, dtype=np.int64)
         places, factors, self.n_groups = {}, {}, 0
         for index, weight in enumerate(self.weights):
             name = weight.site.name
@@ -170,7 +172,8 @@ class FlatStep:
         for flat in flats:
             if mine := [w for w in in_flat[id(flat)] if w.fragment is not None]:
                 self.stores[id(flat)] = FlatStore(flat, mine, places, in_place, factors)
-        self._shares: list[tuple[float, float, float]] = []  # of each weight in the regularizers' strengths
+        self._shares = np.zeros((0, 3))  # of each weight in the regularizers' strengths
+        self._n_bins = np.array([w.n_bins for w in self.weights], dtype=np.int64)
         self._scales, self._centres = (self._entries(role) for role in ("scale", "centre"))
         self._norms: dict[int, Tensor] = {}
         self._numbers: dict[int, tuple[Tensor, tuple[Tensor, Tensor], AdamWStep]] = {}  # each flat's moments and step
@@ -215,7 +218,7 @@ class FlatStep:
                     state, numbers = next_step(inner, flat, group)
                     self._numbers[id(flat)] = flat, (state["exp_avg"], state["exp_avg_sq"]), numbers
 
-    def first_pass(self, regularizer: Regularizer, threshold: float | None, lr_factor: float, room: int) -> Tensor:
+    def first_pass(self, regularizer: Regularizer, tracking: TrackerStep, lr_factor: float, room: int) -> Tensor:
         """Step what one pass can, and return what is to be added up over ranks.
 
         That is, float64 and in a row: (2, groups) and (2, bins), this rank's sums of all else, as
@@ -233,11 +236,11 @@ class FlatStep:
             self._norms = {
                 i: regularizer.new_norms(w)
                 for i, w in enumerate(self.weights)
-                if w.fragment is not None and (self._pull[i] or self._spread[i])
+                if w.fragment is not None and self._pulled[i]
             }
             self._squares = torch.zeros(len(self.weights), 2, dtype=torch.float64, device=self.device)
         if any(store.any_in_one_pass for store in self.stores.values()):
-            self._step_whole(sums, threshold, lr_factor)
+            self._step_whole(sums, tracking, lr_factor)
         for store in self.stores.values():
             if store.any_to_gather:
                 shard_step.flat_gather(
@@ -248,38 +251,36 @@ class FlatStep:
 
     def _plan(self, regularizer: Regularizer) -> int:
         """Put this step's regularizers into the tables of tiles; return how many values bins take in what is added up."""
-        if not self._shares:
-            self._shares = [regularizer.shares(w) for w in self.weights]
+        if len(self._shares) < len(self.weights):
+            self._shares = np.array([regularizer.shares(w) for w in self.weights])
         obr, dampening = regularizer.strengths
-        self._pull = [obr * of_obr + dampening * damped for of_obr, damped, _ in self._shares]
-        self._spread = [obr * varied for *_, varied in self._shares]
-        first, held, size = [], [], 0
-        for weight, spread, reduced in zip(self.weights, self._spread, self._reduced, strict=True):
-            first.append(size)
-            held.append(weight.n_bins if spread else 0)
-            size += reduced if spread else 0
-        columns = torch.tensor([first, held, self._pull], dtype=torch.float64)
+        of_obr, damped, varied = self._shares.T
+        pull, spread = obr * of_obr + dampening * damped, obr * varied
+        held, reduced = self._n_bins * (spread != 0), self._reduced * (spread != 0)
+        first = reduced.cumsum() - reduced
         for store in self.stores.values():
-            wanted = columns[:, store.weight_of] * store.quantized
-            store.tiles[:, Column.BIN], store.tiles[:, Column.N_BINS], store.tiles[:, Column.PULL] = wanted
-        return 2 * size
+            table = store.tiles.numpy()  # NumPy: what PyTorch takes for as little is a share of the step
+            for column, values in ((Column.BIN, first), (Column.N_BINS, held), (Column.PULL, pull)):
+                table[:, column] = values[store.weight_of] * store.quantized
+        self._pulled, self._most_spread = (pull != 0) | (spread != 0), float(spread.max(initial=0))
+        return 2 * int(reduced.sum())
 
-    def _step_whole(self, sums: Tensor, threshold: float | None, lr_factor: float) -> None:
+    def _step_whole(self, sums: Tensor, tracking: TrackerStep, lr_factor: float) -> None:
         moments = (self._values(self._scales, of) for of in (self.state.exp_avg, self.state.exp_avg_sq, self.state.lr))
         scales, adam = (self._scale, *moments), self.scales.adam(lr_factor)
         for key, store in self.stores.items():
             if store.any_in_one_pass:
                 flat, moments, numbers = self._numbers[key]
                 shard_step.flat_whole(
-                    store.latents, flat.grad, *moments, store.images, store.state, scales, adam, max(self._spread),
-                    store.tiles, numbers, self.config.oscillation.momentum, threshold, self._squares, sums, self.backend,
+                    store.latents, flat.grad, *moments, store.images, store.state, scales, adam, self._most_spread,
+                    store.tiles, numbers, tracking, self._squares, sums, self.backend,
                 )  # fmt: skip
 
     def prepare(self, bins: Tensor) -> None:
         """Note what bins hold over all ranks."""
         self._bins = bins.to(self.device).contiguous()
 
-    def second_pass(self, threshold: float | None) -> None:
+    def second_pass(self, tracking: TrackerStep) -> None:
         """Step all that the first pass did not; weights whose scale is a statistic have no image yet."""
         after = self._values(self._scales)
         for key, (flat, moments, numbers) in self._numbers.items():
@@ -290,8 +291,7 @@ class FlatStep:
             elif store.any_in_two:
                 shard_step.flat_step(
                     store.latents, flat.grad, *moments, store.images, store.state, self._scale, after, self._centre,
-                    self._bins, max(self._spread), store.tiles, numbers, self.config.oscillation.momentum, threshold,
-                    self._squares, self.backend,
+                    self._bins, self._most_spread, store.tiles, numbers, tracking, self._squares, self.backend,
                 )  # fmt: skip
         for index, found in self._norms.items():
             found.copy_(self._squares[index])
@@ -307,15 +307,14 @@ class FlatStep:
         parts = zip(self.weights, found.split([w.n_groups for w in self.weights]), strict=True)
         return torch.cat([part for weight, part in parts if id(weight) in wanted])
 
-    def finish(self, threshold: float | None) -> dict[str, Tensor]:
+    def finish(self, tracking: TrackerStep) -> dict[str, Tensor]:
         """Form the images that are missing, have the flats hold images, and return the latents by name."""
         late, found = any(not w.learned for w in self.weights), {}
         scale, centre = (self._values(of) for of in (self._scales, self._centres)) if late else (None, None)
         for store in self.stores.values():
             if late:
                 parts = (store.latents, store.images, store.state)
-                momentum = self.config.oscillation.momentum
-                shard_step.flat_image(*parts, scale, centre, store.tiles, momentum, threshold, self.backend)
+                shard_step.flat_image(*parts, scale, centre, store.tiles, tracking, self.backend)
             store.show_images()
             found |= store.of_weights
         return found

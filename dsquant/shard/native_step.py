@@ -32,13 +32,12 @@ def next_step(inner: torch.optim.AdamW, flat: Tensor, group: dict) -> tuple[dict
     return state, shard_step.AdamWStep(float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], count)
 
 
-def write_image(weight: ShardedWeight, latent: Tensor, momentum: float, threshold: float | None) -> None:
+def write_image(weight: ShardedWeight, latent: Tensor, tracking: shard_step.TrackerStep) -> None:
     """Keep this rank's part of a weight in `latent`, put its image in its place, and record a step of the tracker."""
     values = weight.fragment.values
     latent.copy_(values)
     shard_step.flat_image(
-        latent, values, vars(weight.tracker), weight.scales(), weight.centres(), weight.own_table, momentum, threshold,
-        weight.backend,
+        latent, values, vars(weight.tracker), weight.scales(), weight.centres(), weight.own_table, tracking, weight.backend,
     )  # fmt: skip
 
 

@@ -14,12 +14,13 @@ from dsquant.config import QuantConfig
 from dsquant.errors import ShardError
 from dsquant.ops import backends
 from dsquant.ops.fake_quantize import near_boundary
+from dsquant.ops.shard_step import TrackerStep
 from dsquant.quant.state import SCALE_FLOOR, QuantState
 from dsquant.shard.flat_step import FlatStep, in_one_pass
 from dsquant.shard.fragments import Fragment, ShardMap, part_of
 from dsquant.shard.native_step import can_step, step_float, write_image
 from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, track
-from dsquant.shard.regularizers import Regularizer, bin_index, bin_sums
+from dsquant.shard.regularizers import Regularizer, bin_index, bin_sums, in_parts
 from dsquant.shard.scale_step import ScaleStep, StatisticStep
 from dsquant.shard.statistics import weight_statistics
 from dsquant.shard.weight_quantizers import ShardedWeight, moment_scales, mse_scales
@@ -122,6 +123,7 @@ class ShardQuantization:
         self._scales, self._statistics = ScaleStep(state, config.grad_scale, betas), StatisticStep(state)
         self._latents: dict[str, Tensor] = {}
         self._lr_factor, self._threshold, self._activations_pending = 1.0, None, False
+        self._tracking = self._tracker_step()
         self._held: dict[str, tuple[Tensor, Tensor]] = {}  # CGA: which weights may move, and where all were
         self._flat: FlatStep | None = None  # of the step that is being taken, where native code takes it
         self._flat_steps: dict[tuple[int, ...], FlatStep] = {}  # by their flats
@@ -239,7 +241,7 @@ class ShardQuantization:
             self._flat.begin(self._latents, inner)
         self.before_inner_step(flats)
         if self._flat is not None:
-            self._flat.second_pass(self._threshold)
+            self._flat.second_pass(self._tracking)
         else:
             inner.step()
         self.after_inner_step(flats)
@@ -279,16 +281,16 @@ class ShardQuantization:
         if not (weights or with_activations):
             return
         if with_activations:
-            self.state.begin_step()
+            self._count_step()
         room = self.state.n_activation if with_activations else 0
         payload, n_sums = self._first_pass(weights, room)
-        if with_activations:
+        if room:
             payload[payload.numel() - room :] = self.state.take_activation_grads(self.world_size)
         groups, bins, activations = self._sum(payload).split([n_sums, payload.numel() - room - n_sums, room])
-        if with_activations:
+        self._activations_pending = False
+        if room:
             self.state.grads[:room] = activations.float()
             self.state.update(slice(0, room), self._lr_factor, self.betas)
-            self._activations_pending = False
         if not weights:
             return
         if self._flat is not None:
@@ -299,6 +301,18 @@ class ShardQuantization:
         n_groups = sum(weight.n_groups for weight in weights)
         self._scales.step(weights, groups.view(-1, n_groups), self._lr_factor, stepped)
 
+    def _count_step(self) -> None:
+        """Count a step of scales and trackers."""
+        self.state.begin_step()
+        self._tracking = self._tracker_step(self._threshold)
+        if self._tracking.fade != 1:
+            for weight in self.weights.values():
+                if weight.tracker is not None:
+                    weight.tracker.frequency.mul_(self._tracking.fade)
+
+    def _tracker_step(self, threshold: float | None = None) -> TrackerStep:
+        return TrackerStep(self.config.oscillation.momentum, self.state.step_count, threshold)
+
     def _first_pass(self, weights: list[ShardedWeight], room: int) -> tuple[Tensor, int]:
         """Return what `_gather_sums` says of all weights, (2, groups) and (2, bins) in a row, with room for other values behind.
 
@@ -306,7 +320,7 @@ class ShardQuantization:
         """
         device = self.state.values.device
         if self._flat is not None:
-            found = self._flat.first_pass(self.regularizer, self._threshold, self._lr_factor, room)
+            found = self._flat.first_pass(self.regularizer, self._tracking, self._lr_factor, room)
             return (found if self.contributes else found.zero_()).to(device), self._flat.n_sums
         sums = [self._gather_sums(weight) for weight in weights]
         groups, bins = (torch.cat(of, dim=1).view(-1) for of in zip(*sums, strict=True))
@@ -323,7 +337,7 @@ class ShardQuantization:
         """Mask this rank's gradient and return float64 sums over its part of a weight.
 
         They are (2, n_groups): d scale, and |w| where the gradient scale is mdq; and (2, n_groups * n_bins), or (2, 0) where
-        no regularizer asks for them: how many weights each bin holds, and their sum.
+        no regularizer asks for them: how many weights each bin holds, and their sum in parts of the scale.
         """
         spread, device = self.regularizer.spread(weight) > 0, self.state.values.device
         size = weight.n_groups * weight.n_bins
@@ -341,8 +355,7 @@ class ShardQuantization:
                 groups[1].index_add_(0, tile.groups.to(device), w.abs().sum(1, dtype=torch.float64).to(device))
             if spread:
                 index = bin_index(tile.of(weight.tracker.codes), tile.groups, weight.qmin, weight.n_bins)
-                clipped = torch.clamp(w, weight.levels.low * scale, weight.levels.high * scale)
-                bins += bin_sums(clipped, index, size).to(device)
+                bins += bin_sums(in_parts(w, scale, weight.levels), index, size).to(device)
         return (groups, bins) if self.contributes else (torch.zeros_like(groups), torch.zeros_like(bins))
 
     def _hold(self, weight: ShardedWeight) -> None:
@@ -368,7 +381,7 @@ class ShardQuantization:
                 weight.fragment.values.copy_(torch.where(free, weight.fragment.values, before))
         self._take_statistics(weights)
         if self._flat is not None:
-            self._latents |= self._flat.finish(self._threshold)
+            self._latents |= self._flat.finish(self._tracking)
             self._shown.append(self._flat)
             return
         for weight in weights:
@@ -378,23 +391,23 @@ class ShardQuantization:
         """Keep the latent aside and put the image in its place; `record` a step of the tracker on the way."""
         if weight.fragment is None:
             return
-        values, scales, momentum = weight.fragment.values, weight.scales(), self.config.oscillation.momentum
+        values, scales = weight.fragment.values, weight.scales()
         if self.shards.in_place and not record and weight.site.name in self._latents:
             values.copy_(self._latents[weight.site.name])
         latent = self._latents.get(weight.site.name)
         if latent is None:
             latent = self._latents[weight.site.name] = torch.empty_like(values)
         if record and weight.backend != backends.TORCH:
-            write_image(weight, latent, momentum, self._threshold)
+            write_image(weight, latent, self._tracking)
             return
         for tile in weight.tiles:
             w, scale = tile.of(values), scales[tile.groups].unsqueeze(1)
             codes, image = weight.image_tile(tile, w, scale)
             if record:
                 state = weight.tracker.view(tile.start, tile.shape)
-                track(state, codes.to(torch.int8), momentum)
-                if self._threshold is not None:
-                    freeze(state, self._threshold, weight.qmin, weight.qmax)
+                track(state, codes.to(torch.int8), self._tracking)
+                if self._tracking.limit is not None:
+                    freeze(state, self._tracking.limit, weight.qmin, weight.qmax)
                     codes, image = weight.image_tile(tile, w, scale)
             tile.of(latent).copy_(w)
             w.copy_(image)
@@ -402,7 +415,7 @@ class ShardQuantization:
     def statistics(self) -> dict[str, dict[str, float | list[float]]]:
         """Return the statistics of each weight over all shards (`shard/statistics.py`); every rank calls this."""
         latents = {name: self.latent(w) for name, w in self.weights.items() if w.fragment is not None}
-        threshold, weights = self.config.oscillation.threshold, list(self.weights.values())
+        threshold, weights = self.config.oscillation.threshold / self._tracker_step().left, list(self.weights.values())
         return weight_statistics(weights, latents, self.regularizer.norms, threshold, self.contributes, self._sum)
 
     def _sum(self, values: Tensor) -> Tensor:

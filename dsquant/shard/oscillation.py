@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from dsquant.config import FreezeConfig
+from dsquant.ops.shard_step import TrackerStep
 
 
 @dataclass
 class TrackerState:
     """Hold what the tracker knows of a run of weights, all of one shape.
 
-    codes: int8, the current integer weights. direction: int8 in {-1, 0, 1}, of the last change. frequency: float32, the
-    moving average of oscillations. code_mean: float32 moving average of codes, and frozen: bool, where freezing is on.
+    codes: int8, the current integer weights. direction: int8 in {-1, 0, 1}, of the last change. frequency: float32, the moving
+    average of oscillations over `TrackerStep.left`, so that most of it stays where it is. code_mean: float32 moving average of
+    codes, and frozen: bool, where freezing is on.
     """
 
     codes: Tensor
@@ -49,28 +51,29 @@ class TrackerState:
         return TrackerState(**{name: t[start:stop].view(shape) for name, t in self.tensors().items()})
 
 
-def track(state: TrackerState, codes: Tensor, momentum: float) -> Tensor:
+def track(state: TrackerState, codes: Tensor, step: TrackerStep) -> Tensor:
     """Record new codes (int8) and return which weights oscillated, 1 or 0: changed, opposite to their last change.
 
-    o_t = [sign(delta_t) == -last_direction]; f_t = m * o_t + (1 - m) * f_{t-1}; the direction moves only with a change.
+    o_t = [sign(delta_t) == -last_direction]; f_t = m * o_t + (1 - m) * f_{t-1}, kept as f_t / (1 - m)^k (`TrackerStep`); the
+    direction moves only with a change.
     """
     delta = codes.gt(state.codes).to(torch.int8) - codes.lt(state.codes).to(
         torch.int8
     )  # codes may differ by more than 127
     oscillated = delta.mul(state.direction).eq_(-1)
-    state.frequency.mul_(1 - momentum).add_(oscillated.float(), alpha=momentum)
+    state.frequency.add_(oscillated.float(), alpha=step.gain)
     state.direction.mul_(1 - delta.abs()).add_(
         delta
     )  # the last change stays where there is none; no mask, masks are slow
     state.codes.copy_(codes)
     if state.code_mean is not None:
-        state.code_mean.mul_(1 - momentum).add_(codes, alpha=momentum)
+        state.code_mean.mul_(1 - step.momentum).add_(codes, alpha=step.momentum)
     return oscillated
 
 
-def freeze(state: TrackerState, threshold: float, qmin: int, qmax: int) -> None:
-    """Freeze the weights whose frequency exceeds the threshold at the nearest integer to their mean code."""
-    newly = (state.frequency > threshold).logical_and_(~state.frozen)
+def freeze(state: TrackerState, limit: float, qmin: int, qmax: int) -> None:
+    """Freeze the weights whose kept frequency exceeds `TrackerStep.limit` at the nearest integer to their mean code."""
+    newly = (state.frequency > limit).logical_and_(~state.frozen)
     settled = state.code_mean.round().clamp_(qmin, qmax).to(torch.int8)
     torch.where(newly, settled, state.codes, out=state.codes)
     state.frozen.logical_or_(newly)

@@ -21,6 +21,9 @@ from dsquant.spec import Levels
 if TYPE_CHECKING:
     from dsquant.shard.weight_quantizers import ShardedWeight, Tile
 
+PARTS = 2.0**22  # of a scale, in which bins are summed
+NEAR = 15.0
+
 
 def regularizer_weight(config: ObrConfig | DampeningConfig, progress: float) -> float:
     """Return lambda at a share of the stage: 0 before `start`, then a cosine rise to `weight`."""
@@ -35,9 +38,19 @@ def bin_index(codes: Tensor, groups: Tensor, qmin: int, n_bins: int) -> Tensor:
     return codes.to(torch.int64).add_((groups * n_bins - qmin).unsqueeze(1))
 
 
-def bin_sums(w_clipped: Tensor, index: Tensor, size: int) -> Tensor:
-    """Return float64 (2, size): how many weights each bin holds, and the sum of their clipped values."""
-    flat, values = index.view(-1), w_clipped.reshape(-1).double()
+def in_parts(w: Tensor, scale: Tensor, levels: Levels) -> Tensor:
+    """Return w / scale, clipped as the gradient is, in whole parts of 2^-22: their sums are exact, in any order.
+
+    scale is (rows, 1); where nothing clips, values beyond 15 scales count as 15.
+    """
+    low = -NEAR if levels.low == -math.inf else levels.low
+    high = NEAR if levels.high == math.inf else levels.high
+    return (w / scale).clamp_(low, high).mul_(PARTS).round_()
+
+
+def bin_sums(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """Return float64 (2, size): how many weights each bin holds, and the sum of their values."""
+    flat, values = index.view(-1), values.reshape(-1).double()
     if flat.device.type == "cpu":
         return torch.stack(
             [torch.bincount(flat, minlength=size).double(), torch.bincount(flat, values, minlength=size)]
@@ -58,21 +71,22 @@ def regularizer_gradient(
 ) -> Tensor:
     """Return the closed-form gradient of `pull * sum (w_hat - w_c)^2 + spread * sum_bins Var(w_c in the bin)` for a tile.
 
-    w, level (code + shift): (rows, cols); scale (rows, 1); index from `bin_index` and sums (2, bins) over the
-    whole weight, all shards, both read only where `spread` is not 0. Zero where the gradient of w does not pass.
+    w, level (code + shift): (rows, cols); scale (rows, 1); index from `bin_index` and sums (2, bins) of `in_parts` over
+    the whole weight, all shards, both read only where `spread` is not 0. Zero where the gradient of w does not pass.
     """
     found = torch.sub(w, level * scale).mul_(2 * pull)
     if spread:
         mean, factor = bin_tables(sums, spread)
         flat = index.view(-1)  # index_select: a table look-up by `[]` is ten times slower on CPU
-        found.addcmul_(w - mean.index_select(0, flat).view_as(w), factor.index_select(0, flat).view_as(w))
+        mean = (mean.index_select(0, flat).view_as(w) * (scale.double() / PARTS)).float()
+        found.addcmul_(w - mean, factor.index_select(0, flat).view_as(w))
     return pass_inside(found, w / scale, levels)
 
 
 def bin_tables(sums: Tensor, spread: float) -> tuple[Tensor, Tensor]:
-    """Return float32 (bins,): the mean of each bin, and the factor of `w - mean` in the gradient of its variance."""
+    """Return (bins,): the mean of each bin, float64, and the float32 factor of `w - mean` in the gradient of its variance."""
     counts, totals = sums
-    mean = (totals / counts.clamp(min=1)).float()
+    mean = totals / counts.clamp(min=1)
     return mean, torch.where(counts > 1, 2 * spread / (counts - 1).clamp(min=1), 0.0).float()
 
 

@@ -22,7 +22,7 @@ def weight_statistics(
 
     Args:
         latents: this rank's part of each weight that it has one of.
-        threshold: frequency above which a weight oscillates.
+        threshold: frequency above which a weight oscillates, as a tracker keeps it (over `TrackerStep.left`).
         contributes: whether this rank's parts count, which replicas but the first do not.
         all_sum: adds up a tensor over all ranks.
     """

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsquant.ops import backends, shard_step
-from dsquant.ops.shard_step import AdamWStep, Column, ScaleAdam
+from dsquant.ops.shard_step import AdamWStep, Column, ScaleAdam, TrackerStep
 from dsquant.shard.flat_step import FlatStore
 from dsquant.shard.oscillation import TrackerState
 from dsquant.spec import QuantSpec
@@ -14,6 +14,7 @@ from tests.shard.test_native_step import OBR, trained
 SMALL = 5, 83  # five whole vectors of 16 a row, and three weights
 GRIDS = {"lsq": 2, "seq": 2, "ternary": 2, "elastic": 1, "lsq of 4 bits": 4}
 CPU_LEVELS = {"portable": 0, "AVX2": 1, "AVX-512": 2}
+TRACKING = TrackerStep(0.1, 1)
 INTERPRETED = -1  # stands for Triton's interpreter where others say how much of the processor is used
 
 
@@ -74,7 +75,9 @@ def stepped(isa, method, shape=SMALL, spread=0.01, pull=0.02, before=3, steps=4,
         after = scale * (1 + 0.03 * (-1) ** step)
         state, numbers = vars(tracker).values(), AdamWStep(0.05, 0.9, 0.999, 1e-8, 0.05, step + 1).numbers()
         image = grad if over else image
-        step_flat(w, grad, m, v, image, *state, scale, after, None, bins, spread, tiles, *numbers, 0.1, 0.15, None, isa)
+        step_flat(
+            w, grad, m, v, image, *state, scale, after, None, bins, spread, tiles, *numbers, 0.1, 0.1, 0.15, None, isa
+        )
         scale = after
         found |= {f"sums {step}": sums, f"bins {step}": bins}
     part = slice(before, before + numel)
@@ -189,15 +192,14 @@ def test_sums_are_those_of_float64(isa, n_bits):
             expected[1, group] += w[at : at + cols].double().abs().sum()
             index = level_of.long() - levels.qmin
             held[0, group] += torch.bincount(index, minlength=n_bins)
-            clipped = v.clamp(levels.low, levels.high) * scale[group]
-            held[1, group] += torch.bincount(index, clipped, minlength=n_bins)
+            parts = (v.clamp(levels.low, levels.high) * 2**22).round()
+            held[1, group] += torch.bincount(index, parts, minlength=n_bins)
     sums, bins = torch.zeros_like(expected), torch.zeros(2, 12 * n_bins, dtype=torch.float64)
     run = operator("shard_flat_gather", isa)
     run(w, grad, codes, None, scale, None, tiles, True, sums, bins, max(isa, 0))
     torch.testing.assert_close(sums[0], expected[0], rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(sums[1], expected[1], rtol=1e-12, atol=0)
-    assert torch.equal(bins[0].view(12, n_bins), held[0])
-    torch.testing.assert_close(bins[1].view(12, n_bins), held[1], rtol=1e-6, atol=1e-9)
+    assert torch.equal(bins.view(2, 12, n_bins), held)
 
 
 @pytest.mark.parametrize("isa", [*CPU_LEVELS, "triton"])
@@ -267,7 +269,7 @@ def test_tiles_that_do_not_lie_in_their_flat_are_refused(backend):
     bins = torch.zeros(2, 0, dtype=torch.float64)
     step = AdamWStep(1e-3, 0.9, 0.999, 1e-8, 0.0, 1)
     with pytest.raises(RuntimeError, match="tile 0 does not lie in the flat"):
-        shard_step.flat_step(w, grad, m, v, image, tracker, w, w, None, bins, 0.0, rows, step, 0.1, None, None, backend)
+        shard_step.flat_step(w, grad, m, v, image, tracker, w, w, None, bins, 0.0, rows, step, TRACKING, None, backend)
 
 
 @pytest.mark.parametrize("backend", [backends.PORTABLE, backends.TRITON])
@@ -282,7 +284,7 @@ def test_a_tile_that_is_not_of_groups_of_a_run_is_not_stepped_in_one_pass(odd, b
     step = AdamWStep(1e-3, 0.9, 0.999, 1e-8, 0.0, 1)
     with pytest.raises(RuntimeError, match="tile 0 is not of groups of one run each"):
         shard_step.flat_whole(
-            w, grad, m, v, image, tracker, (scale,) * 4, adam, 0.0, rows, step, 0.1, None, None, sums, backend
+            w, grad, m, v, image, tracker, (scale,) * 4, adam, 0.0, rows, step, TRACKING, None, sums, backend
         )
 
 
@@ -305,7 +307,7 @@ def test_rows_in_one_pass_beside_rows_that_are_cut_are_stepped_alike_by_triton_a
         sums, bins, norms = (torch.zeros(*size, dtype=torch.float64) for size in ((3, 4), (2, 16), (1, 2)))
         moments, step = (m, v.square_()), AdamWStep(1e-2, 0.9, 0.999, 1e-8, 0.0, 3)
         adam, scales = ScaleAdam(1.0, 0.9, 0.999, 1e-8, 1e-6, 3), (scale, scale / 9, scale / 99, scale / 50)
-        rest = 0.01, tiles, step, 0.1, None, norms
+        rest = 0.01, tiles, step, TRACKING, norms
         shard_step.flat_whole(w, grad, *moments, image, tracker, scales, adam, *rest, sums, backend)
         shard_step.flat_gather(w, grad, tracker["codes"], None, scale, None, tiles, True, sums[:2], bins, backend)
         shard_step.flat_step(w, grad, *moments, image, tracker, scale, scale, None, bins, *rest, backend)
@@ -334,14 +336,14 @@ def test_operators_of_flats_pass_torchs_checks():
     for op, arguments in {
         ops.shard_flat_gather: (w, grad, codes, None, scale, None, rows, True, sums, bins, 0),
         ops.shard_flat_step: (
-            w, grad, m, v, image, *tracker, scale, scale.clone(), None, bins, 0.1, rows, *adam, 0.1, -1.0, None, 0
+            w, grad, m, v, image, *tracker, scale, scale.clone(), None, bins, 0.1, rows, *adam, 0.1, 0.1, -1.0, None, 0
         ),
         ops.shard_flat_whole: (
             w, grad, m, v, image, *tracker, scale, scale.clone(), scale.clone(), scale.clone(), 1.0, 0.9, 0.999, 0.1, 0.1, 1e-8,
-            1e-6, 0.1, whole, *adam, 0.1, -1.0, None, torch.zeros(9, dtype=torch.float64), 0
+            1e-6, 0.1, whole, *adam, 0.1, 0.1, -1.0, None, torch.zeros(9, dtype=torch.float64), 0
         ),
         ops.shard_flat_moments: (w, rows, torch.zeros(3, 3, dtype=torch.float64), 0),
-        ops.shard_flat_image: (w, image, *tracker, scale, None, rows, 0.1, -1.0, 0),
+        ops.shard_flat_image: (w, image, *tracker, scale, None, rows, 0.1, 0.1, -1.0, 0),
     }.items():  # fmt: skip
         torch.library.opcheck(op.default, arguments)
 
@@ -380,8 +382,7 @@ def test_the_number_of_launches_is_that_of_block_shapes_not_of_weights():
                 0.1,
                 rows,
                 step,
-                0.1,
-                None,
+                TRACKING,
                 None,
                 backends.TRITON,
             )

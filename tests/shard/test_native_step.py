@@ -92,6 +92,40 @@ def test_native_steps_leave_the_bits_of_the_definition(monkeypatch, name, backen
             assert torch.equal(found[key], tensor), key
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_frequencies_follow_the_codes_of_every_step_past_several_spells(monkeypatch, backend):
+    """Also those of weights whose codes no longer change: what is kept of them fades when a spell ends."""
+    momentum, threshold = 0.999, 1e-4  # spells of four steps
+    monkeypatch.setenv("DSQ_BACKEND", backend)
+    model, optimizer, quantization, images = make(obr=OBR, oscillation={"momentum": momentum, "threshold": threshold})
+    optimizer.param_groups[0]["lr"], wanted = 0.02, {}
+    for step in range(11):
+        before = {name: w.tracker.codes.clone() for name, w in quantization.weights.items()}
+        last = {name: w.tracker.direction.clone() for name, w in quantization.weights.items()}
+        F.cross_entropy(model(images), torch.arange(8) % 5).backward()
+        quantization.begin_step(0.1 * step, 1.0)
+        optimizer.step()
+        quantization.finish_step()
+        optimizer.zero_grad()
+        quantization.state.zero_grad()
+        for name, weight in quantization.weights.items():
+            change = (weight.tracker.codes.int() - before[name].int()).sign()
+            oscillated = (change * last[name] == -1).float()
+            wanted[name] = momentum * oscillated + (1 - momentum) * wanted.get(name, torch.zeros_like(oscillated))
+    found, left = quantization.statistics(), shard_step.TrackerStep(momentum, 11).left
+    assert quantization.state.step_count == 11
+    assert left == (1 - momentum) ** 3
+    for name, frequency in wanted.items():
+        torch.testing.assert_close(
+            quantization.weights[name].tracker.frequency * left, frequency, rtol=1e-5, atol=1e-12
+        )
+        share = 100 * (frequency > threshold).double().mean()
+        assert found[name]["oscillating_pct"] == pytest.approx(float(share), abs=1e-9)
+    every = torch.cat(list(wanted.values()))
+    assert 0.005 < (every > threshold).double().mean() < 0.9
+    assert ((every > 0) & (every < threshold)).any()  # oscillated before the last spell and not since
+
+
 IN_TWO_PASSES = {"by head", "ternary", "cga"}  # also on one rank: mdq takes a sum of its own over ranks, CGA a step
 
 

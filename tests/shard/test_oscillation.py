@@ -7,6 +7,7 @@ import torch
 
 from dsquant.config import FreezeConfig
 from dsquant.ops.fake_quantize import near_boundary
+from dsquant.ops.shard_step import TrackerStep
 from dsquant.shard.fragments import Fragment
 from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, track
 from dsquant.shard.weight_quantizers import ShardedWeight
@@ -19,13 +20,22 @@ def int8(codes):
     return torch.as_tensor(codes).to(torch.int8)
 
 
+def follow(state, sequence, momentum, first=1):
+    """Record codes as steps from `first` on, and give for each which weights oscillated, and all frequencies."""
+    for number, codes in enumerate(sequence, first):
+        step = TrackerStep(momentum, number)
+        state.frequency.mul_(step.fade)
+        yield track(state, int8(codes), step), state.frequency * step.left
+
+
 def test_golden_sequence():
     first, *rest = GOLDEN["codes"]
     state = TrackerState.start(torch.tensor(first, dtype=torch.float32), freeze=False)
-    total = torch.zeros(4)
-    for codes, frequency, count in zip(rest, GOLDEN["frequency"][1:], GOLDEN["total"][1:], strict=True):
-        total += track(state, int8(codes), GOLDEN["momentum"])
-        torch.testing.assert_close(state.frequency, torch.tensor(frequency), rtol=1e-6, atol=1e-9)
+    total, steps = torch.zeros(4), follow(state, rest, GOLDEN["momentum"])
+    wanted = zip(rest, GOLDEN["frequency"][1:], GOLDEN["total"][1:], strict=True)
+    for (codes, frequency, count), (oscillated, often) in zip(wanted, steps, strict=True):
+        total += oscillated
+        torch.testing.assert_close(often, torch.tensor(frequency), rtol=1e-6, atol=1e-9)
         assert total.tolist() == count
         assert state.codes.tolist() == codes
 
@@ -43,15 +53,16 @@ def nagel(sequence, momentum):
     return frequency, total, mean
 
 
+@pytest.mark.parametrize("momentum", [0.05, 0.5, 1.0], ids=["one spell", "spells of 40 steps", "of one"])
 @pytest.mark.parametrize("n_bits", [2, 3, 4])
-def test_every_weight_is_followed_by_the_rule_of_nagel(n_bits):
+def test_every_weight_is_followed_by_the_rule_of_nagel(n_bits, momentum):
     torch.manual_seed(n_bits)
     walk = torch.randint(-1, 2, (60, 40)).cumsum(0).clamp(-(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1)
     state, total = TrackerState.start(walk[0].float(), freeze=True), torch.zeros(40)
-    for codes in walk[1:]:
-        total += track(state, int8(codes), 0.05)
-    frequency, count, mean = zip(*(nagel(column, 0.05) for column in walk.t().tolist()), strict=True)
-    torch.testing.assert_close(state.frequency, torch.tensor(frequency), rtol=1e-5, atol=1e-6)
+    for oscillated, often in follow(state, walk[1:], momentum, first=17):  # noqa: B007 - the last counts
+        total += oscillated
+    frequency, count, mean = zip(*(nagel(column, momentum) for column in walk.t().tolist()), strict=True)
+    torch.testing.assert_close(often, torch.tensor(frequency), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(state.code_mean, torch.tensor(mean), rtol=1e-5, atol=1e-5)
     assert total.tolist() == list(count)
     assert sum(count) > 100
@@ -59,20 +70,20 @@ def test_every_weight_is_followed_by_the_rule_of_nagel(n_bits):
 
 def test_a_pause_does_not_hide_a_reversal_and_a_march_is_none():
     state = TrackerState.start(torch.zeros(2), freeze=False)
-    seen = [track(state, int8(codes), 0.01).tolist() for codes in ([1, 1], [1, 2], [1, 2], [0, 3])]
+    seen = [oscillated.tolist() for oscillated, _ in follow(state, ([1, 1], [1, 2], [1, 2], [0, 3]), 0.01)]
     assert seen == [[0, 0], [0, 0], [0, 0], [1, 0]]
 
 
 def test_a_jump_over_more_than_half_of_the_8_bit_range_keeps_its_direction():
     state = TrackerState.start(torch.tensor([-100.0, 100.0, -128.0]), freeze=False)
-    assert track(state, int8([100, -100, 127]), 0.01).sum() == 0
+    assert track(state, int8([100, -100, 127]), TrackerStep(0.01, 1)).sum() == 0
     assert state.direction.tolist() == [1, -1, 1]
-    assert track(state, int8([99, -101, 126]), 0.01).tolist() == [1, 0, 1]
+    assert track(state, int8([99, -101, 126]), TrackerStep(0.01, 2)).tolist() == [1, 0, 1]
 
 
 def test_a_view_of_the_state_is_a_window_on_its_storage():
     state = TrackerState.start(torch.zeros(10), freeze=True)
-    track(state.view(2, (2, 3)), int8([[1, 0, 1], [0, 1, 0]]), 0.5)
+    track(state.view(2, (2, 3)), int8([[1, 0, 1], [0, 1, 0]]), TrackerStep(0.5, 1))
     assert state.codes.tolist() == [0, 0, 1, 0, 1, 0, 1, 0, 0, 0]
     assert state.direction.tolist() == state.codes.tolist()
     assert state.code_mean[2] == 0.5
@@ -87,19 +98,23 @@ def test_the_state_takes_the_stated_bytes_a_weight(freezing, bytes_a_weight):
 
 
 def oscillating_state(momentum=0.5):
-    """Track four weights for 8 steps: one flips 0/1, one flips -1/-2 and rests on -1, one marches, one rests."""
+    """Track four weights for 8 steps: one flips 0/1, one flips -1/-2 and rests on -1, one marches, one rests.
+
+    Returns the state and frequencies.
+    """
     state = TrackerState.start(torch.tensor([0.0, -1.0, -2.0, 1.0]), freeze=True)
-    for t in range(1, 9):
-        track(state, int8([t % 2, -1 - (t % 3 == 0), min(1, t // 4 - 2), 1]), momentum)
-    return state
+    codes = ([t % 2, -1 - (t % 3 == 0), min(1, t // 4 - 2), 1] for t in range(1, 9))
+    *_, (_, often) = follow(state, codes, momentum)
+    return state, often
 
 
 def test_only_weights_above_the_threshold_freeze_and_at_the_nearest_code_to_their_mean():
-    state = oscillating_state()
-    before, frequency, mean = state.codes.clone(), state.frequency.clone(), state.code_mean.clone()
-    assert frequency[0] > 0.9
-    assert frequency[2:].tolist() == [0.0, 0.0]
-    threshold = float(frequency[1])
+    state, often = oscillating_state()
+    before, mean = state.codes.clone(), state.code_mean.clone()
+    assert often[0] > 0.9
+    assert often[2:].tolist() == [0.0, 0.0]
+    threshold = float(state.frequency[1])
+    assert TrackerStep(0.5, 8, float(often[1])).limit == threshold
     freeze(state, threshold, -2, 1)
     assert state.frozen.tolist() == [True, False, False, False]  # at the threshold is not above it
     assert state.codes[0] == mean[0].round()
@@ -111,8 +126,7 @@ def test_only_weights_above_the_threshold_freeze_and_at_the_nearest_code_to_thei
 
 def test_a_weight_freezes_where_it_mostly_was_and_not_where_it_is():
     state = TrackerState.start(torch.tensor([1.0, -2.0]), freeze=True)
-    for t in range(1, 6):
-        track(state, int8([1 - t % 2, -2 + t % 2]), 0.1)
+    list(follow(state, ([1 - t % 2, -2 + t % 2] for t in range(1, 6)), 0.1))
     assert state.codes.tolist() == [0, -1]
     torch.testing.assert_close(state.code_mean, torch.tensor([0.75, -1.75]), rtol=0, atol=0.03)
     freeze(state, 0.1, -2, 1)
@@ -120,13 +134,12 @@ def test_a_weight_freezes_where_it_mostly_was_and_not_where_it_is():
 
 
 def test_what_is_frozen_stays_frozen_at_its_code():
-    state = oscillating_state()
-    freeze(state, 0.2, -2, 1)
+    state, _ = oscillating_state()
+    freeze(state, TrackerStep(0.5, 8, 0.2).limit, -2, 1)
     code = int(state.codes[0])
-    for _ in range(50):
-        track(state, state.codes.clone(), 0.5)
-        freeze(state, 0.5, -2, 1)
-    assert state.frequency[0] < 1e-6
+    for number, (_, often) in enumerate(follow(state, [state.codes.clone()] * 50, 0.5, first=9), 9):  # noqa: B007
+        freeze(state, TrackerStep(0.5, number, 0.5).limit, -2, 1)
+    assert often[0] < 1e-6
     assert bool(state.frozen[0])
     assert int(state.codes[0]) == code
 

@@ -11,6 +11,7 @@ from dsquant.shard.regularizers import (
     bin_index,
     bin_sums,
     divisor,
+    in_parts,
     obr_loss,
     regularizer_gradient,
     regularizer_weight,
@@ -70,7 +71,7 @@ def closed_form(w, scales, grouping, n_bits, config, *, weight=1.0, cuts=(), sta
     size = grouping[0] * 2**n_bits
     sums = torch.zeros(2, size, dtype=torch.float64)
     for _, scale, values, _, _, index in (tile for part in parts for tile in part):
-        sums += bin_sums(values.clamp(qmin * scale, qmax * scale), index, size)
+        sums += bin_sums(in_parts(values, scale, Levels(qmin, qmax)), index, size)
     grad = torch.zeros(w.numel()) if start_grad is None else start_grad.clone().flatten()
     for begin, part in zip(edges, parts, strict=False):
         own = grad[begin:]
@@ -196,6 +197,20 @@ def test_bin_sums_of_fragments_add_up_to_those_of_the_whole(grouping):
                 found += bin_sums(values, index, size)
         assert torch.equal(found[0], expected[0])
         torch.testing.assert_close(found[1], expected[1], rtol=1e-14, atol=1e-14)
+
+
+def test_parts_of_a_scale_add_up_to_the_same_bits_in_any_order():
+    """So that a bin's mean does not depend on how ZeRO cuts a weight."""
+    torch.manual_seed(0)
+    w, scale = torch.randn(1, 4096) * 0.3, torch.tensor([[0.17]])
+    parts = in_parts(w, scale, Levels(-2, 1))
+    assert torch.equal(parts, parts.round())
+    torch.testing.assert_close(parts * scale / 2**22, w.clamp(-2 * scale, scale), rtol=0, atol=float(scale) * 2**-22)
+    index, shuffled = torch.zeros(4096, dtype=torch.int64), torch.randperm(4096)
+    assert torch.equal(bin_sums(parts, index, 1), bin_sums(parts[:, shuffled], index, 1))
+    unbounded, odd = Levels(0, 1, reach=math.inf), torch.tensor([[300.0, -300.0]])
+    assert in_parts(odd, torch.ones(1, 1), unbounded).tolist() == [[15 * 2.0**22, -15 * 2.0**22]]
+    assert in_parts(odd, torch.ones(1, 1), Levels(-128, 127)).tolist() == [[127 * 2.0**22, -128 * 2.0**22]]
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,45 @@ using torch::stable::Tensor;
 
 constexpr int64_t kRun = 16 * 1024;  // elements at most: what a thread takes at a time, and what stays in L2
 
+// Find the bounds of a grid; false where it has more than four levels, or none at its ends.
+bool bounds_of(int qmin, int qmax, float shift, float low, float high, Bounds& found) {
+  if (qmax - qmin > 3 || !std::isfinite(low) || !std::isfinite(high)) return false;
+  const auto ordered = [](int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); };
+  const auto number = [&](int32_t place) {
+    float v;
+    place = ordered(place);
+    std::memcpy(&v, &place, sizeof v);
+    return v;
+  };
+  const auto place = [&](float v) {
+    int32_t bits;
+    std::memcpy(&bits, &v, sizeof v);
+    return ordered(bits);
+  };
+  found.inside[0] = low, found.inside[1] = number(place(high) + 1);
+  for (int k = 0; k < 3; ++k) {
+    if (k >= qmax - qmin) {
+      found.code[k] = NAN;
+      continue;
+    }
+    const float middle = static_cast<float>(qmin + k) + shift;
+    int64_t under = place(middle - 2), over = place(middle + 2);  // codes less than qmin + k + 1, and not
+    while (over - under > 1) {
+      const auto half = static_cast<int32_t>((under + over) / 2);
+      (std::nearbyint(number(half) - shift) > static_cast<float>(qmin + k) ? over : under) = half;
+    }
+    found.code[k] = number(static_cast<int32_t>(over));
+  }
+  return true;
+}
+
 // A row of the table of tiles: dsquant/ops/shard_step.py names the columns. Without groups: values that nothing quantizes.
 struct FlatTile {
   int64_t start, rows, cols, state, first_group, n_groups, group_base, bin_base, n_bins, weight;
   double qmin, qmax, shift, low, high, plain, late, pull, factor;
   bool alone = true;  // no other run adds to the sums of a run's group
+  Bounds bounds{};
+  bool bounded = false;
 
   bool quantized() const { return n_groups > 0; }
   bool whole() const { return factor != 0; }
@@ -33,7 +67,7 @@ struct FlatTile {
   int64_t count() const { return rows * pieces(); }
   RunGrid grid(float scale, float centre) const {
     return {scale, centre, static_cast<float>(shift), static_cast<float>(low), static_cast<float>(high),
-            static_cast<int32_t>(qmin), static_cast<int32_t>(qmax), plain != 0};
+            static_cast<int32_t>(qmin), static_cast<int32_t>(qmax), plain != 0, bounded ? &bounds : nullptr};
   }
 };
 constexpr int64_t kColumns = 19;
@@ -85,6 +119,9 @@ struct FlatTiles {
                                              (tile.whole() || tile.bin_base + tile.n_bins * tile.n_groups <= bins)),
                         "tile ", t, " has no bins");
       }
+      if (tile.quantized())
+        tile.bounded = bounds_of(static_cast<int>(tile.qmin), static_cast<int>(tile.qmax), static_cast<float>(tile.shift),
+                                 static_cast<float>(tile.low), static_cast<float>(tile.high), tile.bounds);
       for (FlatTile& other : tiles)
         if (tile.quantized() && other.quantized() && other.weight == tile.weight) other.alone = tile.alone = false;
       tiles.push_back(tile);
@@ -221,9 +258,10 @@ void step_run(const StepKernels& kernels, int64_t n, const RunStep& s, double* n
 struct BinTables {
   float mean[256], factor[256];
 
-  BinTables(int64_t n_bins, const double* counts, const double* sums, double twice_spread) {
+  BinTables(int64_t n_bins, const double* counts, const double* sums, double twice_spread, float scale) {
+    const double part = scale / static_cast<double>(kParts);
     for (int64_t b = 0; b < n_bins; ++b) {
-      mean[b] = static_cast<float>(sums[b] / std::max(counts[b], 1.0));
+      mean[b] = static_cast<float>(sums[b] / std::max(counts[b], 1.0) * part);
       factor[b] = counts[b] > 1 ? static_cast<float>(1.0 / std::max(counts[b] - 1, 1.0) * twice_spread) : 0.0f;
     }
   }
@@ -242,7 +280,7 @@ struct FlatStep {
   Tracker tracker;
 
   BinTables tables_of(const FlatTile& tile, const Run& at) const {
-    return {tile.n_bins, bins + at.bin, bins + all_bins + at.bin, twice_spread};
+    return {tile.n_bins, bins + at.bin, bins + all_bins + at.bin, twice_spread, before[at.group]};
   }
 
   // A run's step to the scale `next`.
@@ -271,10 +309,8 @@ void run_tile(const StepKernels& kernels, const FlatStep& flat, const FlatTile& 
   }
   const BinTables tables = flat.tables_of(tile, at);
   const RunStep s = flat.of(tile, at, tables, flat.after[at.group]);
-  if (tile.late)
-    kernels.update(n, s.w, s.grad, s.m, s.v, s.tracker.codes, s.tracker.frozen, s.before, s.pull, s.adam, norms);
-  else
-    step_run(kernels, n, s, norms);
+  if (tile.late) return kernels.update(n, s.w, s.grad, s.m, s.v, s.tracker.codes, s.tracker.frozen, s.before, s.pull, s.adam, norms);
+  step_run(kernels, n, s, norms);
 }
 
 // The Adam of scales, as QuantState.update has it: float64, and what is kept rounded once.
@@ -313,12 +349,12 @@ void step_whole(const StepKernels& kernels, const FlatStep& flat, const FlatTile
   const float grad = static_cast<float>(sums[0] * tile.factor);
   const float scale = scales.adam.step(scales.value[g], grad, scales.lr[g], m, v);
   next[g] = scale, next[groups + g] = m, next[2 * groups + g] = v;
-  const BinTables tables(bins, held, held + bins, flat.twice_spread);
+  const BinTables tables(bins, held, held + bins, flat.twice_spread, scales.value[g]);
   step_run(kernels, at.size, flat.of(tile, at, tables, scale), norms);
 }
 
 Tracker tracker_of(const Tensor& codes, const Tensor& direction, const Tensor& frequency,
-                   const std::optional<Tensor>& code_mean, const std::optional<Tensor>& frozen, double momentum,
+                   const std::optional<Tensor>& code_mean, const std::optional<Tensor>& frozen, double momentum, double gain,
                    double threshold) {
   const int64_t n = codes.numel();
   Tracker found{values_of<int8_t>(codes, ScalarType::Char, n, "codes"),
@@ -328,6 +364,7 @@ Tracker tracker_of(const Tensor& codes, const Tensor& direction, const Tensor& f
                 values_of<bool>(frozen, ScalarType::Bool, n, "frozen"),
                 static_cast<float>(momentum),
                 static_cast<float>(1 - momentum),
+                static_cast<float>(gain),
                 static_cast<float>(threshold)};
   STD_TORCH_CHECK(!found.code_mean == !found.frozen, "code_mean and frozen come together");
   return found;
@@ -361,7 +398,7 @@ void shard_flat_step(const Tensor& w, const Tensor& grad, const Tensor& exp_avg,
                      std::optional<Tensor> code_mean, std::optional<Tensor> frozen, const Tensor& before,
                      const Tensor& after, std::optional<Tensor> centre, const Tensor& bins, double spread,
                      const Tensor& table, double decay, double beta1, double beta2, double correction, double eps,
-                     double step, double momentum, double threshold, std::optional<Tensor> norms, int64_t isa) {
+                     double step, double momentum, double gain, double threshold, std::optional<Tensor> norms, int64_t isa) {
   const StepKernels kernels = kernels_for(isa);
   const int64_t n = w.numel(), n_groups = before.numel(), n_weights = norms ? norms->numel() / 2 : n;
   const FlatTiles tiles(table, n, codes.numel(), n_groups, bins.numel() / 2, n_weights);
@@ -377,7 +414,7 @@ void shard_flat_step(const Tensor& w, const Tensor& grad, const Tensor& exp_avg,
                       bins.numel() / 2,
                       2 * spread,
                       adamw_of(decay, beta1, beta2, correction, eps, step),
-                      tracker_of(codes, direction, frequency, code_mean, frozen, momentum, threshold)};
+                      tracker_of(codes, direction, frequency, code_mean, frozen, momentum, gain, threshold)};
   Norms squares(norms, tiles);
   tiles.each([](const FlatTile& tile) { return !tile.whole(); }, [&](const FlatTile& tile, int64_t run, int64_t unit) {
     run_tile(kernels, flat, tile, run, squares.of(unit));
@@ -391,7 +428,7 @@ void shard_flat_whole(const Tensor& w, const Tensor& grad, const Tensor& exp_avg
                       const Tensor& scale_avg, const Tensor& scale_avg_sq, const Tensor& scale_lr, double rate,
                       double scale_beta1, double scale_beta2, double correction1, double correction2, double scale_eps,
                       double floor, double spread, const Tensor& table, double decay, double beta1, double beta2,
-                      double correction, double eps, double step, double momentum, double threshold,
+                      double correction, double eps, double step, double momentum, double gain, double threshold,
                       std::optional<Tensor> norms, const Tensor& sums, int64_t isa) {
   const StepKernels kernels = kernels_for(isa);
   const int64_t n = w.numel(), n_groups = scale.numel(), n_weights = norms ? norms->numel() / 2 : n;
@@ -408,7 +445,7 @@ void shard_flat_whole(const Tensor& w, const Tensor& grad, const Tensor& exp_avg
                       values_of<float>(image, ScalarType::Float, n, "image"),
                       scales.value, nullptr, nullptr, nullptr, 0, 2 * spread,
                       adamw_of(decay, beta1, beta2, correction, eps, step),
-                      tracker_of(codes, direction, frequency, code_mean, frozen, momentum, threshold)};
+                      tracker_of(codes, direction, frequency, code_mean, frozen, momentum, gain, threshold)};
   auto* next = values_of<double>(sums, ScalarType::Double, 3 * n_groups, "sums");
   Norms squares(norms, tiles);
   tiles.each([](const FlatTile& tile) { return tile.whole(); }, [&](const FlatTile& tile, int64_t run, int64_t unit) {
@@ -420,7 +457,7 @@ void shard_flat_whole(const Tensor& w, const Tensor& grad, const Tensor& exp_avg
 void shard_flat_image(const Tensor& w, const Tensor& image, const Tensor& codes, const Tensor& direction,
                       const Tensor& frequency, std::optional<Tensor> code_mean, std::optional<Tensor> frozen,
                       const Tensor& scale, std::optional<Tensor> centre, const Tensor& table, double momentum,
-                      double threshold, int64_t isa) {
+                      double gain, double threshold, int64_t isa) {
   const StepKernels kernels = kernels_for(isa);
   const int64_t n = w.numel(), n_groups = scale.numel();
   const FlatTiles tiles(table, n, codes.numel(), n_groups, table.numel() ? INT64_MAX : 0, n);
@@ -428,7 +465,7 @@ void shard_flat_image(const Tensor& w, const Tensor& image, const Tensor& codes,
   const auto* scales = values_of<const float>(scale, ScalarType::Float, n_groups, "scale");
   const auto* centres = values_of<const float>(centre, ScalarType::Float, n_groups, "centre");
   auto* shown = values_of<float>(image, ScalarType::Float, n, "image");
-  const Tracker all = tracker_of(codes, direction, frequency, code_mean, frozen, momentum, threshold);
+  const Tracker all = tracker_of(codes, direction, frequency, code_mean, frozen, momentum, gain, threshold);
   const auto late = [](const FlatTile& tile) { return tile.quantized() && tile.late; };
   tiles.each(late, [&](const FlatTile& tile, int64_t run, int64_t) {
     const Run at(tile, run);

@@ -5,13 +5,24 @@
 
 namespace dsq {
 
+// Of a grid of four levels at most, the least v that is not below its range, the least that is above it, and the least of each
+// code but the first (NaN for those there are not).
+struct Bounds {
+  float inside[2], code[3];
+};
+
 // The grid of a weight's levels and a run's scale: v = (w - centre) / scale, code = round(clip(v - shift, qmin, qmax)).
 struct RunGrid {
   float scale, centre;
   float shift, low, high;  // the gradient passes where low <= v <= high
   int32_t qmin, qmax;
   bool plain;  // d scale = sum G * level, for an elastic grid and where the scale is a statistic
+  const Bounds* bounds;  // null for more levels
 };
+
+// Sums over bins are of clip(v, low, high) in whole parts of a scale, so that they are exact in any order.
+constexpr float kParts = 1 << 22;
+constexpr float kNear = 15;  // v that is summed at most, where nothing clips it
 
 // OBR and dampening: gradient 2 pull (w - w_hat) + (w - mean[bin]) * factor[bin], where it passes. Null: no second term.
 struct Pull {
@@ -30,7 +41,9 @@ struct Tracker {
   int8_t *codes, *direction;
   float *frequency, *code_mean;  // code_mean and frozen are null where freezing is off
   bool* frozen;
-  float momentum, keep, threshold;  // threshold < 0: nothing freezes at this step
+  float momentum, keep;  // of code_mean
+  float gain;            // what an oscillation adds to frequency
+  float threshold;       // < 0: nothing freezes at this step
 };
 
 // One step of a run of quantized weights: AdamW on the latents w, then the codes under `after` and their image.
@@ -45,8 +58,8 @@ struct RunStep {
 };
 
 struct StepKernels {
-  // out[0] += sum of d scale, out[1] += sum |w| ; bins[k] += count, bins[n_bins + k] += sum of the clipped values. bins may be
-  // null.
+  // out[0] += sum of d scale, out[1] += sum |w| ; bins[k] += count, bins[n_bins + k] += sum of the clipped values in parts of
+  // the scale. bins may be null.
   void (*gather)(int64_t n, const float* w, const float* grad, const int8_t* codes, const bool* frozen, const RunGrid&,
                  int64_t n_bins, double* out, double* bins);
   // norms[0] += sum of the masked gradient's squares, norms[1] += of the regularizer's; may be null.

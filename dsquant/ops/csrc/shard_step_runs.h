@@ -17,10 +17,8 @@ struct Sum {
     for (int i = 0; i < n; i += kLanes)
       for (int j = 0; j < kLanes; ++j) lane[j] += static_cast<double>(x[i + j]);
   }
-  double total() const {
-    double sum = 0;
-    for (double l : lane) sum += l;
-    return sum;
+  double total() const {  // in the order of _mm512_reduce_add_pd
+    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
   }
 };
 
@@ -36,10 +34,10 @@ inline void clear_tail(float* x, int n) {
 }
 
 template <bool plain, bool frozen_any, bool outside_is_level>
-void scale_gradient(int n, const float* w, const float* grad, const int8_t* codes, const bool* frozen, const RunGrid& g,
+void scale_gradient(int n, const float* of_scale, const float* grad, const int8_t* codes, const bool* frozen, const RunGrid& g,
                     float* d) {
   for (int i = 0; i < n; ++i) {
-    const float v = (w[i] - g.centre) / g.scale, level = static_cast<float>(codes[i]) + g.shift;
+    const float v = of_scale[i], level = static_cast<float>(codes[i]) + g.shift;
     float found = level * grad[i];
     if (!plain) {
       const bool inside = (v >= g.low) & (v <= g.high);  // & and not &&: a branch would keep this loop from being vectors
@@ -53,13 +51,13 @@ void scale_gradient(int n, const float* w, const float* grad, const int8_t* code
 }
 
 template <bool plain, bool frozen_any>
-void scale_gradient(int n, const float* w, const float* grad, const int8_t* codes, const bool* frozen, const RunGrid& g,
+void scale_gradient(int n, const float* v, const float* grad, const int8_t* codes, const bool* frozen, const RunGrid& g,
                     float* d) {
   const bool ends_together = g.shift == 0.0f && g.low == static_cast<float>(g.qmin);  // no shift and no reach
   if (ends_together)
-    scale_gradient<plain, frozen_any, true>(n, w, grad, codes, frozen, g, d);
+    scale_gradient<plain, frozen_any, true>(n, v, grad, codes, frozen, g, d);
   else
-    scale_gradient<plain, frozen_any, false>(n, w, grad, codes, frozen, g, d);
+    scale_gradient<plain, frozen_any, false>(n, v, grad, codes, frozen, g, d);
 }
 
 // What a run holds in each bin: a comparison a bin where they are few, else a histogram.
@@ -75,10 +73,10 @@ struct BinSums {
     }
   }
 
-  void add(int n, const float* clipped, const int8_t* codes, int qmin) {
+  void add(int n, const float* parts, const int8_t* codes, int qmin) {
     if (n_bins > kFewBins) {
       for (int i = 0; i < n; ++i) {
-        sums[i % kBanks][codes[i] - qmin] += static_cast<double>(clipped[i]);
+        sums[i % kBanks][codes[i] - qmin] += static_cast<double>(parts[i]);
         ++counts[i % kBanks][codes[i] - qmin];
       }
       return;
@@ -88,7 +86,7 @@ struct BinSums {
       const int8_t wanted = static_cast<int8_t>(qmin + bin);
       int count = 0;
       for (int i = 0; i < n; ++i) {
-        of_bin[i] = codes[i] == wanted ? clipped[i] : 0.0f;
+        of_bin[i] = codes[i] == wanted ? parts[i] : 0.0f;
         count += codes[i] == wanted;
       }
       clear_tail(of_bin, n);
@@ -110,28 +108,29 @@ struct BinSums {
 
 void gather(int64_t n, const float* w, const float* grad, const int8_t* codes, const bool* frozen, const RunGrid& g,
             int64_t n_bins, double* out, double* bins) {
-  const float low = g.low * g.scale, high = g.high * g.scale;
+  const float low = std::isinf(g.low) ? -kNear : g.low, high = std::isinf(g.high) ? kNear : g.high;
   Sum d_scale, norm;
   BinSums in_bins(bins ? n_bins : 0);
-  alignas(32) float d[kBlock], size[kBlock], clipped[kBlock];
+  alignas(32) float v[kBlock], d[kBlock], size[kBlock], parts[kBlock];
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int count = static_cast<int>(n - begin < kBlock ? n - begin : kBlock);
     const float* x = w + begin;
     const int8_t* c = codes + begin;
+    for (int i = 0; i < count; ++i) v[i] = (x[i] - g.centre) / g.scale;
     if (g.plain)
-      scale_gradient<true, false>(count, x, grad + begin, c, nullptr, g, d);
+      scale_gradient<true, false>(count, v, grad + begin, c, nullptr, g, d);
     else if (frozen)
-      scale_gradient<false, true>(count, x, grad + begin, c, frozen + begin, g, d);
+      scale_gradient<false, true>(count, v, grad + begin, c, frozen + begin, g, d);
     else
-      scale_gradient<false, false>(count, x, grad + begin, c, nullptr, g, d);
+      scale_gradient<false, false>(count, v, grad + begin, c, nullptr, g, d);
     for (int i = 0; i < count; ++i) size[i] = std::fabs(x[i] - g.centre);
     clear_tail(d, count);
     clear_tail(size, count);
     d_scale.add(d, padded(count));
     norm.add(size, padded(count));
     if (!bins) continue;
-    for (int i = 0; i < count; ++i) clipped[i] = clip(x[i] - g.centre, low, high);
-    in_bins.add(count, clipped, c, g.qmin);
+    for (int i = 0; i < count; ++i) parts[i] = std::nearbyint(clip(v[i], low, high) * kParts);
+    in_bins.add(count, parts, c, g.qmin);
   }
   out[0] += d_scale.total();
   out[1] += norm.total();
@@ -245,6 +244,7 @@ inline float code_of(float w, const RunGrid& g) {
 
 void image(int64_t n, float* w, float* latent, const RunGrid& g, const Tracker& t) {
   alignas(32) float fresh[kBlock];
+  const float gain = t.gain;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int count = static_cast<int>(n - begin < kBlock ? n - begin : kBlock);
     float *x = w + begin, *kept = latent + begin, *frequency = t.frequency + begin;
@@ -259,7 +259,7 @@ void image(int64_t n, float* w, float* latent, const RunGrid& g, const Tracker& 
     for (int i = 0; i < count; ++i) {
       const int code = static_cast<int>(fresh[i]), delta = (code > codes[i]) - (code < codes[i]);
       const float oscillated = delta * direction[i] == -1 ? 1.0f : 0.0f;
-      frequency[i] = frequency[i] * t.keep + oscillated * t.momentum;
+      frequency[i] += oscillated * gain;
       direction[i] = static_cast<int8_t>(delta ? delta : direction[i]);
       codes[i] = static_cast<int8_t>(code);
     }

@@ -36,6 +36,9 @@ from dsquant.ops.gpu.flat_plan import (
 from dsquant.ops.gpu.shard_step import adamw_numbers, adamw_step, show
 from dsquant.ops.shard_step import Column
 
+PARTS, NEAR = tl.constexpr(2.0**22), tl.constexpr(15.0)  # as in `shard/regularizers.py`
+WHOLE = tl.constexpr(1.5 * 2.0**52)
+
 
 @triton.jit
 def _block(unit, tiles, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
@@ -80,6 +83,15 @@ def _of_scale(v, level, g, still, qmin, shift, low, high):
 
 
 @triton.jit
+def _in_parts(v, low, high):
+    """Return v, clipped, in whole parts of a scale, float64 (`regularizers.in_parts`)."""
+    inf = float("inf")
+    clipped = clip(v, tl.where(low == -inf, -NEAR, low), tl.where(high == inf, NEAR, high))
+    parts = (clipped * PARTS).to(tl.float64)
+    return (parts + WHOLE) - WHOLE  # float64 holds no fraction beside it
+
+
+@triton.jit
 def _gather(w, grad, codes, frozen, scale, centre, unit, tiles, numbers, found, SIZES: tl.constexpr, HAS_CENTRE: tl.constexpr,
             HAS_FROZEN: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):  # fmt: skip
     tile, start, state, where, there, here, run, own = _block(unit, tiles, ALIGNED, BLOCK_ROWS, BLOCK_COLS)
@@ -104,11 +116,11 @@ def _gather(w, grad, codes, frozen, scale, centre, unit, tiles, numbers, found, 
     if SIZES:
         tl.store(at + apart, tl.sum(tl.abs(x).to(tl.float64), axis=1), mask=here)
     at, apart = found + tl.load(tile + BIN_AT) + index * n_bins, tl.load(tile + BIN_APART)
-    clipped = tl.where(there, clip(x, low * s, high * s), 0.0).to(tl.float64)
+    parts = _in_parts(v, low, high)
     for b in range(n_bins):
         held = (code.to(tl.float32) == qmin + b) & there
         tl.store(at + b, tl.sum(held.to(tl.int32), axis=1).to(tl.float64), mask=here)
-        tl.store(at + apart + b, tl.sum(tl.where(held, clipped, 0.0), axis=1), mask=here)
+        tl.store(at + apart + b, tl.sum(tl.where(held, parts, 0.0), axis=1), mask=here)
 
 
 @triton.jit
@@ -132,7 +144,7 @@ def _moved(w, g, exp_avg, exp_avg_sq, there, decay, one_minus_beta1, beta2, one_
 @triton.jit
 def _step(w, grad, exp_avg, exp_avg_sq, image, codes, direction, frequency, code_mean, frozen, before, after, centre, mean,
           factor, pulls, squares, n_units, unit, tiles, numbers, decay, one_minus_beta1, beta2, one_minus_beta2, correction, eps,
-          step, momentum, keep, threshold, PULLED: tl.constexpr, HAS_TABLES: tl.constexpr, HAS_CENTRE: tl.constexpr,
+          step, momentum, keep, gain, threshold, PULLED: tl.constexpr, HAS_TABLES: tl.constexpr, HAS_CENTRE: tl.constexpr,
           HAS_NORMS: tl.constexpr, FREEZES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
           BLOCK_COLS: tl.constexpr):  # fmt: skip
     tile, start, state, where, there, here, _, own = _block(unit, tiles, ALIGNED, BLOCK_ROWS, BLOCK_COLS)
@@ -158,7 +170,8 @@ def _step(w, grad, exp_avg, exp_avg_sq, image, codes, direction, frequency, code
             n_bins = tl.load(tile + N_BINS)
             entry = (tl.load(tile + BIN) + own * n_bins)[:, None] + (code.to(tl.float32) - qmin).to(tl.int32)
             held = of_quantized & (n_bins > 0)
-            spread = x - tl.load(mean + entry, mask=held, other=0.0)
+            of_bin = tl.load(mean + entry, mask=held, other=0.0) * (s.to(tl.float64) / PARTS)
+            spread = x - of_bin.to(tl.float32)
             pull = tl.math.fma(spread, tl.load(factor + entry, mask=held, other=0.0), pull)
         pull = tl.where(free & of_quantized, pull, 0.0)
         if HAS_NORMS:
@@ -172,7 +185,7 @@ def _step(w, grad, exp_avg, exp_avg_sq, image, codes, direction, frequency, code
         x = tl.where(of_quantized, kept - middle, kept)
     latent, shown = show(
         kept, x, s, codes, direction, frequency, code_mean, frozen, state, where,
-        of_quantized & (late == 0), qmin, qmax, shift, momentum, keep, threshold, FREEZES,
+        of_quantized & (late == 0), qmin, qmax, shift, momentum, keep, gain, threshold, FREEZES,
     )  # fmt: skip
     images = quantized & (late == 0)
     tl.store(w + start + where, tl.where(images, latent, kept), mask=there)
@@ -202,7 +215,7 @@ def _next_scale(scale, scale_avg, scale_avg_sq, scale_lr, of_step, group, here, 
 @triton.jit
 def _whole(w, grad, exp_avg, exp_avg_sq, image, codes, direction, frequency, code_mean, frozen, scale, scale_avg, scale_avg_sq,
            scale_lr, of_step, factors, pulls, squares, n_units, sums, n_groups, unit, tiles, numbers, decay, one_minus_beta1,
-           beta2, one_minus_beta2, correction, eps, step, momentum, keep, threshold, PULLED: tl.constexpr,
+           beta2, one_minus_beta2, correction, eps, step, momentum, keep, gain, threshold, PULLED: tl.constexpr,
            HAS_NORMS: tl.constexpr, FREEZES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
            BLOCK_COLS: tl.constexpr):  # fmt: skip
     tile, start, state, where, there, here, _, own = _block(unit, tiles, ALIGNED, BLOCK_ROWS, BLOCK_COLS)
@@ -223,11 +236,11 @@ def _whole(w, grad, exp_avg, exp_avg_sq, image, codes, direction, frequency, cod
     g = tl.where(free, g, 0.0)
     if PULLED:
         pull, n_bins = (x - level * s) * tl.load(pulls + number), tl.load(tile + N_BINS).to(tl.int32)
-        clipped = clip(x, low * s, high * s).to(tl.float64)
+        parts, part = _in_parts(v, low, high), s.to(tl.float64) / PARTS
         for b in range(n_bins):
             held = (code == qmin + b) & there
             count = tl.sum(held.to(tl.int32), axis=1).to(tl.float64)[:, None]
-            mean = tl.sum(tl.where(held, clipped, 0.0), axis=1)[:, None] / tl.maximum(count, 1.0)
+            mean = tl.sum(tl.where(held, parts, 0.0), axis=1)[:, None] / tl.maximum(count, 1.0) * part
             factor = tl.where(count > 1, 1.0 / tl.maximum(count - 1, 1.0) * tl.load(of_step + 7), 0.0).to(tl.float32)
             spread = x - mean.to(tl.float32)
             pull = tl.where(held, tl.math.fma(spread, factor + tl.zeros_like(x), pull), pull)
@@ -239,7 +252,7 @@ def _whole(w, grad, exp_avg, exp_avg_sq, image, codes, direction, frequency, cod
                   one_minus_beta2, correction, eps, step)  # fmt: skip
     latent, shown = show(
         kept, kept, after, codes, direction, frequency, code_mean, frozen, state, where, there, qmin, qmax, shift, momentum,
-        keep, threshold, FREEZES,
+        keep, gain, threshold, FREEZES,
     )  # fmt: skip
     tl.store(w + start + where, latent, mask=there)
     tl.store(image + start + where, shown, mask=there)
@@ -257,7 +270,7 @@ def _moments(w, unit, tiles, found, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.conste
 
 @triton.jit
 def _late_image(w, image, codes, direction, frequency, code_mean, frozen, scale, centre, unit, tiles, numbers, momentum, keep,
-                threshold, HAS_CENTRE: tl.constexpr, FREEZES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+                gain, threshold, HAS_CENTRE: tl.constexpr, FREEZES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
                 BLOCK_COLS: tl.constexpr):  # fmt: skip
     tile, start, state, where, there, here, _, own = _block(unit, tiles, ALIGNED, BLOCK_ROWS, BLOCK_COLS)
     qmin, qmax, shift, _, _ = _grid(numbers, unit)
@@ -268,7 +281,7 @@ def _late_image(w, image, codes, direction, frequency, code_mean, frozen, scale,
         x = tl.where(there, kept - _of_rows(centre, group, here), 0.0)
     latent, shown = show(
         kept, x, _of_rows(scale, group, here), codes, direction, frequency, code_mean, frozen, state,
-        where, there, qmin, qmax, shift, momentum, keep, threshold, FREEZES,
+        where, there, qmin, qmax, shift, momentum, keep, gain, threshold, FREEZES,
     )  # fmt: skip
     tl.store(w + start + where, latent, mask=there)
     tl.store(image + start + where, shown, mask=there)
@@ -297,7 +310,7 @@ def shard_flat_step(
     w: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, image: Tensor, codes: Tensor, direction: Tensor,
     frequency: Tensor, code_mean: Tensor | None, frozen: Tensor | None, before: Tensor, after: Tensor, centre: Tensor | None,
     bins: Tensor, spread: float, tiles: Tensor, decay: float, beta1: float, beta2: float, correction: float, eps: float,
-    step: float, momentum: float, threshold: float, norms: Tensor | None, isa: int = 0,
+    step: float, momentum: float, gain: float, threshold: float, norms: Tensor | None, isa: int = 0,
 ) -> None:  # fmt: skip
     """Step a flat as `ops.shard_step.flat_step` says."""
     counts, totals = bins.view(2, -1)
@@ -306,7 +319,7 @@ def shard_flat_step(
     pulls = (2 * tiles[:, Column.PULL]).float()
     mean = factor = None
     if counts.numel():
-        mean = (totals / counts.clamp(min=1)).float()
+        mean = totals / counts.clamp(min=1)  # in parts of a scale
         factor = torch.where(counts > 1, 2 * spread / (counts - 1).clamp(min=1), 0.0).float()
     pulled = mean is not None or bool(pulls.numpy().any())
     squares = None
@@ -319,7 +332,7 @@ def shard_flat_step(
             frequency=frequency, code_mean=code_mean, frozen=frozen, before=before, after=after, centre=centre, mean=mean,
             factor=factor, pulls=pulls, squares=None if squares is None else squares[at:], n_units=len(shape.units),
             tiles=plan.tiles, numbers=plan.numbers, **adamw_numbers(decay, beta1, beta2, correction, eps, step),
-            momentum=float(momentum), keep=1.0 - momentum, threshold=float(threshold), PULLED=pulled,
+            momentum=float(momentum), keep=1.0 - momentum, gain=float(gain), threshold=float(threshold), PULLED=pulled,
             HAS_TABLES=mean is not None, HAS_CENTRE=centre is not None, HAS_NORMS=squares is not None,
             FREEZES=frozen is not None,
         )  # fmt: skip
@@ -334,8 +347,8 @@ def shard_flat_whole(
     frequency: Tensor, code_mean: Tensor | None, frozen: Tensor | None, scale: Tensor, scale_avg: Tensor,
     scale_avg_sq: Tensor, scale_lr: Tensor, rate: float, scale_beta1: float, scale_beta2: float, correction1: float,
     correction2: float, scale_eps: float, floor: float, spread: float, tiles: Tensor, decay: float, beta1: float, beta2: float,
-    correction: float, eps: float, step: float, momentum: float, threshold: float, norms: Tensor | None, sums: Tensor,
-    isa: int = 0,
+    correction: float, eps: float, step: float, momentum: float, gain: float, threshold: float, norms: Tensor | None,
+    sums: Tensor, isa: int = 0,
 ) -> None:  # fmt: skip
     """Step a flat's whole tiles as `ops.shard_step.flat_whole` says."""
     n_weights = 0 if norms is None else norms.numel() // 2
@@ -355,7 +368,7 @@ def shard_flat_whole(
             scale_avg_sq=scale_avg_sq, scale_lr=scale_lr, of_step=of_step, factors=of_step[len(of_scales) :], pulls=pulls,
             squares=None if squares is None else squares[at:], n_units=len(shape.units), sums=sums, n_groups=scale.numel(),
             tiles=plan.tiles, numbers=plan.numbers, **adamw_numbers(decay, beta1, beta2, correction, eps, step),
-            momentum=float(momentum), keep=1.0 - momentum, threshold=float(threshold), PULLED=pulled,
+            momentum=float(momentum), keep=1.0 - momentum, gain=float(gain), threshold=float(threshold), PULLED=pulled,
             HAS_NORMS=squares is not None, FREEZES=frozen is not None,
         )  # fmt: skip
         at += 2 * len(shape.units)
@@ -377,7 +390,8 @@ def shard_flat_moments(w: Tensor, tiles: Tensor, sums: Tensor, isa: int = 0) -> 
 
 def shard_flat_image(
     w: Tensor, image: Tensor, codes: Tensor, direction: Tensor, frequency: Tensor, code_mean: Tensor | None,
-    frozen: Tensor | None, scale: Tensor, centre: Tensor | None, tiles: Tensor, momentum: float, threshold: float, isa: int = 0,
+    frozen: Tensor | None, scale: Tensor, centre: Tensor | None, tiles: Tensor, momentum: float, gain: float,
+    threshold: float, isa: int = 0,
 ) -> None:  # fmt: skip
     """Leave the images of late tiles in `image`, as `ops.shard_step.flat_image` says."""
     plan = plan_of(tiles, w.numel(), codes.numel(), scale.numel(), _n_bins(tiles), 0, w.device)
@@ -385,7 +399,8 @@ def shard_flat_image(
         shape.launch(
             _late_image, w=w, image=image, codes=codes, direction=direction, frequency=frequency, code_mean=code_mean,
             frozen=frozen, scale=scale, centre=centre, tiles=plan.tiles, numbers=plan.numbers, momentum=float(momentum),
-            keep=1.0 - momentum, threshold=float(threshold), HAS_CENTRE=centre is not None, FREEZES=frozen is not None,
+            keep=1.0 - momentum, gain=float(gain), threshold=float(threshold), HAS_CENTRE=centre is not None,
+            FREEZES=frozen is not None,
         )  # fmt: skip
 
 
@@ -427,10 +442,10 @@ def samples() -> None:
     for centre, mean, frozen, squares in ((None, None, None, None), (scale, often, still, norms)):
         shard_flat_gather(w, grad, codes, frozen, scale, centre, table, True, sums, held)
         tracker = (codes, direction, often, mean, frozen)
-        rest = (held, 0.1, table, *adam, 0.1, 0.1, squares)
+        rest = (held, 0.1, table, *adam, 0.1, 0.1, 0.1, squares)
         shard_flat_step(w, grad, m, v, image, *tracker, scale, scale, centre, *rest)
         shard_flat_moments(w, table, torch.zeros(groups, 3, dtype=torch.float64))
-        shard_flat_image(w, image, *tracker, scale, centre, table, 0.1, 0.1)
+        shard_flat_image(w, image, *tracker, scale, centre, table, 0.1, 0.1, 0.1)
     _whole_samples()
 
 
@@ -442,7 +457,7 @@ def _whole_samples() -> None:
     codes, direction = torch.zeros(2, at, dtype=torch.int8)
     scales, still = torch.ones(4, groups), torch.zeros(at, dtype=torch.bool)
     norms, sums = torch.zeros(len(tiles), 2, dtype=torch.float64), torch.zeros(3, groups, dtype=torch.float64)
-    adams = (1.0, 0.9, 0.999, 0.1, 0.1, 1e-8, 1e-6, 0.1, tiles, 0.999, 0.9, 0.999, 0.1, 1e-8, 1e-3, 0.1, 0.1)
+    adams = (1.0, 0.9, 0.999, 0.1, 0.1, 1e-8, 1e-6, 0.1, tiles, 0.999, 0.9, 0.999, 0.1, 1e-8, 1e-3, 0.1, 0.1, 0.1)
     for code_mean, frozen, squares in ((None, None, None), (mean, still, norms)):
         tracker = codes, direction, often, code_mean, frozen
         shard_flat_whole(w, grad, m, v, image, *tracker, *scales, *adams, squares, sums)

@@ -38,10 +38,11 @@ def _adamw(w, grad, exp_avg, exp_avg_sq, numel, decay, one_minus_beta1, beta2, o
 
 @triton.jit
 def show(kept, x, s, codes, direction, frequency, code_mean, frozen, state, where, there, qmin, qmax, shift, momentum, keep,
-         threshold, FREEZES: tl.constexpr):  # fmt: skip
+         gain, threshold, FREEZES: tl.constexpr):  # fmt: skip
     """Return the latents, which freezing may move, and their image, and record the new codes in the tracker at `state`.
 
-    kept and x are the latents and what they are less the centre of their group; where and there lie beside them.
+    kept and x are the latents and what they are less the centre of their group; where and there lie beside them. Few codes
+    change in a step: of the others the tracker is neither read nor written.
     """
     code = round_half_even(clip(tl.math.div_rn(x, s + tl.zeros_like(x)) - shift, qmin, qmax))
     before = tl.load(codes + state + where, mask=there, other=0).to(tl.float32)
@@ -50,11 +51,13 @@ def show(kept, x, s, codes, direction, frequency, code_mean, frozen, state, wher
         code = tl.where(still, before, code)
         kept = tl.where(still, (code + shift) * s, kept)
     delta = (code > before).to(tl.int8) - (code < before).to(tl.int8)
-    last = tl.load(direction + state + where, mask=there, other=0)
-    oscillated = tl.where(delta * last == -1, momentum, 0.0)
-    often = tl.load(frequency + state + where, mask=there, other=0.0) * keep + oscillated
-    tl.store(frequency + state + where, often, mask=there)
-    tl.store(direction + state + where, tl.where(delta != 0, delta, last), mask=there)
+    changed = there & (delta != 0)
+    last = tl.load(direction + state + where, mask=changed, other=0)
+    tl.store(direction + state + where, delta, mask=changed)
+    turned = changed & (delta * last == -1)
+    often = tl.load(frequency + state + where, mask=there if FREEZES else turned, other=0.0)
+    often = tl.where(turned, often + gain, often)
+    tl.store(frequency + state + where, often, mask=turned)
     if FREEZES:
         mean = tl.load(code_mean + state + where, mask=there, other=0.0) * keep
         mean = tl.math.fma(code, momentum + tl.zeros_like(code), mean)
@@ -63,7 +66,8 @@ def show(kept, x, s, codes, direction, frequency, code_mean, frozen, state, wher
         code = tl.where(newly, clip(round_half_even(mean), qmin, qmax), code)
         kept = tl.where(newly, (code + shift) * s, kept)
         tl.store(frozen + state + where, still | newly, mask=there)
-    tl.store(codes + state + where, code.to(tl.int8), mask=there)
+        changed = there & (code != before)
+    tl.store(codes + state + where, code.to(tl.int8), mask=changed)
     return kept, (code + shift) * s
 
 
