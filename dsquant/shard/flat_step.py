@@ -198,14 +198,15 @@ class FlatStep:
         return found if any_of_them else []
 
     def _values(self, entries: list[slice | int], of: Tensor | None = None) -> Tensor | None:
-        """Return a copy of the values of a role, float32 (n_groups,) on the device of the flats; 0 where a weight has none.
+        """Return the values of a role, float32 (n_groups,) on the device of the flats; 0 where a weight has none.
 
-        `of`: the state's values, or another of its tensors.
+        `of`: the state's values, or another of its tensors. They may be a part of it, and not a copy.
         """
         if not entries:
             return None
         values = self.state.values if of is None else of
-        return torch.cat([values[e] if isinstance(e, slice) else values.new_zeros(e) for e in entries]).to(self.device)
+        found = [values[e] if isinstance(e, slice) else values.new_zeros(e) for e in entries]
+        return (found[0] if len(found) == 1 else torch.cat(found)).to(self.device)
 
     def begin(self, latents: Mapping[str, Tensor], inner: torch.optim.AdamW) -> None:
         """Have the flats hold their latents, and count a step of each."""
@@ -227,6 +228,8 @@ class FlatStep:
         step takes again.
         """
         self._scale, self._centre = self._values(self._scales), self._values(self._centres)
+        if any(store.any_in_two for store in self.stores.values()):
+            self._scale = self._scale.clone()  # the second pass wants those from before the step, too
         bins = self._plan(regularizer)
         if self._buffer.numel() != self.n_sums + bins + room:
             self._buffer = torch.empty(self.n_sums + bins + room, dtype=torch.float64, device=self.device)
@@ -282,13 +285,14 @@ class FlatStep:
 
     def second_pass(self, tracking: TrackerStep) -> None:
         """Step all that the first pass did not; weights whose scale is a statistic have no image yet."""
-        after = self._values(self._scales)
+        after = None
         for key, (flat, moments, numbers) in self._numbers.items():
             store = self.stores.get(key)
             if store is None:
                 parts = (flat.data, flat.grad, *moments)
                 shard_step.adamw(*(part.view(-1) for part in parts), numbers, self.backend)
             elif store.any_in_two:
+                after = self._values(self._scales) if after is None else after
                 shard_step.flat_step(
                     store.latents, flat.grad, *moments, store.images, store.state, self._scale, after, self._centre,
                     self._bins, self._most_spread, store.tiles, numbers, tracking, self._squares, self.backend,
