@@ -223,6 +223,26 @@ def test_moments_are_those_of_late_tiles_in_float64(isa):
     assert expected[[0, 6, 8, 12], 0].gt(0).all()
 
 
+@pytest.mark.parametrize("isa", [*CPU_LEVELS, "triton"])
+@pytest.mark.parametrize("method", GRIDS)
+def test_a_nan_shows_in_the_image_and_does_not_become_a_level(isa, method):
+    """What comes after it would go on as if nothing had happened."""
+    isa = INTERPRETED if isa == "triton" else level(isa)
+    require(backends.TRITON if isa == INTERPRETED else backends.PORTABLE)
+    levels, odd = QuantSpec(GRIDS[method], method=method.split()[0]).levels, torch.arange(40) % 7 == 3
+    w = torch.linspace(-0.4, 0.4, 40)
+    grad, m, v, image = torch.where(odd, torch.nan, 0.1), *torch.zeros(3, 40)
+    tiles = table([{"COLS": 40, "N_GROUPS": 1, "PULL": 0.1}], levels)
+    tracker, scale = TrackerState.start(torch.zeros(40), freeze=False), torch.tensor([0.9])
+    numbers, bins = AdamWStep(0.05, 0.9, 0.999, 1e-8, 0.05, 1).numbers(), torch.zeros(2, 0, dtype=torch.float64)
+    operator("shard_flat_step", isa)(
+        w, grad, m, v, image, *vars(tracker).values(), scale, scale, None, bins, 0.0, tiles, *numbers, 0.1, 0.1, -1.0, None,
+        max(isa, 0),
+    )  # fmt: skip
+    assert torch.equal(image.isnan(), odd)
+    assert torch.equal(w.isnan(), odd)
+
+
 @pytest.mark.parametrize("isa", CPU_LEVELS)
 def test_the_place_of_a_weight_in_its_flat_changes_nothing(isa):
     wanted, *others = (stepped(level(isa), "lsq", before=before) for before in (1, 2, 16))

@@ -158,7 +158,8 @@ void sum_run(int64_t n, const float* w, const float* grad, const int8_t* codes, 
 template <bool plain, bool sizes>
 bool sum_run(int64_t n, const float* w, const float* grad, const int8_t* codes, const RunGrid& g, int64_t n_bins,
              double* out, double* bins) {
-  const bool near = (g.low >= -kNear || std::isinf(g.low)) && (g.high <= kNear || std::isinf(g.high)) && g.qmin >= -8 && g.qmin + n_bins <= 8;
+  const bool near = (g.low >= -kNear || std::isinf(g.low)) && (g.high <= kNear || std::isinf(g.high)) && g.qmin >= -8 &&
+                    g.qmin + n_bins <= 8;
   if (n_bins == 0)
     sum_run<plain, sizes, 0>(n, w, grad, codes, g, out, bins);
   else if (n_bins == 2 && near)
