@@ -14,6 +14,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ from dsquant.errors import CheckpointError, TrainingError
 from dsquant.files import discard, put_in_place, sync, versions, write_synced
 from dsquant.models.registry import build_model, insert_sites, load_strict
 from dsquant.ops.fake_quantize import dequantize
+from dsquant.ops.shard_step import TrackerStep
 from dsquant.quant.state import QuantState
 from dsquant.spec import WeightSite
 
 logger = logging.getLogger(__name__)
 FORMAT, VERSION, MANIFEST, STEPS = "dsquant-checkpoint", 2, "manifest.json", "step_*"
+OF_FREQUENCIES = 1  # the version whose trackers hold frequencies as they are; later ones as `TrackerStep` keeps them
 
 
 def checkpoint_dir(run_dir: Path, stage: str, step: int) -> Path:
@@ -209,8 +212,8 @@ class Checkpoint:
             manifest = json.loads((path / MANIFEST).read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{path} is no whole checkpoint: {MANIFEST} cannot be read ({error})") from None
-        if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-            raise CheckpointError(f"{path}: not a {FORMAT} of version {VERSION}")
+        if manifest.get("format") != FORMAT or manifest.get("version") not in (OF_FREQUENCIES, VERSION):
+            raise CheckpointError(f"{path}: not a {FORMAT} of version {OF_FREQUENCIES} or {VERSION}")
         for name, facts in manifest["files"].items():
             file = path / name
             if not file.is_file() or file.stat().st_size != facts["bytes"] or _hash(file) != facts["blake2b"]:
@@ -268,7 +271,15 @@ class Checkpoint:
             filled += high - low
         if filled != numel:
             raise CheckpointError(f"{self.path}: {part} of {name} is incomplete ({filled} of {numel} elements)")
+        if part == "tracker.frequency" and self.manifest["version"] == OF_FREQUENCIES:
+            out /= self.tracker_step.left
         return out
+
+    @cached_property
+    def tracker_step(self) -> TrackerStep:
+        """Return the last step of the trackers of a quantized stage."""
+        momentum = self.config.stages[self.stage].quant.oscillation.momentum
+        return TrackerStep(momentum, int(self.replicated("quant")["step_count"]))
 
     def whole(self, part: str) -> dict[str, Tensor]:
         """Return one part of every weight that has it, in the weights' shapes; trackers' in those of their sites."""

@@ -12,7 +12,6 @@ from dsquant.analysis.modules import fused_rows, layer_of, split_name
 from dsquant.config import load_config
 from dsquant.errors import ConfigError
 from dsquant.models import build_model, insert_sites
-from dsquant.ops.shard_step import TrackerStep
 from dsquant.run_folder import RECIPE_FILE
 from dsquant.telemetry.metrics import METRICS_FILE, read_metrics
 
@@ -91,9 +90,9 @@ def final_by_part(run: str | Path, stage: str) -> dict[str, float] | None:
     config = load_config(str(Path(run) / RECIPE_FILE))
     quant = config.stages[stage].quant
     checkpoint = load_run_checkpoint(Path(run), stage)
-    kept, steps = checkpoint.whole("tracker.frequency"), int(checkpoint.replicated("quant")["step_count"])
+    kept, left = checkpoint.whole("tracker.frequency"), checkpoint.tracker_step.left
     plain = config.model.model_copy(update={"pretrained": False, "checkpoint": None})
-    left, found = TrackerStep(quant.oscillation.momentum, steps).left, {}
+    found = {}
     for site in insert_sites(build_model(plain), quant.policy()).weights:
         oscillates = kept[site.name] > quant.oscillation.threshold / left
         for name, (start, stop) in fused_rows(site).items():

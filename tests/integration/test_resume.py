@@ -1,14 +1,15 @@
 """A run that was killed goes on as if nothing had happened, on any ZeRO stage; damaged checkpoints yield to whole ones."""
 
+import json
 import random
 import shutil
 import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from dsquant.checkpoint import Checkpoint, load_model, load_run_checkpoint
+from dsquant.checkpoint import Checkpoint, _hash, load_model, load_run_checkpoint
 from tests import ranks
 from tests.integration.runs import TINY, ds_config, kill, records, run, start, train_command
 
@@ -93,6 +94,25 @@ def test_the_run_that_is_resumed_freezes_weights_and_keeps_all_of_its_state(undi
     weights = sum(part.numel() for part in checkpoint.whole("tracker.frozen").values())
     assert 0 < frozen < weights
     assert any(r["frozen_pct"] > 0 for r in records(undisturbed, "oscillation"))
+
+
+def test_a_checkpoint_of_version_1_held_frequencies_and_they_are_taken_as_what_trackers_keep(undisturbed, tmp_path):
+    now, old = load_run_checkpoint(undisturbed, "w2a2"), tmp_path / "step"
+    shutil.copytree(now.path, old)
+    manifest = now.manifest | {"version": 1, "files": dict(now.manifest["files"])}
+    for file in old.glob("rank_*.safetensors"):
+        held = load_file(file)
+        frequencies = {
+            key: t * now.tracker_step.left for key, t in held.items() if key.startswith("tracker.frequency/")
+        }
+        save_file(held | frequencies, file)
+        manifest["files"][file.name] = {"bytes": file.stat().st_size, "blake2b": _hash(file)}
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    assert now.tracker_step.left < 1
+    wanted, found = now.whole("tracker.frequency"), Checkpoint.open(old).whole("tracker.frequency")
+    assert any(t.any() for t in wanted.values())
+    for name, kept in wanted.items():
+        torch.testing.assert_close(found[name], kept, rtol=1e-6, atol=0)
 
 
 def state_of(engine):
