@@ -309,8 +309,10 @@ void run_tile(const StepKernels& kernels, const FlatStep& flat, const FlatTile& 
   }
   const BinTables tables = flat.tables_of(tile, at);
   const RunStep s = flat.of(tile, at, tables, flat.after[at.group]);
-  if (tile.late) return kernels.update(n, s.w, s.grad, s.m, s.v, s.tracker.codes, s.tracker.frozen, s.before, s.pull, s.adam, norms);
-  step_run(kernels, n, s, norms);
+  if (tile.late)
+    kernels.update(n, s.w, s.grad, s.m, s.v, s.tracker.codes, s.tracker.frozen, s.before, s.pull, s.adam, norms);
+  else
+    step_run(kernels, n, s, norms);
 }
 
 // The Adam of scales, as QuantState.update has it: float64, and what is kept rounded once.
