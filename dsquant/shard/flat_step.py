@@ -57,7 +57,7 @@ class FlatStore:
         self.weights = sorted(weights, key=lambda w: w.fragment.start)
         self.latents = self.images = None
         self.of_weights: dict[str, Tensor] = {}  # latents
-        self._trackers: dict[str, TrackerState] = {}
+        self._first_tracker: TrackerState | None = None
         self.state: dict[str, Tensor | None] = {}
         self.rest: list[slice] = []  # of the flat, that nothing quantizes
         rows, done, tracked = [], 0, 0
@@ -69,6 +69,7 @@ class FlatStore:
             done, tracked = start + numel, tracked + numel
         rows += self._plain_row(done, flat.numel())
         self.tiles = torch.tensor(rows, dtype=torch.float64)
+        self.table = self.tiles.numpy()
         self.weight_of = self.tiles[:, Column.WEIGHT].long().numpy()
         self.quantized = (self.tiles[:, Column.N_GROUPS] > 0).numpy()
         whole = (self.tiles[:, Column.FACTOR] != 0).numpy()
@@ -86,7 +87,7 @@ class FlatStore:
 
     def begin(self, latents: Mapping[str, Tensor]) -> None:
         """Have the flat hold its latents; `latents` are those kept elsewhere so far."""
-        if any(w.tracker is not self._trackers.get(w.site.name) for w in self.weights):
+        if self.weights and self.weights[0].tracker is not self._first_tracker:  # those of a flat are replaced together
             self._take_trackers()
         shown = self.flat.data
         if not self.in_place:
@@ -135,8 +136,9 @@ class FlatStore:
         sizes, start = [w.fragment.numel for w in self.weights], 0
         for weight, size in zip(self.weights, sizes, strict=True):
             views = {part: None if t is None else t[start : start + size] for part, t in self.state.items()}
-            weight.tracker = self._trackers[weight.site.name] = TrackerState(**views)
+            weight.tracker = TrackerState(**views)
             start += size
+        self._first_tracker = self.weights[0].tracker
 
 
 class FlatStep:
@@ -156,7 +158,7 @@ class FlatStep:
         self.device = flats[0].device if flats else self.state.values.device
         self.weights = [w for flat in flats for w in in_flat[id(flat)]]
         one_pass = [in_one_pass[w.site.name] for w in self.weights]
-        self.in_one_pass = torch.cat([torch.zeros(0, dtype=torch.bool), *one_pass])
+        self.scale_plan = scales.plan(self.weights, torch.cat([torch.zeros(0, dtype=torch.bool), *one_pass]))
         # How many bins of each weight the ranks add up: all of a weight, where any of its groups takes two passes.
         bins = [w.n_bins * w.n_groups * (not of.all()) for w, of in zip(self.weights, one_pass, strict=True)]
         self._reduced = np.array(bins, dtype=np.int64)
@@ -172,7 +174,14 @@ class FlatStep:
         for flat in flats:
             if mine := [w for w in in_flat[id(flat)] if w.fragment is not None]:
                 self.stores[id(flat)] = FlatStore(flat, mine, places, in_place, factors)
+        self.any_in_one_pass, self.any_in_two, self.any_to_gather = (
+            any(getattr(store, name) for store in self.stores.values())
+            for name in ("any_in_one_pass", "any_in_two", "any_to_gather")
+        )
+        self.any_late = any(not w.learned for w in self.weights)
         self._shares = np.zeros((0, 3))  # of each weight in the regularizers' strengths
+        self._pulls: dict[int, np.ndarray] = {}  # the same of each tile, by flat
+        self._binned: bool | None = None  # whether the tables of tiles have bins
         self._n_bins = np.array([w.n_bins for w in self.weights], dtype=np.int64)
         self._scales, self._centres = (self._entries(role) for role in ("scale", "centre"))
         self._norms: dict[int, Tensor] = {}
@@ -228,7 +237,7 @@ class FlatStep:
         step takes again.
         """
         self._scale, self._centre = self._values(self._scales), self._values(self._centres)
-        if any(store.any_in_two for store in self.stores.values()):
+        if self.any_in_two:
             self._scale = self._scale.clone()  # the second pass wants those from before the step, too
         bins = self._plan(regularizer)
         if self._buffer.numel() != self.n_sums + bins + room:
@@ -236,15 +245,12 @@ class FlatStep:
         sums, bins, _ = self._buffer.zero_().split([self.n_sums, bins, room])
         self._norms, self._squares = {}, None
         if regularizer.observed:
-            self._norms = {
-                i: regularizer.new_norms(w)
-                for i, w in enumerate(self.weights)
-                if w.fragment is not None and self._pulled[i]
-            }
+            pulled = (i for i in range(len(self.weights)) if self._is_pulled(i, regularizer))
+            self._norms = {i: regularizer.new_norms(self.weights[i]) for i in pulled}
             self._squares = torch.zeros(len(self.weights), 2, dtype=torch.float64, device=self.device)
-        if any(store.any_in_one_pass for store in self.stores.values()):
+        if self.any_in_one_pass:
             self._step_whole(sums, tracking, lr_factor)
-        for store in self.stores.values():
+        for store in self.stores.values() if self.any_to_gather else ():
             if store.any_to_gather:
                 shard_step.flat_gather(
                     store.latents, store.flat.grad, store.state["codes"], store.state["frozen"], self._scale, self._centre,
@@ -258,15 +264,29 @@ class FlatStep:
             self._shares = np.array([regularizer.shares(w) for w in self.weights])
         obr, dampening = regularizer.strengths
         of_obr, damped, varied = self._shares.T
-        pull, spread = obr * of_obr + dampening * damped, obr * varied
-        held, reduced = self._n_bins * (spread != 0), self._reduced * (spread != 0)
-        first = reduced.cumsum() - reduced
-        for store in self.stores.values():
-            table = store.tiles.numpy()  # NumPy: what PyTorch takes for as little is a share of the step
-            for column, values in ((Column.BIN, first), (Column.N_BINS, held), (Column.PULL, pull)):
-                table[:, column] = values[store.weight_of] * store.quantized
-        self._pulled, self._most_spread = (pull != 0) | (spread != 0), float(spread.max(initial=0))
-        return 2 * int(reduced.sum())
+        binned = bool(obr) and bool(varied.any())
+        if binned is not self._binned:
+            self._place_bins(varied != 0 if binned else np.zeros(len(varied), dtype=bool))
+            self._binned = binned
+        for key, store in self.stores.items():
+            # NumPy: what PyTorch takes for as little is a share of the step
+            of_obr, damped = self._pulls[key]
+            store.table[:, Column.PULL] = obr * of_obr + dampening * damped
+        self._most_spread = float(obr * varied.max(initial=0))
+        return 2 * self._n_reduced
+
+    def _place_bins(self, varied: np.ndarray) -> None:
+        """Say in the tables of tiles which weights have bins, bool (weights,), and where."""
+        held, reduced = self._n_bins * varied, self._reduced * varied
+        first, self._n_reduced = reduced.cumsum() - reduced, int(reduced.sum())
+        for key, store in self.stores.items():
+            for column, values in ((Column.BIN, first), (Column.N_BINS, held)):
+                store.table[:, column] = values[store.weight_of] * store.quantized
+            self._pulls[key] = self._shares.T[:2, store.weight_of] * store.quantized
+
+    def _is_pulled(self, index: int, regularizer: Regularizer) -> bool:
+        weight = self.weights[index]
+        return weight.fragment is not None and bool(regularizer.pull(weight) or regularizer.spread(weight))
 
     def _step_whole(self, sums: Tensor, tracking: TrackerStep, lr_factor: float) -> None:
         moments = (self._values(self._scales, of) for of in (self.state.exp_avg, self.state.exp_avg_sq, self.state.lr))
@@ -286,6 +306,8 @@ class FlatStep:
     def second_pass(self, tracking: TrackerStep) -> None:
         """Step all that the first pass did not; weights whose scale is a statistic have no image yet."""
         after = None
+        if not self.any_in_two and len(self.stores) == len(self._numbers):
+            return self._take_norms()
         for key, (flat, moments, numbers) in self._numbers.items():
             store = self.stores.get(key)
             if store is None:
@@ -297,6 +319,9 @@ class FlatStep:
                     store.latents, flat.grad, *moments, store.images, store.state, self._scale, after, self._centre,
                     self._bins, self._most_spread, store.tiles, numbers, tracking, self._squares, self.backend,
                 )  # fmt: skip
+        self._take_norms()
+
+    def _take_norms(self) -> None:
         for index, found in self._norms.items():
             found.copy_(self._squares[index])
 
@@ -313,10 +338,10 @@ class FlatStep:
 
     def finish(self, tracking: TrackerStep) -> dict[str, Tensor]:
         """Form the images that are missing, have the flats hold images, and return the latents by name."""
-        late, found = any(not w.learned for w in self.weights), {}
-        scale, centre = (self._values(of) for of in (self._scales, self._centres)) if late else (None, None)
+        scale, centre = (self._values(of) for of in (self._scales, self._centres)) if self.any_late else (None, None)
+        found = {}
         for store in self.stores.values():
-            if late:
+            if self.any_late:
                 parts = (store.latents, store.images, store.state)
                 shard_step.flat_image(*parts, scale, centre, store.tiles, tracking, self.backend)
             store.show_images()

@@ -21,7 +21,7 @@ from dsquant.shard.fragments import Fragment, ShardMap, part_of
 from dsquant.shard.native_step import can_step, step_float, write_image
 from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, track
 from dsquant.shard.regularizers import Regularizer, bin_index, bin_sums, in_parts
-from dsquant.shard.scale_step import ScaleStep, StatisticStep
+from dsquant.shard.scale_step import ScalePlan, ScaleStep, StatisticStep
 from dsquant.shard.statistics import weight_statistics
 from dsquant.shard.weight_quantizers import ShardedWeight, moment_scales, mse_scales
 from dsquant.spec import WeightSite
@@ -127,6 +127,7 @@ class ShardQuantization:
         self._held: dict[str, tuple[Tensor, Tensor]] = {}  # CGA: which weights may move, and where all were
         self._flat: FlatStep | None = None  # of the step that is being taken, where native code takes it
         self._flat_steps: dict[tuple[int, ...], FlatStep] = {}  # by their flats
+        self._scale_plans: dict[tuple[int, ...], ScalePlan] = {}  # the same, where native code takes no step
         self._in_one_pass: dict[str, Tensor] | None = None  # groups of each weight, once the ranks have agreed on them
         self._shown: list[FlatStep] = []  # whose flats hold images
         self.regularizer = Regularizer(config.obr, config.oscillation.dampening)
@@ -273,7 +274,7 @@ class ShardQuantization:
 
         A native step does the former itself, and is told how here; it may also step weights, scales and all.
         """
-        weights = [w for flat in flats for w in self._in_flat[id(flat)]]
+        weights = self._weights_of(flats)
         if self._flat is None and self.shards.in_place:
             for weight in weights:
                 weight.fragment.values.copy_(self.latent(weight))
@@ -297,9 +298,19 @@ class ShardQuantization:
             self._flat.prepare(bins)
         else:
             self._prepare(weights, bins.view(2, -1))
-        stepped = None if self._flat is None else self._flat.in_one_pass
-        n_groups = sum(weight.n_groups for weight in weights)
-        self._scales.step(weights, groups.view(-1, n_groups), self._lr_factor, stepped)
+        self._scales.step(self._scale_plan(flats), groups, self._lr_factor)
+
+    def _weights_of(self, flats: list[Tensor]) -> list[ShardedWeight]:
+        return self._flat.weights if self._flat is not None else [w for flat in flats for w in self._in_flat[id(flat)]]
+
+    def _scale_plan(self, flats: list[Tensor]) -> ScalePlan:
+        """Return how the scales of these flats' weights are stepped: the same way at every step."""
+        if self._flat is not None:
+            return self._flat.scale_plan
+        key = tuple(id(flat) for flat in flats)
+        if key not in self._scale_plans:
+            self._scale_plans[key] = self._scales.plan(self._weights_of(flats))
+        return self._scale_plans[key]
 
     def _count_step(self) -> None:
         """Count a step of scales and trackers."""
@@ -374,8 +385,8 @@ class ShardQuantization:
     @torch.no_grad()
     def after_inner_step(self, flats: list[Tensor]) -> None:
         """Decide new codes, record oscillations, and leave the image in the flats."""
-        weights = [w for flat in flats for w in self._in_flat[id(flat)]]
-        for weight in weights:
+        weights = self._weights_of(flats)
+        for weight in weights if self._held else ():
             if weight.site.name in self._held:
                 free, before = self._held.pop(weight.site.name)
                 weight.fragment.values.copy_(torch.where(free, weight.fragment.values, before))

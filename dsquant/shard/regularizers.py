@@ -41,11 +41,11 @@ def bin_index(codes: Tensor, groups: Tensor, qmin: int, n_bins: int) -> Tensor:
 def in_parts(w: Tensor, scale: Tensor, levels: Levels) -> Tensor:
     """Return w / scale, clipped as the gradient is, in whole parts of 2^-22: their sums are exact, in any order.
 
-    scale is (rows, 1); where nothing clips, values beyond 15 scales count as 15.
+    scale is (rows, 1); where nothing clips, values beyond 15 scales count as 15. A product, not a quotient: w (2^22 / scale).
     """
     low = -NEAR if levels.low == -math.inf else levels.low
     high = NEAR if levels.high == math.inf else levels.high
-    return (w / scale).clamp_(low, high).mul_(PARTS).round_()
+    return (w * (PARTS / scale)).clamp_(low * PARTS, high * PARTS).round_()
 
 
 def bin_sums(values: Tensor, index: Tensor, size: int) -> Tensor:
@@ -74,20 +74,26 @@ def regularizer_gradient(
     w, level (code + shift): (rows, cols); scale (rows, 1); index from `bin_index` and sums (2, bins) of `in_parts` over
     the whole weight, all shards, both read only where `spread` is not 0. Zero where the gradient of w does not pass.
     """
-    found = torch.sub(w, level * scale).mul_(2 * pull)
     if spread:
-        mean, factor = bin_tables(sums, spread)
+        # 2 pull (w - w_hat) + factor (w - mean) = strength w - goal, of which each bin of a group has one pair
         flat = index.view(-1)  # index_select: a table look-up by `[]` is ten times slower on CPU
-        mean = (mean.index_select(0, flat).view_as(w) * (scale.double() / PARTS)).float()
-        found.addcmul_(w - mean, factor.index_select(0, flat).view_as(w))
+        mean, factor = (table.index_select(0, flat).view_as(w) for table in bin_tables(sums, spread))
+        scale64 = scale.double()
+        strength = (factor + 2 * pull).float()
+        goal = (level.double() * scale64 * (2 * pull) + mean * (scale64 / PARTS) * factor).float()
+        found = torch.addcmul(goal.neg_(), w, strength)
+    else:
+        found = torch.sub(w, level * scale).mul_(2 * pull)
     return pass_inside(found, w / scale, levels)
 
 
 def bin_tables(sums: Tensor, spread: float) -> tuple[Tensor, Tensor]:
-    """Return (bins,): the mean of each bin, float64, and the float32 factor of `w - mean` in the gradient of its variance."""
+    """Return float64 (bins,): the mean of each bin, in parts of a scale, and the factor of `w - mean` in the gradient of its
+    variance.
+    """
     counts, totals = sums
     mean = totals / counts.clamp(min=1)
-    return mean, torch.where(counts > 1, 2 * spread / (counts - 1).clamp(min=1), 0.0).float()
+    return mean, torch.where(counts > 1, 2 * spread / (counts - 1).clamp(min=1), 0.0)
 
 
 def obr_loss(w_clipped: Tensor, w_quantized: Tensor, index: Tensor, size: int, config: ObrConfig) -> Tensor:

@@ -32,6 +32,16 @@ class _Part:
         return sums if self.columns is None else sums[:, self.columns]
 
 
+@dataclass(frozen=True)
+class ScalePlan:
+    """Say which groups `ScaleStep` steps, with the factors of their gradients, and which native code has stepped."""
+
+    n_groups: int
+    part: _Part
+    factor: Tensor
+    taken: _Part | None
+
+
 class ScaleStep:
     """Step the learned scales of weights in a QuantState.
 
@@ -43,43 +53,40 @@ class ScaleStep:
 
     def __init__(self, state: QuantState, grad_scale: str, betas: tuple[float, float]):
         self.state, self.grad_scale, self.betas = state, grad_scale, betas
-        self._known: dict[tuple, tuple[_Part, Tensor, _Part | None]] = {}
 
     def adam(self, lr_factor: float) -> ScaleAdam:
         """Return the numbers by which native code takes the present step."""
         return ScaleAdam(lr_factor, *self.betas, ADAM_EPS, SCALE_FLOOR, self.state.step_count)
 
-    def step(
-        self, weights: list[ShardedWeight], sums: Tensor, lr_factor: float, stepped: Tensor | None = None
-    ) -> None:  # fmt: skip
+    def step(self, plan: ScalePlan, sums: Tensor, lr_factor: float) -> None:
         """Step by float64 `sums` (2, groups of all weights): d scale and |w|_1, over all shards.
 
-        Of `stepped` groups (bool, of all weights), which native code has stepped by `adam`, they are the next scale and its
-        moments, (3, groups). They are the same at every step.
+        Of groups that native code has stepped by `adam`, they are the next scale and its moments, (3, groups).
         """
-        key = stepped is not None, *(w.site.name for w in weights)
-        if key not in self._known:
-            self._known[key] = self._plan(weights, stepped)
-        part, factor, taken = self._known[key]
+        sums, factor, taken = sums.view(-1, plan.n_groups), plan.factor, plan.taken
         if taken is not None:
             tensors = self.state.values, self.state.exp_avg, self.state.exp_avg_sq
             for tensor, row in zip(tensors, taken.columns_of(sums), strict=True):
-                tensor[taken.where] = row.float()
+                if isinstance(taken.where, slice):
+                    tensor[taken.where].copy_(row)
+                else:
+                    tensor[taken.where] = row.float()
         if factor.numel():
-            d_scale, norm = part.columns_of(sums[:2])
+            d_scale, norm = plan.part.columns_of(sums[:2])
             if self.grad_scale == "mdq":
                 factor = mdq_grad_scale(norm, factor)
-            self.state.grads[part.where] = (d_scale * factor).float()
-            self.state.update(part.where, lr_factor, self.betas)
+            self.state.grads[plan.part.where] = (d_scale * factor).float()
+            self.state.update(plan.part.where, lr_factor, self.betas)
 
-    def _plan(self, weights: list[ShardedWeight], stepped: Tensor | None) -> tuple[_Part, Tensor, _Part | None]:
-        """Return which groups are stepped here, the factors of their gradients, and which are stepped already."""
-        groups = torch.tensor([w.n_groups for w in weights])
-        learned = torch.tensor([w.learned for w in weights]).repeat_interleave(groups)
+    def plan(self, weights: list[ShardedWeight], stepped: Tensor | None = None) -> ScalePlan:
+        """Return how to step the scales of some weights, of which native code has stepped some groups: bool (groups,)."""
+        groups = torch.tensor([w.n_groups for w in weights], dtype=torch.int64)
+        learned = torch.tensor([w.learned for w in weights], dtype=torch.bool).repeat_interleave(groups)
         factor = torch.tensor([self.factor(w) for w in weights], dtype=torch.float64).repeat_interleave(groups)
         ours = learned if stepped is None else learned & ~stepped
         taken = None if stepped is None or not bool(stepped.any()) else _Part.of(self.state, weights, stepped)
-        return _Part.of(self.state, weights, ours), factor[ours].to(self.state.values.device), taken
+        device = self.state.values.device
+        return ScalePlan(len(ours), _Part.of(self.state, weights, ours), factor[ours].to(device), taken)
 
     def factor(self, weight: ShardedWeight) -> float:
         """Return the factor of the gradient of a weight's scales, or what mdq's follows from: qmax."""

@@ -166,25 +166,20 @@ class ShardedWeight:
     def lsq_tile(self, tile: Tile, w: Tensor, grad: Tensor, scale: Tensor) -> Tensor:
         """Mask `grad` by the straight-through rule in place and return float64 row sums of d scale.
 
-        d scale = sum G * (level - v inside, level outside), or G * level throughout for an elastic grid, with v = w / scale;
-        the levels are those of the image that the forward pass used. A scale that is a statistic has no gradient.
+        d scale = sum G * (w_hat - w inside, w_hat outside) / scale, or G * w_hat / scale throughout for an elastic grid, with
+        w_hat = scale * level the image that the forward pass used. A scale that is a statistic has no gradient.
         """
-        v, level = w / scale, self.level(tile)
-        passed = pass_inside(grad, v, self.levels)
-        if self.levels.elastic or not self.learned:
-            d_scale = level * grad
-        else:
-            v.clamp_(self.levels.low, self.levels.high)
-            outside = v.clone() if self.levels.shift or self.levels.reach else level  # only what lies outside counts
-            d_scale = torch.sub(level, v, out=v).mul_(grad).addcmul_(grad - passed, outside)
-        if (
-            self.tracker.frozen is not None
-        ):  # the image of a frozen weight is scale * level, and its level is a constant
+        v, image = w / scale, self.level(tile) * scale
+        passed, within = pass_inside(grad, v, self.levels), pass_inside(w, v, self.levels)
+        if self.tracker.frozen is not None:  # a frozen weight's level is a constant
             frozen = tile.of(self.tracker.frozen)
-            d_scale = torch.where(frozen, level * grad, d_scale)
             passed.masked_fill_(frozen, 0.0)
+            within.masked_fill_(frozen, 0.0)
+        if self.learned and not self.levels.elastic:
+            image -= within
+        d_scale = image.mul_(grad).sum(1, dtype=torch.float64)
         grad.copy_(passed)
-        return d_scale.sum(1, dtype=torch.float64)
+        return d_scale / scale.view(-1)
 
     def level(self, tile: Tile) -> Tensor:
         """Return code + shift of a tile, in units of the scale."""

@@ -140,16 +140,20 @@ struct FlatTiles {
     }
   }
 
-  // Call f(tile, run, its unit) for every run that `wanted(tile)`.
+  // Call f(tile, unit, its number) for every unit of tiles that `wanted(tile)`.
+  template <class W, class F>
+  void each_unit(const W& wanted, const F& f) const {
+    torch::stable::parallel_for(0, static_cast<int64_t>(units.size()), 1, [&](int64_t first, int64_t last) {
+      for (int64_t u = first; u < last; ++u)
+        if (wanted(tiles[units[u].tile])) f(tiles[units[u].tile], units[u], u);
+    });
+  }
+
+  // Call f(tile, run, the number of its unit) for every run of them.
   template <class W, class F>
   void each(const W& wanted, const F& f) const {
-    torch::stable::parallel_for(0, static_cast<int64_t>(units.size()), 1, [&](int64_t first, int64_t last) {
-      for (int64_t u = first; u < last; ++u) {
-        const Unit& unit = units[u];
-        const FlatTile& tile = tiles[unit.tile];
-        if (!wanted(tile)) continue;
-        for (int64_t run = unit.begin; run < unit.end; ++run) f(tile, run, u);
-      }
+    each_unit(wanted, [&](const FlatTile& tile, const Unit& unit, int64_t number) {
+      for (int64_t run = unit.begin; run < unit.end; ++run) f(tile, run, number);
     });
   }
 };
@@ -157,7 +161,7 @@ struct FlatTiles {
 StepKernels kernels_for(int64_t isa) {
   StepKernels kernels = kernels_of(isa, kStepPortable, kStepAvx2OrNone);
 #if defined(__x86_64__)
-  if (isa >= 2) kernels.sums = sums_avx512, kernels.step = step_avx512;
+  if (isa >= 2) kernels.sums = sums_avx512, kernels.step = step_avx512, kernels.rows = rows_avx512;
 #endif
   return kernels;
 }
@@ -254,19 +258,6 @@ void step_run(const StepKernels& kernels, int64_t n, const RunStep& s, double* n
   if (norms || s.tracker.frozen || !kernels.step || !kernels.step(n, s)) step_in_passes(kernels, n, s, norms);
 }
 
-// Tables of OBR's variance term for one group, as `regularizers.bin_tables` forms them, from what its bins hold over all shards.
-struct BinTables {
-  float mean[256], factor[256];
-
-  BinTables(int64_t n_bins, const double* counts, const double* sums, double twice_spread, float scale) {
-    const double part = scale / static_cast<double>(kParts);
-    for (int64_t b = 0; b < n_bins; ++b) {
-      mean[b] = static_cast<float>(sums[b] / std::max(counts[b], 1.0) * part);
-      factor[b] = counts[b] > 1 ? static_cast<float>(1.0 / std::max(counts[b] - 1, 1.0) * twice_spread) : 0.0f;
-    }
-  }
-};
-
 // What every run of a flat steps with.
 struct FlatStep {
   float* w;
@@ -279,17 +270,17 @@ struct FlatStep {
   AdamW adam;
   Tracker tracker;
 
-  BinTables tables_of(const FlatTile& tile, const Run& at) const {
-    return {tile.n_bins, bins + at.bin, bins + all_bins + at.bin, twice_spread, before[at.group]};
+  ObrTables<0> tables_of(const FlatTile& tile, int64_t group, const double* counts, const double* sums) const {
+    return {tile.n_bins, tile.grid(0.0f, 0.0f), before[group], counts, sums, 2 * tile.pull, twice_spread};
   }
 
   // A run's step to the scale `next`.
-  RunStep of(const FlatTile& tile, const Run& at, const BinTables& tables, float next) const {
+  RunStep of(const FlatTile& tile, const Run& at, const ObrTables<0>& tables, float next) const {
     const float middle = centre ? centre[at.group] : 0.0f;
     const bool spread = tile.n_bins != 0;
     RunStep own{w + at.element, grad + at.element, m + at.element, v + at.element, image + at.element,
                 tile.grid(before[at.group], middle), tile.grid(next, middle),
-                {static_cast<float>(2 * tile.pull), spread ? tables.mean : nullptr, spread ? tables.factor : nullptr, tile.n_bins,
+                {static_cast<float>(2 * tile.pull), spread ? tables.strength : nullptr, spread ? tables.goal : nullptr, tile.n_bins,
                  tile.pull != 0 || spread},
                 adam, tracker};
     own.tracker.codes += at.state, own.tracker.direction += at.state, own.tracker.frequency += at.state;
@@ -307,28 +298,13 @@ void run_tile(const StepKernels& kernels, const FlatStep& flat, const FlatTile& 
     std::memcpy(flat.image + i, flat.w + i, n * sizeof(float));
     return;
   }
-  const BinTables tables = flat.tables_of(tile, at);
+  const ObrTables<0> tables = flat.tables_of(tile, at.group, flat.bins + at.bin, flat.bins + flat.all_bins + at.bin);
   const RunStep s = flat.of(tile, at, tables, flat.after[at.group]);
   if (tile.late)
     kernels.update(n, s.w, s.grad, s.m, s.v, s.tracker.codes, s.tracker.frozen, s.before, s.pull, s.adam, norms);
   else
     step_run(kernels, n, s, norms);
 }
-
-// The Adam of scales, as QuantState.update has it: float64, and what is kept rounded once.
-struct ScaleAdam {
-  double rate, beta1, beta2, correction1, correction2, eps;
-  float floor;
-
-  // Return the next scale, and step its moments.
-  float step(float scale, float grad, float lr, float& m, float& v) const {
-    const double g = grad;
-    m = static_cast<float>(m * beta1 + (1 - beta1) * g);
-    v = static_cast<float>(v * beta2 + (1 - beta2) * g * g);
-    const double away = lr * rate * (m / correction1) / (std::sqrt(v / correction2) + eps);
-    return std::max(floor, static_cast<float>(scale - away));
-  }
-};
 
 // What is known of the scales before a step, one a group.
 struct Scales {
@@ -349,10 +325,23 @@ void step_whole(const StepKernels& kernels, const FlatStep& flat, const FlatTile
           bins, false, sums, bins ? held : nullptr);
   float m = scales.m[g], v = scales.v[g];
   const float grad = static_cast<float>(sums[0] * tile.factor);
-  const float scale = scales.adam.step(scales.value[g], grad, scales.lr[g], m, v);
+  const float scale = next_scale(scales.adam, scales.value[g], grad, scales.lr[g], m, v);
   next[g] = scale, next[groups + g] = m, next[2 * groups + g] = v;
-  const BinTables tables(bins, held, held + bins, flat.twice_spread, scales.value[g]);
+  const ObrTables<0> tables = flat.tables_of(tile, g, held, held + bins);
   step_run(kernels, at.size, flat.of(tile, at, tables, scale), norms);
+}
+
+// The same for a unit's rows together; false where there is no code for that.
+bool step_rows(const StepKernels& kernels, const FlatStep& flat, const FlatTile& tile, const Unit& unit, const Scales& scales,
+               double* next, int64_t groups) {
+  const Run at(tile, unit.begin);
+  const int64_t rows = unit.end - unit.begin, i = at.element, g = at.group;
+  if (!kernels.rows || tile.first_group + unit.end > tile.n_groups) return false;
+  Tracker t = flat.tracker;
+  t.codes += at.state, t.direction += at.state, t.frequency += at.state;
+  return kernels.rows({rows, tile.cols, flat.w + i, flat.grad + i, flat.m + i, flat.v + i, flat.image + i, t,
+                       tile.grid(0.0f, 0.0f), scales.value + g, scales.m + g, scales.v + g, scales.lr + g, next + g, groups,
+                       tile.factor, 2 * tile.pull, flat.twice_spread, tile.n_bins, scales.adam, flat.adam});
 }
 
 Tracker tracker_of(const Tensor& codes, const Tensor& direction, const Tensor& frequency,
@@ -450,8 +439,11 @@ void shard_flat_whole(const Tensor& w, const Tensor& grad, const Tensor& exp_avg
                       tracker_of(codes, direction, frequency, code_mean, frozen, momentum, gain, threshold)};
   auto* next = values_of<double>(sums, ScalarType::Double, 3 * n_groups, "sums");
   Norms squares(norms, tiles);
-  tiles.each([](const FlatTile& tile) { return tile.whole(); }, [&](const FlatTile& tile, int64_t run, int64_t unit) {
-    step_whole(kernels, flat, tile, run, scales, next, n_groups, squares.of(unit));
+  const auto whole = [](const FlatTile& tile) { return tile.whole(); };
+  tiles.each_unit(whole, [&](const FlatTile& tile, const Unit& unit, int64_t number) {
+    if (!norms && step_rows(kernels, flat, tile, unit, scales, next, n_groups)) return;
+    for (int64_t run = unit.begin; run < unit.end; ++run)
+      step_whole(kernels, flat, tile, run, scales, next, n_groups, squares.of(number));
   });
   squares.add_up(tiles);
 }

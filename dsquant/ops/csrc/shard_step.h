@@ -1,6 +1,8 @@
 // What the drivers of the shard step (shard_step.cpp) ask of each instruction set: passes over a run of weights that share one
 // scale. Each gives the bits of its definition in PyTorch (dsquant/shard/), sums over elements apart, which are float64.
 #pragma once
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 namespace dsq {
@@ -24,10 +26,11 @@ struct RunGrid {
 constexpr float kParts = 1 << 22;
 constexpr float kNear = 15;  // v that is summed at most, where nothing clips it
 
-// OBR and dampening: gradient 2 pull (w - w_hat) + (w - mean[bin]) * factor[bin], where it passes. Null: no second term.
+// OBR and dampening: gradient 2 pull (w - w_hat) + factor[bin] (w - mean[bin]) where it passes, as w strength[bin] - goal[bin].
+// Null: no second term.
 struct Pull {
   float twice;
-  const float *mean, *factor;
+  const float *strength, *goal;
   int64_t n_bins;
   bool any;
 };
@@ -57,6 +60,30 @@ struct RunStep {
   Tracker tracker;
 };
 
+// The Adam of scales, as QuantState.update has it: float64, and what is kept rounded once.
+struct ScaleAdam {
+  double rate, beta1, beta2, correction1, correction2, eps;
+  float floor;
+};
+
+// Rows of a tile that are each all of a group with a learned scale: what lies where for the first of them. `next` is (3, groups):
+// the scales and their moments.
+struct WholeRows {
+  int64_t rows, cols;
+  float* w;
+  const float* grad;
+  float *m, *v, *image;
+  Tracker tracker;
+  RunGrid grid;  // but for the scale
+  const float *scale, *scale_m, *scale_v, *scale_lr;
+  double* next;
+  int64_t groups;
+  double factor, twice_pull, twice_spread;  // factor: of the gradients of scales
+  int64_t n_bins;
+  ScaleAdam scale_adam;
+  AdamW adam;
+};
+
 struct StepKernels {
   // out[0] += sum of d scale, out[1] += sum |w| ; bins[k] += count, bins[n_bins + k] += sum of the clipped values in parts of
   // the scale. bins may be null.
@@ -75,6 +102,8 @@ struct StepKernels {
   bool (*sums)(int64_t n, const float* w, const float* grad, const int8_t* codes, const RunGrid&, int64_t n_bins,
                bool sizes, double* out, double* bins);
   bool (*step)(int64_t n, const RunStep&);
+  // All that a step does to whole rows, or null, or false: then the passes above do it for each.
+  bool (*rows)(const WholeRows&);
 };
 
 // As `gather`, by the fastest code that there is.
@@ -84,12 +113,47 @@ inline void sums_of(const StepKernels& kernels, int64_t n, const float* w, const
   kernels.gather(n, w, grad, codes, frozen, grid, n_bins, out, bins);
 }
 
+// Internal to each file, which may choose its instruction set: the linker must not take one file's for another's.
+namespace {
+
+// Tables of OBR for one group, as `regularizers.regularizer_gradient` forms them, from what its bins hold over all shards. `known`:
+// their number, or 0.
+template <int known>
+struct ObrTables {
+  float strength[known ? known : 256], goal[known ? known : 256];
+
+  ObrTables(int64_t n_bins, const RunGrid& g, float scale, const double* counts, const double* sums, double twice_pull,
+            double twice_spread) {
+    const double part = scale / static_cast<double>(kParts);
+    const int64_t size = known ? known : n_bins;
+    for (int64_t b = 0; b < size; ++b) {
+      const double image = (static_cast<double>(g.qmin + b) + g.shift) * scale;
+      const double mean = sums[b] / std::max(counts[b], 1.0) * part;
+      const double factor = counts[b] > 1 ? twice_spread / std::max(counts[b] - 1, 1.0) : 0.0;
+      strength[b] = static_cast<float>(factor + twice_pull);
+      goal[b] = static_cast<float>(image * twice_pull + mean * factor);
+    }
+  }
+};
+
+// Return the next scale, and step its moments.
+inline float next_scale(const ScaleAdam& a, float scale, float grad, float lr, float& m, float& v) {
+  const double g = grad;
+  m = static_cast<float>(m * a.beta1 + (1 - a.beta1) * g);
+  v = static_cast<float>(v * a.beta2 + (1 - a.beta2) * g * g);
+  const double away = lr * a.rate * (m / a.correction1) / (std::sqrt(v / a.correction2) + a.eps);
+  return std::max(a.floor, static_cast<float>(scale - away));
+}
+
+}  // namespace
+
 extern const StepKernels kStepPortable;
 #if defined(__x86_64__)
 extern const StepKernels kStepAvx2;
 bool sums_avx512(int64_t n, const float* w, const float* grad, const int8_t* codes, const RunGrid&, int64_t n_bins,
                  bool sizes, double* out, double* bins);
 bool step_avx512(int64_t n, const RunStep&);
+bool rows_avx512(const WholeRows&);
 constexpr const StepKernels* kStepAvx2OrNone = &kStepAvx2;
 #else
 constexpr const StepKernels* kStepAvx2OrNone = nullptr;

@@ -33,31 +33,20 @@ inline void clear_tail(float* x, int n) {
   for (int i = n; i < padded(n); ++i) x[i] = 0.0f;
 }
 
-template <bool plain, bool frozen_any, bool outside_is_level>
-void scale_gradient(int n, const float* of_scale, const float* grad, const int8_t* codes, const bool* frozen, const RunGrid& g,
+// Times the scale.
+template <bool plain, bool frozen_any>
+void scale_gradient(int n, const float* w, const float* grad, const int8_t* codes, const bool* frozen, const RunGrid& g,
                     float* d) {
   for (int i = 0; i < n; ++i) {
-    const float v = of_scale[i], level = static_cast<float>(codes[i]) + g.shift;
-    float found = level * grad[i];
+    float away = (static_cast<float>(codes[i]) + g.shift) * g.scale;
     if (!plain) {
-      const bool inside = (v >= g.low) & (v <= g.high);  // & and not &&: a branch would keep this loop from being vectors
-      const float passed = inside ? grad[i] : 0.0f, clipped = clip(v, g.low, g.high);
-      const float outside = outside_is_level ? level : clipped;
-      const float learned = std::fma(grad[i] - passed, outside, (level - clipped) * grad[i]);
-      found = frozen_any && frozen[i] ? found : learned;
+      const float x = w[i] - g.centre, v = x / g.scale;
+      bool inside = (v >= g.low) & (v <= g.high);  // & and not &&: a branch would keep this loop from being vectors
+      if (frozen_any) inside &= !frozen[i];
+      away -= inside ? x : 0.0f;
     }
-    d[i] = found;
+    d[i] = away * grad[i];
   }
-}
-
-template <bool plain, bool frozen_any>
-void scale_gradient(int n, const float* v, const float* grad, const int8_t* codes, const bool* frozen, const RunGrid& g,
-                    float* d) {
-  const bool ends_together = g.shift == 0.0f && g.low == static_cast<float>(g.qmin);  // no shift and no reach
-  if (ends_together)
-    scale_gradient<plain, frozen_any, true>(n, v, grad, codes, frozen, g, d);
-  else
-    scale_gradient<plain, frozen_any, false>(n, v, grad, codes, frozen, g, d);
 }
 
 // What a run holds in each bin: a comparison a bin where they are few, else a histogram.
@@ -108,31 +97,31 @@ struct BinSums {
 
 void gather(int64_t n, const float* w, const float* grad, const int8_t* codes, const bool* frozen, const RunGrid& g,
             int64_t n_bins, double* out, double* bins) {
-  const float low = std::isinf(g.low) ? -kNear : g.low, high = std::isinf(g.high) ? kNear : g.high;
+  const float low = (std::isinf(g.low) ? -kNear : g.low) * kParts, high = (std::isinf(g.high) ? kNear : g.high) * kParts;
+  const float inverse = kParts / g.scale;
   Sum d_scale, norm;
   BinSums in_bins(bins ? n_bins : 0);
-  alignas(32) float v[kBlock], d[kBlock], size[kBlock], parts[kBlock];
+  alignas(32) float d[kBlock], size[kBlock], parts[kBlock];
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int count = static_cast<int>(n - begin < kBlock ? n - begin : kBlock);
     const float* x = w + begin;
     const int8_t* c = codes + begin;
-    for (int i = 0; i < count; ++i) v[i] = (x[i] - g.centre) / g.scale;
     if (g.plain)
-      scale_gradient<true, false>(count, v, grad + begin, c, nullptr, g, d);
+      scale_gradient<true, false>(count, x, grad + begin, c, nullptr, g, d);
     else if (frozen)
-      scale_gradient<false, true>(count, v, grad + begin, c, frozen + begin, g, d);
+      scale_gradient<false, true>(count, x, grad + begin, c, frozen + begin, g, d);
     else
-      scale_gradient<false, false>(count, v, grad + begin, c, nullptr, g, d);
+      scale_gradient<false, false>(count, x, grad + begin, c, nullptr, g, d);
     for (int i = 0; i < count; ++i) size[i] = std::fabs(x[i] - g.centre);
     clear_tail(d, count);
     clear_tail(size, count);
     d_scale.add(d, padded(count));
     norm.add(size, padded(count));
     if (!bins) continue;
-    for (int i = 0; i < count; ++i) parts[i] = std::nearbyint(clip(v[i], low, high) * kParts);
+    for (int i = 0; i < count; ++i) parts[i] = std::nearbyint(clip((x[i] - g.centre) * inverse, low, high));
     in_bins.add(count, parts, c, g.qmin);
   }
-  out[0] += d_scale.total();
+  out[0] += d_scale.total() / g.scale;
   out[1] += norm.total();
   if (bins) in_bins.put(bins);
 }
@@ -165,14 +154,17 @@ void masked(int n, const float* w, const float* grad, const int8_t* codes, const
             float* __restrict task, float* __restrict pull) {
   const float scale = g.scale, centre = g.centre, low = g.low, high = g.high, shift = g.shift, twice = p.twice;
   const int qmin = g.qmin;
-  const Table<few> mean(p.mean, p.n_bins, qmin), factor(p.factor, p.n_bins, qmin);
+  const Table<few> strength(p.strength, p.n_bins, qmin), goal(p.goal, p.n_bins, qmin);
   for (int i = 0; i < n; ++i) {
     const float x = w[i] - centre, v = x / scale, d = grad[i];
     const bool inside = (v >= low) & (v <= high);  // & and not &&: a branch would keep this loop from being vectors
     task[i] = inside ? d : 0.0f;
     if constexpr (pulled) {
-      float found = (x - (static_cast<float>(codes[i]) + shift) * scale) * twice;
-      if constexpr (spread) found = std::fma(x - mean(codes[i], qmin), factor(codes[i], qmin), found);
+      float found;
+      if constexpr (spread)
+        found = std::fma(x, strength(codes[i], qmin), -goal(codes[i], qmin));
+      else
+        found = (x - (static_cast<float>(codes[i]) + shift) * scale) * twice;
       pull[i] = inside ? found : 0.0f;
     }
   }
@@ -185,7 +177,7 @@ void update(int64_t n, float* w, const float* grad, float* m, float* v, const in
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int count = static_cast<int>(n - begin < kBlock ? n - begin : kBlock);
     const auto mask = !p.any               ? masked<false, false, false>
-                      : !p.mean            ? masked<true, false, false>
+                      : !p.strength        ? masked<true, false, false>
                       : p.n_bins > kFewBins ? masked<true, true, false>
                                             : masked<true, true, true>;
     mask(count, w + begin, grad + begin, codes + begin, g, p, task, pull);

@@ -75,20 +75,26 @@ def _grid(numbers, unit):
 
 
 @triton.jit
-def _of_scale(v, level, g, still, qmin, shift, low, high):
-    """Return what each element adds to the gradient of its scale; `still` ones level * g."""
-    passed, clipped = tl.where((v >= low) & (v <= high), g, 0.0), clip(v, low, high)
-    outside = tl.where((shift == 0) & (low == qmin), level, clipped)  # no shift and no reach: ends and levels are one
-    return tl.where(still, level * g, tl.math.fma(g - passed, outside, (level - clipped) * g))
+def _of_scales(x, s, level, g, free, plain):
+    """Return the gradients of the scales of rows, float64; `free` are the elements whose gradient passes."""
+    of_scale = (level * s - tl.where(free, x, 0.0) * (plain == 0).to(tl.float32)) * g
+    return tl.sum(of_scale.to(tl.float64), axis=1) / tl.sum(s.to(tl.float64), axis=1)
 
 
 @triton.jit
-def _in_parts(v, low, high):
-    """Return v, clipped, in whole parts of a scale, float64 (`regularizers.in_parts`)."""
+def _in_parts(x, s, low, high):
+    """Return x / s, clipped, in whole parts of a scale (`regularizers.in_parts`)."""
     inf = float("inf")
-    clipped = clip(v, tl.where(low == -inf, -NEAR, low), tl.where(high == inf, NEAR, high))
-    parts = (clipped * PARTS).to(tl.float64)
-    return (parts + WHOLE) - WHOLE  # float64 holds no fraction beside it
+    low, high = tl.where(low == -inf, -NEAR, low), tl.where(high == inf, NEAR, high)
+    parts = clip(x * tl.math.div_rn(tl.zeros_like(s) + PARTS, s), low * PARTS, high * PARTS).to(tl.float64)
+    return ((parts + WHOLE) - WHOLE).to(tl.float32)  # float64 holds no fraction beside it
+
+
+@triton.jit
+def _drawn(x, image, twice_pull, factor, mean):
+    """Return the gradient of both terms of OBR; factor and mean float64 (`regularizers.regularizer_gradient`)."""
+    strength, goal = (factor + twice_pull).to(tl.float32), (image * twice_pull + mean * factor).to(tl.float32)
+    return tl.math.fma(x, strength + tl.zeros_like(x), -goal)
 
 
 @triton.jit
@@ -103,24 +109,22 @@ def _gather(w, grad, codes, frozen, scale, centre, unit, tiles, numbers, found, 
         x = tl.where(there, x - _of_rows(centre, group, here), 0.0)
     g = tl.load(grad + start + where, mask=there, other=0.0)
     code = tl.load(codes + state + where, mask=there, other=0)
-    level = code.to(tl.float32) + shift
-    plain = tl.load(tile + PLAIN) != 0
-    still = plain
-    if HAS_FROZEN:
-        still = plain | (tl.load(frozen + state + where, mask=there, other=0) != 0)
     v = tl.math.div_rn(x, s + tl.zeros_like(x))
-    of_scale = _of_scale(v, level, g, still, qmin, shift, low, high)
+    free = (v >= low) & (v <= high)
+    if HAS_FROZEN:
+        free = free & (tl.load(frozen + state + where, mask=there, other=0) == 0)
+    of_scale = _of_scales(x, s, code.to(tl.float32) + shift, g, free, tl.load(tile + PLAIN))
     index = tl.where(tl.load(tile + ALONE) != 0, own, run.to(tl.int64))
     at, apart = found + tl.load(tile + SUM_AT) + index, tl.load(tile + SUM_APART)
-    tl.store(at, tl.sum(of_scale.to(tl.float64), axis=1), mask=here)
+    tl.store(at, of_scale, mask=here)
     if SIZES:
         tl.store(at + apart, tl.sum(tl.abs(x).to(tl.float64), axis=1), mask=here)
     at, apart = found + tl.load(tile + BIN_AT) + index * n_bins, tl.load(tile + BIN_APART)
-    parts = _in_parts(v, low, high)
+    parts = _in_parts(x, s, low, high)
     for b in range(n_bins):
         held = (code.to(tl.float32) == qmin + b) & there
         tl.store(at + b, tl.sum(held.to(tl.int32), axis=1).to(tl.float64), mask=here)
-        tl.store(at + apart + b, tl.sum(tl.where(held, parts, 0.0), axis=1), mask=here)
+        tl.store(at + apart + b, tl.sum(tl.where(held, parts, 0.0).to(tl.float64), axis=1), mask=here)
 
 
 @triton.jit
@@ -165,14 +169,15 @@ def _step(w, grad, exp_avg, exp_avg_sq, image, codes, direction, frequency, code
     g = tl.where(free, tl.load(grad + start + where, mask=there, other=0.0), 0.0)
     if PULLED:
         code = tl.load(codes + state + where, mask=of_quantized, other=0)
-        pull = (x - (code.to(tl.float32) + shift) * s) * tl.load(pulls + tl.load(unit + 2 * tl.program_id(0)))
+        level, twice = code.to(tl.float32) + shift, tl.load(pulls + tl.load(unit + 2 * tl.program_id(0)))
+        pull = (x - level * s) * twice.to(tl.float32)
         if HAS_TABLES:
             n_bins = tl.load(tile + N_BINS)
             entry = (tl.load(tile + BIN) + own * n_bins)[:, None] + (code.to(tl.float32) - qmin).to(tl.int32)
-            held = of_quantized & (n_bins > 0)
-            of_bin = tl.load(mean + entry, mask=held, other=0.0) * (s.to(tl.float64) / PARTS)
-            spread = x - of_bin.to(tl.float32)
-            pull = tl.math.fma(spread, tl.load(factor + entry, mask=held, other=0.0), pull)
+            held, wide = of_quantized & (n_bins > 0), s.to(tl.float64)
+            of_bin = tl.load(mean + entry, mask=held, other=0.0) * (wide / PARTS)
+            drawn = _drawn(x, level.to(tl.float64) * wide, twice, tl.load(factor + entry, mask=held, other=0.0), of_bin)
+            pull = tl.where(held, drawn, pull)
         pull = tl.where(free & of_quantized, pull, 0.0)
         if HAS_NORMS:
             _keep_norms(squares, n_units, g, pull)
@@ -225,25 +230,26 @@ def _whole(w, grad, exp_avg, exp_avg_sq, image, codes, direction, frequency, cod
     x = tl.load(w + start + where, mask=there, other=0.0)
     g = tl.load(grad + start + where, mask=there, other=0.0)
     code = tl.load(codes + state + where, mask=there, other=0).to(tl.float32)
-    v, level, still = tl.math.div_rn(x, s + tl.zeros_like(x)), code + shift, tl.load(tile + PLAIN) != 0
+    v, level = tl.math.div_rn(x, s + tl.zeros_like(x)), code + shift
     free = (v >= low) & (v <= high)
     if FREEZES:
-        held = tl.load(frozen + state + where, mask=there, other=0) != 0
-        still, free = still | held, free & (held == 0)
-    of_scale = tl.sum(_of_scale(v, level, g, still, qmin, shift, low, high).to(tl.float64), axis=1)
-    of_scale = (of_scale * tl.load(factors + number)).to(tl.float32)
+        free = free & (tl.load(frozen + state + where, mask=there, other=0) == 0)
+    of_scale = _of_scales(x, s, level, g, free, tl.load(tile + PLAIN)) * tl.load(factors + number)
+    of_scale = of_scale.to(tl.float32)
     after = _next_scale(scale, scale_avg, scale_avg_sq, scale_lr, of_step, group, here, of_scale, sums, n_groups)
     g = tl.where(free, g, 0.0)
     if PULLED:
-        pull, n_bins = (x - level * s) * tl.load(pulls + number), tl.load(tile + N_BINS).to(tl.int32)
-        parts, part = _in_parts(v, low, high), s.to(tl.float64) / PARTS
+        n_bins = tl.load(tile + N_BINS).to(tl.int32)
+        pull = (x - level * s) * tl.load(pulls + number).to(tl.float32)
+        parts, wide = _in_parts(x, s, low, high), s.to(tl.float64)
         for b in range(n_bins):
             held = (code == qmin + b) & there
             count = tl.sum(held.to(tl.int32), axis=1).to(tl.float64)[:, None]
-            mean = tl.sum(tl.where(held, parts, 0.0), axis=1)[:, None] / tl.maximum(count, 1.0) * part
-            factor = tl.where(count > 1, 1.0 / tl.maximum(count - 1, 1.0) * tl.load(of_step + 7), 0.0).to(tl.float32)
-            spread = x - mean.to(tl.float32)
-            pull = tl.where(held, tl.math.fma(spread, factor + tl.zeros_like(x), pull), pull)
+            total = tl.sum(tl.where(held, parts, 0.0).to(tl.float64), axis=1)[:, None]
+            mean = total / tl.maximum(count, 1.0) * (wide / PARTS)
+            factor = tl.where(count > 1, tl.load(of_step + 7) / tl.maximum(count - 1, 1.0), 0.0)
+            of_code = (qmin + b + shift).to(tl.float64) * wide
+            pull = tl.where(held, _drawn(x, of_code, tl.load(pulls + number), factor, mean), pull)
         pull = tl.where(free & there, pull, 0.0)
         if HAS_NORMS:
             _keep_norms(squares, n_units, g, pull)
@@ -316,11 +322,11 @@ def shard_flat_step(
     counts, totals = bins.view(2, -1)
     n_weights = 0 if norms is None else norms.numel() // 2
     plan = plan_of(tiles, w.numel(), codes.numel(), before.numel(), counts.numel(), n_weights, w.device)
-    pulls = (2 * tiles[:, Column.PULL]).float()
+    pulls = 2 * tiles[:, Column.PULL]
     mean = factor = None
     if counts.numel():
         mean = totals / counts.clamp(min=1)  # in parts of a scale
-        factor = torch.where(counts > 1, 2 * spread / (counts - 1).clamp(min=1), 0.0).float()
+        factor = torch.where(counts > 1, 2 * spread / (counts - 1).clamp(min=1), 0.0)
     pulled = mean is not None or bool(pulls.numpy().any())
     squares = None
     if norms is not None and pulled:
@@ -356,7 +362,7 @@ def shard_flat_whole(
     of_scales = [rate, scale_beta1, scale_beta2, correction1, correction2, scale_eps, floor, 2 * spread]
     of_scales = torch.tensor(of_scales, dtype=torch.float64)
     of_step = torch.cat([of_scales, tiles[:, Column.FACTOR]]).to(w.device, non_blocking=True)
-    pulls = (2 * tiles[:, Column.PULL]).float()
+    pulls = 2 * tiles[:, Column.PULL]
     pulled = bool((pulls.numpy() != 0).any() or (tiles[:, Column.N_BINS].numpy() != 0).any())
     pulls, squares, at = pulls.to(w.device, non_blocking=True), None, 2 * n_weights
     if norms is not None and pulled:
