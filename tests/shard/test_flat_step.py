@@ -225,22 +225,61 @@ def test_moments_are_those_of_late_tiles_in_float64(isa):
 
 @pytest.mark.parametrize("isa", [*CPU_LEVELS, "triton"])
 @pytest.mark.parametrize("method", GRIDS)
-def test_a_nan_shows_in_the_image_and_does_not_become_a_level(isa, method):
+@pytest.mark.parametrize("whole", [False, True], ids=["two passes", "one pass"])
+def test_a_nan_shows_in_the_image_and_does_not_become_a_level(isa, method, whole):
     """What comes after it would go on as if nothing had happened."""
     isa = INTERPRETED if isa == "triton" else level(isa)
     require(backends.TRITON if isa == INTERPRETED else backends.PORTABLE)
     levels, odd = QuantSpec(GRIDS[method], method=method.split()[0]).levels, torch.arange(40) % 7 == 3
     w = torch.linspace(-0.4, 0.4, 40)
     grad, m, v, image = torch.where(odd, torch.nan, 0.1), *torch.zeros(3, 40)
-    tiles = table([{"COLS": 40, "N_GROUPS": 1, "PULL": 0.1}], levels)
+    tiles = table([{"COLS": 40, "N_GROUPS": 1, "PULL": 0.1, "FACTOR": float(whole)}], levels)
     tracker, scale = TrackerState.start(torch.zeros(40), freeze=False), torch.tensor([0.9])
-    numbers, bins = AdamWStep(0.05, 0.9, 0.999, 1e-8, 0.05, 1).numbers(), torch.zeros(2, 0, dtype=torch.float64)
-    operator("shard_flat_step", isa)(
-        w, grad, m, v, image, *vars(tracker).values(), scale, scale, None, bins, 0.0, tiles, *numbers, 0.1, 0.1, -1.0, None,
-        max(isa, 0),
-    )  # fmt: skip
+    rest = tiles, *AdamWStep(0.05, 0.9, 0.999, 1e-8, 0.05, 1).numbers(), 0.1, 0.1, -1.0, None
+    parts = w, grad, m, v, image, *vars(tracker).values()
+    if whole:
+        scales, sums = (scale, scale / 9, scale / 99, torch.zeros(1)), torch.zeros(3, 1, dtype=torch.float64)
+        adam = ScaleAdam(1.0, 0.9, 0.999, 1e-8, 1e-6, 1).numbers()
+        operator("shard_flat_whole", isa)(*parts, *scales, *adam, 0.0, *rest, sums, max(isa, 0))
+        assert sums[1].isnan()  # the scale's own moment; the weights' NaNs are those of their gradients
+    else:
+        bins = torch.zeros(2, 0, dtype=torch.float64)
+        operator("shard_flat_step", isa)(*parts, scale, scale, None, bins, 0.0, *rest, max(isa, 0))
     assert torch.equal(image.isnan(), odd)
     assert torch.equal(w.isnan(), odd)
+
+
+@pytest.mark.parametrize("shape", [(37, 192), (5, 17), (18, 1), (3, 48), (40, 95), (2, 5000)], ids=str)
+@pytest.mark.parametrize("method", GRIDS)
+@pytest.mark.parametrize("strength", [(0.01, 0.02), (0.0, 0.02), (0.0, 0.0)], ids=["OBR", "dampening", "neither"])
+def test_rows_that_are_stepped_together_get_the_bits_of_one_after_another(method, shape, strength):
+    """AVX-512 takes up to 16 rows at a time, here full ones, single ones and the rest of some; other code takes one."""
+    (rows, cols), (spread, pull), of_both = shape, strength, []
+    levels, n_bins = QuantSpec(GRIDS[method], method=method.split()[0]).levels, 2 ** GRIDS[method]
+    own = {"ROWS": rows, "COLS": cols, "N_GROUPS": rows, "PULL": pull, "FACTOR": 0.5, "N_BINS": n_bins if spread else 0}
+    tiles = table([own], levels)
+    for isa in (level("portable"), level("AVX-512")):
+        generator = torch.Generator().manual_seed(0)
+        w, scale = torch.randn(rows * cols, generator=generator) * 0.5, torch.rand(rows, generator=generator) + 0.3
+        codes = (w.view(shape) / scale[:, None] - levels.shift).clamp(levels.qmin, levels.qmax).round()
+        tracker = TrackerState.start(codes.view(-1), freeze=False)
+        m, v, image = torch.zeros(3, rows * cols)
+        scales, numbers = (
+            torch.stack([scale, scale / 9, scale / 99, scale / 50]),
+            (1.0, 0.9, 0.999, 0.1, 0.2, 1e-8, 1e-6),
+        )
+        for step in range(4):
+            grad, sums = torch.randn(rows * cols, generator=generator), torch.zeros(3, rows, dtype=torch.float64)
+            adamw = AdamWStep(0.05, 0.9, 0.999, 1e-8, 0.05, step + 1).numbers()
+            operator("shard_flat_whole", isa)(
+                w, grad, m, v, image, *vars(tracker).values(), *scales, *numbers, spread, tiles, *adamw, 0.1, 0.1, -1.0, None,
+                sums, isa,
+            )  # fmt: skip
+            scales[:3] = sums.float()
+        of_both.append({"w": w, "exp_avg": m, "exp_avg_sq": v, "image": image, "sums": sums} | tracker.tensors())
+    assert of_both[0]["direction"].any()
+    for name, wanted in of_both[0].items():
+        assert torch.equal(of_both[1][name], wanted), name
 
 
 @pytest.mark.parametrize("isa", CPU_LEVELS)
