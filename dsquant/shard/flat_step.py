@@ -179,11 +179,14 @@ class FlatStep:
             for name in ("any_in_one_pass", "any_in_two", "any_to_gather")
         )
         self.any_late = any(not w.learned for w in self.weights)
-        self._shares = np.zeros((0, 3))  # of each weight in the regularizers' strengths
+        self._shares, self._most_varied = np.zeros((0, 3)), 0.0  # of each weight in the regularizers' strengths
         self._pulls: dict[int, np.ndarray] = {}  # the same of each tile, by flat
         self._binned: bool | None = None  # whether the tables of tiles have bins
         self._n_bins = np.array([w.n_bins for w in self.weights], dtype=np.int64)
         self._scales, self._centres = (self._entries(role) for role in ("scale", "centre"))
+        self._views: dict[
+            tuple[int, int], Tensor
+        ] = {}  # of what lies in one piece: it stays where it is, but for rates
         self._norms: dict[int, Tensor] = {}
         self._numbers: dict[int, tuple[Tensor, tuple[Tensor, Tensor], AdamWStep]] = {}  # each flat's moments and step
         self._buffer = torch.empty(0, dtype=torch.float64)
@@ -214,7 +217,12 @@ class FlatStep:
         if not entries:
             return None
         values = self.state.values if of is None else of
+        key = id(entries), values.data_ptr()
+        if key in self._views:
+            return self._views[key]
         found = [values[e] if isinstance(e, slice) else values.new_zeros(e) for e in entries]
+        if len(found) == 1 and isinstance(entries[0], slice) and values.device == self.device:
+            self._views[key] = found[0]
         return (found[0] if len(found) == 1 else torch.cat(found)).to(self.device)
 
     def begin(self, latents: Mapping[str, Tensor], inner: torch.optim.AdamW) -> None:
@@ -262,17 +270,15 @@ class FlatStep:
         """Put this step's regularizers into the tables of tiles; return how many values bins take in what is added up."""
         if len(self._shares) < len(self.weights):
             self._shares = np.array([regularizer.shares(w) for w in self.weights])
+            self._most_varied = float(self._shares[:, 2].max(initial=0))
         obr, dampening = regularizer.strengths
-        of_obr, damped, varied = self._shares.T
-        binned = bool(obr) and bool(varied.any())
-        if binned is not self._binned:
-            self._place_bins(varied != 0 if binned else np.zeros(len(varied), dtype=bool))
-            self._binned = binned
+        self._most_spread = obr * self._most_varied
+        if (self._most_spread != 0) is not self._binned:
+            self._binned = self._most_spread != 0
+            self._place_bins((self._shares[:, 2] != 0) & self._binned)
         for key, store in self.stores.items():
-            # NumPy: what PyTorch takes for as little is a share of the step
-            of_obr, damped = self._pulls[key]
-            store.table[:, Column.PULL] = obr * of_obr + dampening * damped
-        self._most_spread = float(obr * varied.max(initial=0))
+            of_obr, damped = self._pulls[key]  # in NumPy: what PyTorch takes for as little is a share of the step
+            store.table[:, Column.PULL] = obr * of_obr + dampening * damped if dampening else obr * of_obr
         return 2 * self._n_reduced
 
     def _place_bins(self, varied: np.ndarray) -> None:
