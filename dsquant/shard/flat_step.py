@@ -182,11 +182,11 @@ class FlatStep:
         self._shares, self._most_varied = np.zeros((0, 3)), 0.0  # of each weight in the regularizers' strengths
         self._pulls: dict[int, np.ndarray] = {}  # the same of each tile, by flat
         self._binned: bool | None = None  # whether the tables of tiles have bins
+        self._n_reduced = 0  # how many of them are added up over ranks
         self._n_bins = np.array([w.n_bins for w in self.weights], dtype=np.int64)
         self._scales, self._centres = (self._entries(role) for role in ("scale", "centre"))
-        self._views: dict[
-            tuple[int, int], Tensor
-        ] = {}  # of what lies in one piece: it stays where it is, but for rates
+        # Of values that lie in one piece, by where they lie: they stay there, but for rates.
+        self._views: dict[tuple[int, int], Tensor] = {}
         self._norms: dict[int, Tensor] = {}
         self._numbers: dict[int, tuple[Tensor, tuple[Tensor, Tensor], AdamWStep]] = {}  # each flat's moments and step
         self._buffer = torch.empty(0, dtype=torch.float64)

@@ -80,14 +80,15 @@ void step_rows(const WholeRows& r, int64_t first, int count, const Batch& b) {
 
 template <int n_bins>
 void step_all(const WholeRows& r) {
+  constexpr bool few = n_bins <= kCodes + 1;  // others have no edges
   const int64_t each = std::max<int64_t>(1, std::min<int64_t>(kRows, kHeld / r.cols));
   for (int64_t first = 0; first < r.rows; first += each) {
     const int count = static_cast<int>(std::min(each, r.rows - first));
     Batch b(r, first, count);
-    bool known = r.grid.bounds;
+    bool known = few && r.grid.bounds;
     for (int k = 0; known && k < 2; ++k)
       _mm512_store_ps(b.inside[k], edges_of(r.grid.bounds->inside[k], _mm512_load_ps(b.scale), known));
-    (known ? sum_rows<n_bins, true> : sum_rows<n_bins, false>)(r, first, count, b);
+    (known ? sum_rows<n_bins, few> : sum_rows<n_bins, false>)(r, first, count, b);
     for (int k = 0; k < kRows; ++k)
       b.next[k] = next_scale(r.scale_adam, b.scale[k], static_cast<float>(b.sums[k] * r.factor), b.lr[k], b.m[k], b.v[k]);
     for (int k = 0; k < count; ++k) {
@@ -95,7 +96,7 @@ void step_all(const WholeRows& r) {
     }
     for (int k = 0; known && k < kCodes; ++k)
       _mm512_store_ps(b.code[k], edges_of(r.grid.bounds->code[k], _mm512_load_ps(b.next), known));
-    (known ? step_rows<n_bins, true> : step_rows<n_bins, false>)(r, first, count, b);
+    (known ? step_rows<n_bins, few> : step_rows<n_bins, false>)(r, first, count, b);
   }
 }
 
