@@ -27,10 +27,8 @@ def next_step(inner: torch.optim.AdamW, flat: Tensor, group: dict) -> tuple[dict
     if not state:
         state["step"] = torch.tensor(0.0)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
-    count = int(state["step"]) + 1
-    if state["step"].device.type != "cpu":  # the host needs it; torch's own fused step keeps it on the device
-        state["step"] = state["step"].cpu()
-    state["step"].fill_(count)
+    state["step"] = state["step"].cpu() + 1  # the host needs it; torch's own fused step keeps it on the device
+    count = int(state["step"].numpy())
     return state, shard_step.AdamWStep(float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], count)
 
 
