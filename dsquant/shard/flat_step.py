@@ -174,10 +174,8 @@ class FlatStep:
         for flat in flats:
             if mine := [w for w in in_flat[id(flat)] if w.fragment is not None]:
                 self.stores[id(flat)] = FlatStore(flat, mine, places, in_place, factors)
-        self.any_in_one_pass, self.any_in_two, self.any_to_gather = (
-            any(getattr(store, name) for store in self.stores.values())
-            for name in ("any_in_one_pass", "any_in_two", "any_to_gather")
-        )
+        self.any_in_one_pass = any(store.any_in_one_pass for store in self.stores.values())
+        self.any_in_two = any(store.any_in_two for store in self.stores.values())
         self.any_late = any(not w.learned for w in self.weights)
         self._shares, self._most_varied = np.zeros((0, 3)), 0.0  # of each weight in the regularizers' strengths
         self._pulls: dict[int, np.ndarray] = {}  # the same of each tile, by flat
@@ -258,7 +256,7 @@ class FlatStep:
             self._squares = torch.zeros(len(self.weights), 2, dtype=torch.float64, device=self.device)
         if self.any_in_one_pass:
             self._step_whole(sums, tracking, lr_factor)
-        for store in self.stores.values() if self.any_to_gather else ():
+        for store in self.stores.values():
             if store.any_to_gather:
                 shard_step.flat_gather(
                     store.latents, store.flat.grad, store.state["codes"], store.state["frozen"], self._scale, self._centre,
@@ -312,8 +310,6 @@ class FlatStep:
     def second_pass(self, tracking: TrackerStep) -> None:
         """Step all that the first pass did not; weights whose scale is a statistic have no image yet."""
         after = None
-        if not self.any_in_two and len(self.stores) == len(self._numbers):
-            return self._take_norms()
         for key, (flat, moments, numbers) in self._numbers.items():
             store = self.stores.get(key)
             if store is None:
@@ -325,9 +321,6 @@ class FlatStep:
                     store.latents, flat.grad, *moments, store.images, store.state, self._scale, after, self._centre,
                     self._bins, self._most_spread, store.tiles, numbers, tracking, self._squares, self.backend,
                 )  # fmt: skip
-        self._take_norms()
-
-    def _take_norms(self) -> None:
         for index, found in self._norms.items():
             found.copy_(self._squares[index])
 

@@ -1,6 +1,19 @@
-#pragma once
 // Passes over runs of a flat shard with AVX-512: 16 weights at a time. Everything rounds as in shard_step_runs.h, and partial sums
-// are of the same lanes, so that bits are the same. Included, after standard headers, by files that choose the instruction set.
+// are of the same lanes, so that bits are the same. Chooses the instruction set of the file that includes it, as its first; that
+// file ends clang's attribute. As in avx2.cpp, standard headers come before the pragma.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "shard_step.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi2,avx512f,avx512bw,avx512vl,avx512vnni,popcnt"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512vl,avx512vnni,popcnt")
+#endif
 #include <immintrin.h>
 
 namespace dsq {
@@ -54,10 +67,6 @@ struct Lanes {
   __m512d sum;
   Lanes() : sum(_mm512_setzero_pd()) {}  // written out: what the compiler adds by itself is not of this instruction set
   void add(__m512d low, __m512d high) { sum = _mm512_add_pd(_mm512_add_pd(sum, low), high); }
-  void add(__mmask16 which, __m512d low, __m512d high) {
-    sum = _mm512_mask_add_pd(sum, static_cast<__mmask8>(which), sum, low);
-    sum = _mm512_mask_add_pd(sum, static_cast<__mmask8>(which >> 8), sum, high);
-  }
   double total() const { return _mm512_reduce_add_pd(sum); }
 };
 

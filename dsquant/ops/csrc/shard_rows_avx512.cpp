@@ -1,19 +1,7 @@
 // Rows that are each all of a group, stepped with AVX-512 some at a time: sums of each, then the steps of all their scales at once,
 // then the step of each, while weights and gradients of all of them stay in L2. What comes next is fetched meanwhile: a
-// processor does not foresee it, since rows are read twice. As in avx2.cpp, standard headers come before the pragma.
+// processor does not foresee it, since rows are read twice.
 #if defined(__x86_64__)
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <type_traits>
-
-#include "shard_step.h"
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,bmi2,avx512f,avx512bw,avx512vl,avx512vnni,popcnt"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512vl,avx512vnni,popcnt")
-#endif
 #include "shard_avx512.h"
 
 namespace dsq {

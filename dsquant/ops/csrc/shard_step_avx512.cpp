@@ -1,17 +1,5 @@
-// The passes over one run of a flat shard with AVX-512 (shard_avx512.h). As in avx2.cpp, standard headers come before the pragma.
+// The passes over one run of a flat shard with AVX-512 (shard_avx512.h).
 #if defined(__x86_64__)
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <type_traits>
-
-#include "shard_step.h"
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,bmi2,avx512f,avx512bw,avx512vl,avx512vnni,popcnt"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512vl,avx512vnni,popcnt")
-#endif
 #include "shard_avx512.h"
 
 namespace dsq {

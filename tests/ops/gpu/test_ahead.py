@@ -20,5 +20,7 @@ def test_every_kernel_compiles_within_the_limits_of_a_gpu(kind, arch):
     lines = result.stdout.splitlines()
     assert len(lines) >= 10
     assert all(line.startswith(f"sm_{arch} ") for line in lines)
-    # One value at the most: a kernel that has outgrown its block spills hundreds of bytes.
-    assert all(int(line.rpartition(" ")[2]) <= 4 for line in lines), "no kernel may spill registers"
+    for line in lines:
+        # ptxas puts one register of one kernel aside, at the 128 that a thread may have beside 511 others.
+        allowed = 4 if line.startswith("sm_80 shard_flat._whole ") else 0
+        assert int(line.rpartition(" ")[2]) <= allowed, f"spilled registers: {line}"
