@@ -92,10 +92,10 @@ def training_loss(
 class Footprint:
     """Hold what a stage's model and one micro-batch take; weights in elements, all else in bytes.
 
-    parameters: elements of each weight. quantized: elements of all that are on shards. sums: float64 numbers that the shard
-    step reduces over ranks. saved: kept for backward after the forward pass, distinct storages, parameters excluded. working:
-    the most alive at once in forward and backward, `saved` included, without parameters and all but the newest gradient.
-    growing: the same with every gradient staying.
+    parameters: elements of each weight. quantized: elements of all that are on shards. sums: float64 numbers that a shard step
+    finds, of which ranks add up most. saved: kept for backward after the forward pass, distinct storages, parameters excluded.
+    working: the most alive at once in forward and backward, `saved` included, without parameters and all but the newest
+    gradient. growing: the same with every gradient staying.
     """
 
     parameters: tuple[int, ...]
@@ -124,7 +124,7 @@ def footprint(job: Job, dtype: torch.dtype) -> Footprint:
 def _sums(job: Job, site: WeightSite) -> int:
     grid, groups = site.spec.levels, site.grouping.n_groups
     bins = (grid.qmax - grid.qmin + 1) if job.stage.quant.obr.weight > 0 else 0
-    return 2 * groups * (1 + bins)
+    return groups * ((2 if job.stage.quant.grad_scale == "mdq" else 1) + 2 * bins)
 
 
 def _model(job: Job, dtype: torch.dtype, device: str) -> tuple[nn.Module, Sites | None, QuantState | None]:

@@ -106,7 +106,9 @@ def predict(name: str, job: Job, need: Footprint, ds_config: dict[str, Any], ran
 
 
 def _optimizer_state(sizes: _Sizes, bf16: bool) -> dict[str, int]:
-    """Return what the owner of a shard keeps of it: masters, moments, codes with their tracker, latents kept aside."""
+    """Return what the owner of a shard keeps of it: masters, moments, codes with their tracker, latents kept aside; and what two
+    steps find of all scales and bins, for the next.
+    """
     quant = sizes.job.stage.quant
     weights, quantized = sizes.shard(sizes.whole), sizes.shard(sizes.need.quantized)
     tracked = 6 + (5 if quant is not None and quant.oscillation.freeze.enabled else 0)
@@ -115,6 +117,7 @@ def _optimizer_state(sizes: _Sizes, bf16: bool) -> dict[str, int]:
         "masters": 0 if in_place else 4 * weights,
         "moments": 4 * MOMENTS.get(sizes.job.stage.optimizer, 2) * weights,
         "codes and tracking": tracked * quantized,
+        "sums": 2 * 8 * sizes.need.sums,
         "latents": 4 * quantized if in_place else 0,
     }
 
