@@ -35,8 +35,9 @@ from dsquant.quant.state import QuantState
 from dsquant.spec import WeightSite
 
 logger = logging.getLogger(__name__)
-FORMAT, VERSION, MANIFEST, STEPS = "dsquant-checkpoint", 2, "manifest.json", "step_*"
+FORMAT, VERSION, MANIFEST, STEPS = "dsquant-checkpoint", 3, "manifest.json", "step_*"
 OF_FREQUENCIES = 1  # the version whose trackers hold frequencies as they are; later ones as `TrackerStep` keeps them
+WITH_GRADIENTS = 3  # the version from which on weight scales wait for gradients: they step one step later
 
 
 def checkpoint_dir(run_dir: Path, stage: str, step: int) -> Path:
@@ -212,8 +213,8 @@ class Checkpoint:
             manifest = json.loads((path / MANIFEST).read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{path} is no whole checkpoint: {MANIFEST} cannot be read ({error})") from None
-        if manifest.get("format") != FORMAT or manifest.get("version") not in (OF_FREQUENCIES, VERSION):
-            raise CheckpointError(f"{path}: not a {FORMAT} of version {OF_FREQUENCIES} or {VERSION}")
+        if manifest.get("format") != FORMAT or manifest.get("version") not in range(1, VERSION + 1):
+            raise CheckpointError(f"{path}: not a {FORMAT} of version 1 to {VERSION}")
         for name, facts in manifest["files"].items():
             file = path / name
             if not file.is_file() or file.stat().st_size != facts["bytes"] or _hash(file) != facts["blake2b"]:
@@ -313,6 +314,17 @@ class Checkpoint:
         return self.replicated("buffer")
 
     @property
+    def quant_state(self) -> dict[str, Tensor]:
+        """Return what `QuantState.load_state_dict` takes."""
+        found = self.replicated("quant")
+        if self.manifest["version"] < WITH_GRADIENTS:
+            weights = {f"{name}:{role}" for name in self._index["tracker.codes"] for role in ("scale", "centre")}
+            found |= {
+                f"{key}/grad": torch.zeros_like(found[f"{key}/value"]) for key in weights if f"{key}/value" in found
+            }
+        return found
+
+    @property
     def quant(self) -> dict[str, Tensor]:
         """Return scales and offsets as "site:role" -> (n_groups,) float32."""
         saved = self.replicated("quant").items()
@@ -351,7 +363,7 @@ def _restore_replicated(engine: Engine, checkpoint: Checkpoint) -> None:
     if engine.quantization is None:
         engine.shards.publish()
         return
-    engine.state.load_state_dict(checkpoint.replicated("quant"))
+    engine.state.load_state_dict(checkpoint.quant_state)
     engine.sites.bind(engine.state)
     trackers = {}
     for name, weight in engine.quantization.weights.items():
@@ -441,7 +453,7 @@ def insert_images(model: nn.Module, checkpoint: Checkpoint, device: torch.device
         return None
     sites = insert_sites(model, quant.policy(), quant.grad_scale)
     state = QuantState(sites.weights, sites.activations, device)
-    state.load_state_dict(checkpoint.replicated("quant"))
+    state.load_state_dict(checkpoint.quant_state)
     sites.bind(state, trainable=False)
     sites.bind_images(model, state)
     return Images(checkpoint, {site.name: site for site in sites.weights}, state)

@@ -17,7 +17,6 @@ from dsquant.ops.timing import interleaved
 from dsquant.spec import Levels
 
 FLOAT_BYTES = 4
-SCALE_LR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -183,10 +182,10 @@ def attention_cases(device: str) -> list[Case]:
 
 
 def shard_step_cases(device: str) -> list[Case]:
-    """Return the passes of the shard step over four 2-bit weights: one for all, the two that may take its place, and that of
-    images that come later; each written out.
+    """Return the passes of the shard step over four 2-bit weights: a whole step, and what bins hold alone; and that of images
+    that come later; each written out.
     """
-    levels, n_weights, size, pull = Levels(-2, 1), 4, 768, 0.01
+    levels, n_weights, size, pull, share = Levels(-2, 1), 4, 768, 0.01, 0.5
     rows = n_weights * size  # of all weights, a scale a row
     w, grad, m, v, often = _randn(5, rows, size, device=device) * 0.05
     groups, scale = torch.arange(rows, device=device), torch.full((rows,), 0.05, device=device)
@@ -196,35 +195,22 @@ def shard_step_cases(device: str) -> list[Case]:
     adamw, tracking = shard_step.AdamWStep(1e-3, 0.9, 0.999, 1e-8, 0.05, 10), shard_step.TrackerStep(0.01, 10)
     tiles = torch.zeros(n_weights, len(Column), dtype=torch.float64)
     for weight, tile in enumerate(tiles):
-        tile[Column.WEIGHT], tile[Column.GROUP], tile[Column.BIN] = weight, weight * size, 4 * weight * size
+        tile[Column.WEIGHT], tile[Column.GROUP], tile[Column.BIN] = weight, weight * size, 8 * weight * size
         tile[Column.START] = tile[Column.STATE] = weight * size * size
         tile[Column.ROWS] = tile[Column.COLS] = tile[Column.N_GROUPS] = size
         tile[Column.QMIN], tile[Column.QMAX], tile[Column.LOW], tile[Column.HIGH] = -2, 1, -2, 1
-        tile[Column.N_BINS], tile[Column.PULL] = 4, pull
+        tile[Column.N_BINS], tile[Column.PULL], tile[Column.FACTOR] = 4, pull, share
+    late = tiles.clone()
+    late[:, Column.LATE] = 1
 
-    def of_bins() -> Tensor:
-        bins = torch.zeros(2, 4 * rows, dtype=torch.float64, device=device)
-        index = (groups[:, None] * 4 + codes.long() - levels.qmin).view(-1)
-        bins[0].index_add_(0, index, torch.ones(rows * size, dtype=torch.float64, device=device))
-        bins[1].index_add_(0, index, ((w / column).clamp(levels.low, levels.high) * 2**22).round().double().view(-1))
-        return bins
+    def of_bins(values: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        """Return (rows, 8): how many values each bin of a row holds, and their sums."""
+        parts = ((values / scale[:, None]).clamp(levels.low, levels.high) * 2**22).round().double().view(-1)
+        index, found = groups[:, None] * 8 + codes.long() - levels.qmin, torch.zeros(8 * rows, dtype=torch.float64)
+        found = found.to(device).index_add_(0, index.view(-1), torch.ones_like(parts))
+        return found.index_add_(0, index.view(-1) + 4, parts).view(rows, 8)
 
-    known_bins, late, in_one, factor = of_bins(), tiles.clone(), tiles.clone(), 0.01
-    late[:, Column.LATE], in_one[:, Column.FACTOR] = 1, factor
-    scale_adam, still = shard_step.ScaleAdam(1.0, 0.9, 0.999, 1e-8, 1e-6, 1), torch.zeros_like(scale)
-    of_scales = scale, still, still, torch.full_like(scale, SCALE_LR)
-
-    def d_scale() -> Tensor:
-        return grad * torch.where(inside, codes - w / column, codes.float())
-
-    def sums() -> tuple[Tensor, Tensor]:
-        return tuple(torch.zeros(2, n * rows, dtype=torch.float64, device=device) for n in (1, 4))
-
-    def gather(backend: str, sums: Tensor, bins: Tensor) -> tuple[Tensor, ...]:
-        if backend == backends.TORCH:
-            return torch.stack([d_scale().double().sum(1), w.abs().double().sum(1)]), of_bins()
-        shard_step.flat_gather(w, grad, codes, None, scale, None, tiles, True, sums, bins, backend)
-        return sums, bins
+    held = of_bins(w, codes, scale)
 
     def recorded(own: Tensor, before: Tensor) -> tuple[Tensor, ...]:
         """Return codes, direction and frequency of a tracker once codes went from `before` to `own`."""
@@ -235,21 +221,18 @@ def shard_step_cases(device: str) -> list[Case]:
     def of_tracker(tracker: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
         return tracker["codes"], tracker["direction"], tracker["frequency"]
 
-    def start() -> tuple:
-        """Return latents, both moments, room for images, tracker, and room for what `whole` finds of scales."""
-        tracker = dict(codes=codes.clone(), direction=codes.sign(), frequency=often.abs(), code_mean=None, frozen=None)
-        return (
-            w.clone(),
-            m.clone(),
-            v.square(),
-            torch.empty_like(w),
-            tracker,
-            torch.zeros(3 * rows, dtype=torch.float64, device=device),
-        )
+    def new_bins() -> tuple[Tensor]:
+        return (torch.zeros_like(held),)
 
-    def by_definition(first: Tensor, second: Tensor, after: Tensor) -> tuple[Tensor, ...]:
+    def start() -> tuple:
+        """Return latents, both moments, room for images, tracker, and room for what the step finds of scales and bins."""
+        tracker = dict(codes=codes.clone(), direction=codes.sign(), frequency=often.abs(), code_mean=None, frozen=None)
+        sums = torch.zeros(1, rows, dtype=torch.float64, device=device)
+        return w.clone(), m.clone(), v.square(), torch.empty_like(w), tracker, sums, *new_bins()
+
+    def by_definition(first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
         decay, beta1, beta2, correction, eps, size_of_step = adamw.numbers()
-        counts, totals = known_bins.view(2, rows, 4)
+        counts, totals = held.view(rows, 2, 4).unbind(1)
         index = codes.long() - levels.qmin
         mean = (totals / counts.clamp(min=1) * (column.double() / 2**22)).float().gather(1, index)
         factor = torch.where(counts > 1, 2 * pull / (counts - 1).clamp(min=1), 0.0).float().gather(1, index)
@@ -258,51 +241,42 @@ def shard_step_cases(device: str) -> list[Case]:
         second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         values = w * decay - size_of_step * first / (second.sqrt() / correction + eps)
         own = (values / after[:, None]).clamp(levels.qmin, levels.qmax).round()
-        return values, first, second, own * after[:, None], *recorded(own.to(torch.int8), codes)
+        d_scale = (grad * torch.where(inside, codes - w / column, codes.float())).double().sum(1, keepdim=True).T
+        found = share * d_scale, of_bins(values, own, after)
+        return values, first, second, own * after[:, None], *recorded(own.to(torch.int8), codes), *found
 
     def step(backend: str, *given) -> tuple[Tensor, ...]:
-        values, first, second, shown, tracker, _ = given
+        values, first, second, shown, tracker, sums, bins = given
         if backend == backends.TORCH:
-            return by_definition(first, second, after)
+            return by_definition(first, second)
         shard_step.flat_step(
-            values, grad, first, second, shown, tracker, scale, after, None, known_bins, pull, tiles, adamw, tracking, None,
-            backend,
+            values, grad, first, second, shown, tracker, scale, after, None, held, pull, tiles, adamw, tracking, None, sums,
+            bins, backend,
         )  # fmt: skip
-        return values, first, second, shown, *of_tracker(tracker)
+        return values, first, second, shown, *of_tracker(tracker), sums, bins
 
-    def whole(backend: str, *given) -> tuple[Tensor, ...]:
-        """Give the next scales and their moments, too, which follow from sums over the elements."""
-        values, first, second, shown, tracker, scales = given
+    def bins(backend: str, found: Tensor) -> Tensor:
         if backend == backends.TORCH:
-            of_scale = (d_scale().double().sum(1) * factor).float().double()
-            mean, square = (
-                ((1 - scale_adam.beta1) * of_scale).float(),
-                ((1 - scale_adam.beta2) * of_scale.square()).float(),
-            )
-            rate, _, _, correction1, correction2, eps, floor = scale_adam.numbers()
-            away = rate * SCALE_LR * (mean.double() / correction1) / ((square.double() / correction2).sqrt() + eps)
-            new = (scale - away).float().clamp(min=floor)
-            return *by_definition(first, second, new), torch.cat([new, mean, square]).double()
-        shard_step.flat_whole(
-            values, grad, first, second, shown, tracker, of_scales, scale_adam, pull, in_one, adamw, tracking, None, scales,
-            backend,
-        )  # fmt: skip
-        return values, first, second, shown, *of_tracker(tracker), scales
+            return of_bins(w, codes, scale)
+        shard_step.flat_bins(w, codes, scale, None, tiles, found, backend)
+        return found
 
     def start_late() -> tuple:
-        values, *_, shown, tracker, _ = start()
+        values, *_, shown, tracker, _, found = start()
         tracker["codes"] = 1 - codes.abs()
-        return values, shown, tracker
+        return values, shown, tracker, found
 
-    def image(backend: str, values: Tensor, shown: Tensor, tracker: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
+    def image(
+        backend: str, values: Tensor, shown: Tensor, tracker: dict[str, Tensor | None], found: Tensor
+    ) -> tuple[Tensor, ...]:
         if backend == backends.TORCH:
-            return codes * column, *recorded(codes, tracker["codes"])
-        shard_step.flat_image(values, shown, tracker, scale, None, late, tracking, backend)
-        return shown, *of_tracker(tracker)
+            return codes * column, *recorded(codes, tracker["codes"]), of_bins(w, codes, scale)
+        shard_step.flat_image(values, shown, tracker, scale, None, late, tracking, found, backend)
+        return shown, *of_tracker(tracker), found
 
     of = {"op": "shard_step", "shape": f"{n_weights} x {size} x {size}"}
     # Bytes a weight, but those of the tracker that move where a code changes; and what each is given.
-    moved = {whole: (33, start), gather: (9, sums), step: (33, start), image: (13, start_late)}
+    moved = {step: (33, start), image: (13, start_late), bins: (5, new_bins)}
     return [
         Case(label=f.__name__, bytes_moved=n * rows * size, run=f, tolerance=1e-6, fresh=fresh, **of)
         for f, (n, fresh) in moved.items()

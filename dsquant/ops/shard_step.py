@@ -46,6 +46,33 @@ def adamw(w: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Ad
 
 
 @dataclass(frozen=True)
+class ScaleAdam:
+    """Hold the numbers of one step of the scales' Adam (`quant/state.py`); `rate` is the schedule's factor on their rates."""
+
+    rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    floor: float
+    step: int
+
+    def numbers(self) -> tuple[float, ...]:
+        """Return rate, beta1, beta2, both bias corrections, eps and the floor."""
+        corrections = 1 - self.beta1**self.step, 1 - self.beta2**self.step
+        return self.rate, self.beta1, self.beta2, *corrections, self.eps, self.floor
+
+
+def scales(
+    values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grads: Tensor, lr: Tensor, before: Tensor, start: int, step: ScaleAdam,
+    backend: str,
+) -> None:  # fmt: skip
+    """Keep the float32 values from `start` on in `before`, as many as it holds, and step them by `QuantState.update`'s Adam."""
+    call(
+        "scales", backend, values.device.type, values, exp_avg, exp_avg_sq, grads, lr, before, start, *step.numbers(),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class TrackerStep:
     """Hold the numbers of one step of the oscillation tracker; `step` counts from 1.
 
@@ -97,9 +124,9 @@ class Column(IntEnum):
     """Name the columns of a table of the tiles of a flat, float64 (tiles, 19), which native code reads.
 
     A tile is `rows * cols` elements from START on, row r of group `(FIRST_GROUP + r) % N_GROUPS` of a weight whose groups lie
-    from GROUP on in all scales, and whose bins lie from BIN on in all bins, N_BINS a group; its tracker begins at STATE.
-    N_GROUPS of 0: values that nothing quantizes. LATE: the scale is a statistic of what the step leaves. FACTOR: that of the
-    gradients of learned scales, where each row of a tile is all of a group and `flat_whole` is to step them; else 0.
+    from GROUP on in all scales; its tracker begins at STATE. What bins hold lies from BIN on, N_BINS counts and N_BINS sums a
+    group. N_GROUPS of 0: values that nothing quantizes. LATE: the scale is a statistic of what the step leaves.
+    FACTOR: that of the gradients of scales.
     """
 
     START = 0
@@ -123,91 +150,63 @@ class Column(IntEnum):
     FACTOR = 18
 
 
-# Elements of a group that `flat_whole` steps: what stays in a core's cache, or in the registers of a program.
-LONGEST_RUN = {backends.PORTABLE: 16 * 1024, backends.AVX2: 16 * 1024, backends.TRITON: 4096}
-
-
-def flat_gather(
-    w: Tensor, grad: Tensor, codes: Tensor, frozen: Tensor | None, scale: Tensor, centre: Tensor | None, tiles: Tensor,
-    sizes: bool, sums: Tensor, bins: Tensor, backend: str,
+def flat_bins(
+    w: Tensor, codes: Tensor, scale: Tensor, centre: Tensor | None, tiles: Tensor, bins: Tensor, backend: str
 ) -> None:  # fmt: skip
-    """Add to float64 `sums` (2, n_groups) those of d scale and of |w|, and to `bins` (2, n_bins) what each bin holds: how many
-    weights, and the sum of v = w / scale in parts of 2^-22, clipped (see `regularizers.in_parts`).
-
-    The sums of |w| are there where `sizes` asks for them. The gradient is only read. w and grad are the flat and its gradient,
-    codes and frozen those of its quantized elements alone.
+    """Put into float64 `bins` what each bin of a flat's groups holds: how many weights, and the sum of v = w / scale in parts of
+    2^-22, clipped (see `regularizers.in_parts`). codes are those of the quantized elements alone.
     """
-    call("flat_gather", backend, w.device.type, w, grad, codes, frozen, scale, centre, tiles, sizes, sums, bins)
+    call("flat_bins", backend, w.device.type, w, codes, scale, centre, tiles, bins)
 
 
 def flat_step(
     w: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, image: Tensor, tracker: dict[str, Tensor | None],
-    before: Tensor, after: Tensor, centre: Tensor | None, bins: Tensor, spread: float, tiles: Tensor, adamw: AdamWStep,
-    tracking: TrackerStep, norms: Tensor | None, backend: str,
+    before: Tensor, after: Tensor, centre: Tensor | None, held: Tensor, spread: float, tiles: Tensor, adamw: AdamWStep,
+    tracking: TrackerStep, norms: Tensor | None, sums: Tensor, bins: Tensor, backend: str,
 ) -> None:  # fmt: skip
-    """Step a flat by AdamW, leave its image beside it and record its codes; late tiles by AdamW alone.
+    """Step a flat by AdamW in one pass: leave its image beside it, record its codes, and put what the next step asks for into
+    `sums` and `bins`; late tiles by AdamW alone.
 
     The gradient of latents is that of their image where it passes, plus that of the regularizers: PULL of (w_hat - w)^2, and the
-    variance of bins.
+    variance of bins. Sums and bins of groups that have nothing in the flat stay as they are.
 
     Args:
         image: float32 like the flat, which may be `grad` itself; what nothing quantizes is copied to it.
-        before, after: float32 (n_groups,) scales of the images that the forward pass used, and of the next.
-        bins: float64 (2, n_bins), what the bins hold over all shards, for a variance term of factor `spread`.
+        before, after: float32 (n_groups,) scales of the image that the forward pass used, and of the next.
+        held: float64, what the bins hold over all shards, for a variance term of factor `spread`.
         norms: float64 (n_weights, 2), or None.
+        sums: float64 (1, n_groups), d scale times FACTOR, or (2, n_groups), also |w| before the step.
+        bins: float64 like `held`: what they hold after the step, of this flat alone.
     """
     call(
         "flat_step", backend, w.device.type, w, grad, exp_avg, exp_avg_sq, image, *tracker.values(), before, after, centre,
-        bins, spread, tiles, *adamw.numbers(), *tracking.numbers(), norms,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ScaleAdam:
-    """Hold the numbers of one step of the scales' Adam (`quant/state.py`); `rate` is the schedule's factor on their rates."""
-
-    rate: float
-    beta1: float
-    beta2: float
-    eps: float
-    floor: float
-    step: int
-
-    def numbers(self) -> tuple[float, ...]:
-        """Return rate, beta1, beta2, both bias corrections, eps and the floor."""
-        corrections = 1 - self.beta1**self.step, 1 - self.beta2**self.step
-        return self.rate, self.beta1, self.beta2, *corrections, self.eps, self.floor
-
-
-def flat_whole(
-    w: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, image: Tensor, tracker: dict[str, Tensor | None],
-    scales: tuple[Tensor, Tensor, Tensor, Tensor], scale_adam: ScaleAdam, spread: float, tiles: Tensor, adamw: AdamWStep,
-    tracking: TrackerStep, norms: Tensor | None, sums: Tensor, backend: str,
-) -> None:  # fmt: skip
-    """Take the whole step of tiles with a FACTOR, each byte read and written once: sums of a group, the step of its scale, and
-    what `flat_step` does, a group at a time. Groups are at most LONGEST_RUN long.
-
-    Args:
-        scales: float32 (n_groups,) values, both moments, and rates. They stay as they are.
-        sums: float64 (3, n_groups) in a row: the next scales and their moments are put there.
-    """
-    call(
-        "flat_whole", backend, w.device.type, w, grad, exp_avg, exp_avg_sq, image, *tracker.values(), *scales,
-        *scale_adam.numbers(), spread, tiles, *adamw.numbers(), *tracking.numbers(), norms, sums,
+        held, spread, tiles, *adamw.numbers(), *tracking.numbers(), norms, sums, bins,
     )  # fmt: skip
 
 
 def flat_moments(w: Tensor, tiles: Tensor, sums: Tensor, backend: str) -> None:
-    """Add to float64 `sums` (n_groups, 3) those of |w|, w and w^2 of a flat's late tiles."""
+    """Put into float64 `sums` (n_groups, 3) those of |w|, w and w^2 of a flat's late tiles."""
     call("flat_moments", backend, w.device.type, w, tiles, sums)
 
 
 def flat_image(
     w: Tensor, image: Tensor, tracker: dict[str, Tensor | None], scale: Tensor, centre: Tensor | None, tiles: Tensor,
-    tracking: TrackerStep, backend: str,
+    tracking: TrackerStep, bins: Tensor, backend: str,
 ) -> None:  # fmt: skip
-    """Leave the images of a flat's late tiles in `image`, and record their new codes."""
-    call("flat_image", backend, w.device.type, w, image, *tracker.values(), scale, centre, tiles, *tracking.numbers())
+    """Leave the images of a flat's late tiles in `image`, record their new codes, and put what their bins hold into `bins`."""
+    call(
+        "flat_image",
+        backend,
+        w.device.type,
+        w,
+        image,
+        *tracker.values(),
+        scale,
+        centre,
+        tiles,
+        *tracking.numbers(),
+        bins,
+    )
 
 
 # The schemas are here and their kernels in csrc/, attached when the library is loaded.
@@ -216,18 +215,16 @@ _TRACKER = "Tensor(w!) codes, Tensor(x!) direction, Tensor(y!) frequency, Tensor
 _ADAMW = "float decay, float beta1, float beta2, float correction, float eps, float step"
 for _schema in (
     f"shard_adamw(Tensor(a!) w, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, {_ADAMW}, int isa) -> ()",
-    "shard_flat_gather(Tensor w, Tensor grad, Tensor codes, Tensor? frozen, Tensor scale, Tensor? centre, Tensor tiles, "
-    "bool sizes, Tensor(a!) sums, Tensor(b!) bins, int isa) -> ()",
+    "shard_scales(Tensor(a!) values, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grads, Tensor lr, Tensor(d!) before, "
+    "int start, float rate, float beta1, float beta2, float correction1, float correction2, float eps, float floor, int isa) "
+    "-> ()",
+    "shard_flat_bins(Tensor w, Tensor codes, Tensor scale, Tensor? centre, Tensor tiles, Tensor(a!) bins, int isa) -> ()",
     f"shard_flat_step(Tensor(a!) w, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) image, {_TRACKER}, "
-    f"Tensor before, Tensor after, Tensor? centre, Tensor bins, float spread, Tensor tiles, {_ADAMW}, float momentum, "
-    "float gain, float threshold, Tensor(e!)? norms, int isa) -> ()",
-    f"shard_flat_whole(Tensor(a!) w, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) image, {_TRACKER}, "
-    "Tensor scale, Tensor scale_avg, Tensor scale_avg_sq, Tensor scale_lr, float rate, float scale_beta1, float scale_beta2, "
-    f"float correction1, float correction2, float scale_eps, float floor, float spread, Tensor tiles, {_ADAMW}, "
-    "float momentum, float gain, float threshold, Tensor(e!)? norms, Tensor(f!) sums, int isa) -> ()",
+    f"Tensor before, Tensor after, Tensor? centre, Tensor held, float spread, Tensor tiles, {_ADAMW}, float momentum, "
+    "float gain, float threshold, Tensor(e!)? norms, Tensor(f!) sums, Tensor(g!) bins, int isa) -> ()",
     "shard_flat_moments(Tensor w, Tensor tiles, Tensor(a!) sums, int isa) -> ()",
     f"shard_flat_image(Tensor(a!) w, Tensor(b!) image, {_TRACKER}, Tensor scale, Tensor? centre, Tensor tiles, float momentum, "
-    "float gain, float threshold, int isa) -> ()",
+    "float gain, float threshold, Tensor(c!) bins, int isa) -> ()",
 ):
     _LIBRARY.define(_schema)
     torch.library.register_fake("dsquant::" + _schema.partition("(")[0], lambda *_: None, lib=_LIBRARY)

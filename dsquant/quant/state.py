@@ -38,9 +38,9 @@ class Entry:
 class QuantState:
     """Hold every scale and offset, their gradients and their Adam moments.
 
-    Layout: activation scales and offsets first (their gradients come from autograd on every rank), then weight scales
-    (their gradients come from the shard step). Learning rates are per value: base * site multiplier, and in relative
-    mode * the scale at calibration, so that one step moves any scale by the same share of itself.
+    Layout: activation scales and offsets first (their gradients come from autograd on every rank), then weight scales (their
+    gradients are what a shard step found, and step them in the next one). Learning rates are per value: base * site
+    multiplier, and in relative mode * the scale at calibration, so that one step moves any scale by the same share of itself.
     """
 
     def __init__(
@@ -129,8 +129,8 @@ class QuantState:
         self.step_count += 1
 
     def zero_grad(self) -> None:
-        """Clear the gradients in place: autograd's leaves share them."""
-        self.grads.zero_()
+        """Clear the gradients of activation scales in place: autograd's leaves share them. Those of weight scales wait."""
+        self.grads[: self.n_activation].zero_()
 
     def digest(self) -> str:
         """Return a hash of every value, equal on all ranks exactly when the states are."""
@@ -138,22 +138,27 @@ class QuantState:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint, each value keyed by `site:role`, moments included."""
-        parts = {"value": self.values, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "lr": self.lr}
         tensors = {
             f"{key}/{part}": tensor[entry.slice].clone().cpu()
             for key, entry in self.entries.items()
-            for part, tensor in parts.items()
+            for part, tensor in self._parts(entry).items()
         }
         return {**tensors, "step_count": torch.tensor(self.step_count)}
 
+    def _parts(self, entry: Entry) -> dict[str, Tensor]:
+        """Return what a checkpoint keeps of an entry; of weights also gradients, which the next step takes."""
+        found = {"value": self.values, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "lr": self.lr}
+        return found | ({"grad": self.grads} if entry.start >= self.n_activation else {})
+
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave. Raises CheckpointError naming a site that differs."""
-        parts = {"value": self.values, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "lr": self.lr}
-        expected = {f"{key}/{part}" for key in self.entries for part in parts} | {"step_count"}
+        expected = {f"{key}/{part}" for key, entry in self.entries.items() for part in self._parts(entry)} | {
+            "step_count"
+        }
         if odd := sorted(expected ^ set(tensors)):
             raise CheckpointError(f"quantizer state of another model or policy: {odd[0]!r} is on one side only")
         for key, entry in self.entries.items():
-            for part, tensor in parts.items():
+            for part, tensor in self._parts(entry).items():
                 saved = tensors[f"{key}/{part}"]
                 if saved.numel() != entry.numel:
                     raise CheckpointError(f"{key}: checkpoint has {saved.numel()} groups, this run {entry.numel}")

@@ -27,9 +27,13 @@ def next_step(inner: torch.optim.AdamW, flat: Tensor, group: dict) -> tuple[dict
     if not state:
         state["step"] = torch.tensor(0.0)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
-    state["step"] = state["step"].cpu() + 1  # the host needs it; torch's own fused step keeps it on the device
-    count = int(state["step"].numpy())
-    return state, shard_step.AdamWStep(float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], count)
+    if not state["step"].is_cpu:
+        state["step"] = state["step"].cpu()  # the host needs it; torch's own fused step keeps it on the device
+    count = state["step"].numpy()  # the same memory
+    count += 1
+    return state, shard_step.AdamWStep(
+        float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], int(count)
+    )
 
 
 def write_image(weight: ShardedWeight, latent: Tensor, tracking: shard_step.TrackerStep) -> None:
@@ -37,7 +41,8 @@ def write_image(weight: ShardedWeight, latent: Tensor, tracking: shard_step.Trac
     values = weight.fragment.values
     latent.copy_(values)
     shard_step.flat_image(
-        latent, values, vars(weight.tracker), weight.scales(), weight.centres(), weight.own_table, tracking, weight.backend,
+        latent, values, vars(weight.tracker), weight.scales(), weight.centres(), weight.own_table, tracking,
+        torch.zeros(0, dtype=torch.float64, device=latent.device), weight.backend,
     )  # fmt: skip
 
 

@@ -1,9 +1,12 @@
 """The shard step: weights are quantized once per optimizer step, on the rank that owns them.
 
-before the inner step   straight-through mask, scale gradients, bin sums -> one all-reduce -> regularizer, scale step
+before the inner step   straight-through mask, scale gradients, bin sums -> one all-reduce -> regularizer; scales step by the
+                        gradients of the step before
 inner step              any torch optimizer, on the latent fp32 shards
 after the inner step    new codes, oscillation statistics, image left in the shard for ZeRO to gather
 after engine.step()     latents put back: between steps DeepSpeed's tensors are what DeepSpeed expects
+
+That is the definition, in PyTorch. Native code does all of it in one pass, and its all-reduce after that (`flat_step.py`).
 """
 
 import torch
@@ -16,7 +19,7 @@ from dsquant.ops import backends
 from dsquant.ops.fake_quantize import near_boundary
 from dsquant.ops.shard_step import TrackerStep
 from dsquant.quant.state import SCALE_FLOOR, QuantState
-from dsquant.shard.flat_step import FlatStep, in_one_pass
+from dsquant.shard.flat_step import FlatStep, has_all_of_its_groups
 from dsquant.shard.fragments import Fragment, ShardMap, part_of
 from dsquant.shard.native_step import can_step, step_float, write_image
 from dsquant.shard.oscillation import TrackerState, freeze, freeze_threshold, track
@@ -128,7 +131,9 @@ class ShardQuantization:
         self._flat: FlatStep | None = None  # of the step that is being taken, where native code takes it
         self._flat_steps: dict[tuple[int, ...], FlatStep] = {}  # by their flats
         self._scale_plans: dict[tuple[int, ...], ScalePlan] = {}  # the same, where native code takes no step
-        self._in_one_pass: dict[str, Tensor] | None = None  # groups of each weight, once the ranks have agreed on them
+        self._native: bool | None = None  # whether native code takes the step, once the ranks have agreed on it
+        self.apart: set[str] = set()  # weights of which no group lies on two ranks, known after a step
+        self._binned: dict[int, FlatStep] = {}  # by flat: what has summed the bins that the next step starts from
         self._shown: list[FlatStep] = []  # whose flats hold images
         self.regularizer = Regularizer(config.obr, config.oscillation.dampening)
 
@@ -167,6 +172,7 @@ class ShardQuantization:
     @torch.no_grad()
     def start(self) -> None:
         """Begin tracking from the codes of the present latents and scales, and publish the first images."""
+        self._binned.clear()
         for weight in self.weights.values():
             if weight.fragment is not None:
                 codes = torch.empty(weight.fragment.numel, device=weight.device)
@@ -179,6 +185,7 @@ class ShardQuantization:
     def resume(self, trackers: dict[str, dict[str, Tensor]]) -> None:
         """Go on from restored latents (in the flats), scales and tracker tensors (by weight name), and publish images."""
         self._latents.clear()
+        self._binned.clear()
         for name, tensors in trackers.items():
             weight = self.weights[name]
             weight.tracker = TrackerState(**{part: t.to(weight.device) for part, t in tensors.items()})
@@ -233,80 +240,105 @@ class ShardQuantization:
     @torch.no_grad()
     def step(self, flats: list[Tensor], inner: torch.optim.Optimizer) -> None:
         """Step the flats by the inner optimizer, with what quantization does before and after it."""
+        if self._native is None:
+            self._agree(flats, inner)
+        if self._native:
+            self._step_natively(flats, inner)
+            return
+        self._binned.clear()
+        self.before_inner_step(flats)
+        inner.step()
+        self.after_inner_step(flats)
+
+    def _agree(self, flats: list[Tensor], inner: torch.optim.Optimizer) -> None:
+        """Find whether native code takes the step, and whose bins no two ranks share: all ranks must add up the same."""
         in_one_place = len({flat.device for flat in flats}) <= 1
         native = in_one_place and can_step(inner, flats) and not self.config.oscillation.cga.enabled
-        if self._in_one_pass is None:
-            self._agree_on_one_pass(native)
-        if native:
-            self._flat = self._flat_step(flats)
-            self._flat.begin(self._latents, inner)
-        self.before_inner_step(flats)
-        if self._flat is not None:
-            self._flat.second_pass(self._tracking)
-        else:
-            inner.step()
-        self.after_inner_step(flats)
+        mine = torch.tensor([native, *map(has_all_of_its_groups, self.weights.values())], dtype=torch.int32)
+        native, *apart = self._all_reduce(mine, dist.ReduceOp.MIN).tolist()
+        self._native = bool(native)
+        self.apart = {name for name, alone in zip(self.weights, apart, strict=True) if alone}
+
+    def _step_natively(self, flats: list[Tensor], inner: torch.optim.AdamW) -> None:
+        self._flat = flat = self._flat_step(flats)
+        flat.begin(self._latents, inner)
+        room = self._begin_activations()
+        asked = flat.plan(self.regularizer)
+        if flat.has_bins and (asked or any(self._binned.get(id(f)) is not flat for f in flats)):
+            self._add_up(flat.gather_bins())
+        flat.step_scales(self._lr_factor)
+        flat.step(self.regularizer, self._tracking, room)
+        if flat.any_late:
+            self._take_statistics(flat.weights)
+        self._latents |= flat.finish(self._tracking)
+        self._shown.append(flat)
+        self._add_up(flat.found.added_up, room)
+        self._step_activations(flat.found.room)
+        flat.end()
+        self._binned.update((id(f), flat) for f in flats)
         self._flat = None
 
-    def _agree_on_one_pass(self, native: bool) -> None:
-        """Find the groups that the rank which has them steps in one pass: all ranks must expect the same of each."""
-        weights = self.weights.values()
-        able = native and self.state.optimizer == "adam" and self.config.grad_scale != "mdq"
-        mine = torch.cat([torch.zeros(0, dtype=torch.bool), *(in_one_pass(w) for w in weights)]) & able
-        agreed = self._all_reduce(mine.int(), dist.ReduceOp.MIN).bool().split([w.n_groups for w in weights])
-        self._in_one_pass = dict(zip(self.weights, agreed, strict=True))
+    def _add_up(self, found: Tensor, room: int = 0) -> None:
+        """Sum what this rank has found over all ranks, in its place; activations' gradients take the `room` before it."""
+        if not self.contributes:
+            found.zero_()
+        if room:
+            found[:room] = self.state.take_activation_grads(self.world_size)
+        summed = self._sum(found)
+        if summed is not found:
+            found.copy_(summed)
 
-    def in_one_pass(self) -> dict[str, Tensor]:
-        """Return, for each weight, which of its groups are stepped in one pass; bool (n_groups,), known after a step."""
-        return self._in_one_pass or {}
+    def _begin_activations(self) -> int:
+        """Count a step, unless a step of other flats has; return how many gradients of activations it is to add up."""
+        if not self._activations_pending:
+            return 0
+        self._count_step()
+        return self.state.n_activation
+
+    def _step_activations(self, grads: Tensor) -> None:
+        """Step the scales of activations by their gradients over all ranks, where this step has any."""
+        self._activations_pending = False
+        if room := grads.numel():
+            self.state.grads[:room] = grads.float()
+            self.state.update(slice(0, room), self._lr_factor, self.betas)
 
     def _flat_step(self, flats: list[Tensor]) -> FlatStep:
         key = tuple(id(flat) for flat in flats)
         if key not in self._flat_steps:
             self._flat_steps[key] = FlatStep(
-                flats, self._in_flat, self._scales, self.config, self.shards.in_place, self._in_one_pass
+                flats, self._in_flat, self._scales, self.config, self.shards.in_place, self.apart
             )
         return self._flat_steps[key]
 
     @torch.no_grad()
     def before_inner_step(self, flats: list[Tensor]) -> None:
-        """Turn the gradients of the images in `flat.grad` into those of the latents, and step the scales.
-
-        A native step does the former itself, and is told how here; it may also step weights, scales and all.
-        """
+        """Turn the gradients of the images in `flat.grad` into those of the latents, and step the scales."""
         weights = self._weights_of(flats)
-        if self._flat is None and self.shards.in_place:
+        if self.shards.in_place:
             for weight in weights:
                 weight.fragment.values.copy_(self.latent(weight))
-        with_activations = self._activations_pending
-        if not (weights or with_activations):
+        if not (weights or self._activations_pending):
             return
-        if with_activations:
-            self._count_step()
-        room = self.state.n_activation if with_activations else 0
-        payload, n_sums = self._first_pass(weights, room)
-        if room:
-            payload[payload.numel() - room :] = self.state.take_activation_grads(self.world_size)
-        groups, bins, activations = self._sum(payload).split([n_sums, payload.numel() - room - n_sums, room])
-        self._activations_pending = False
-        if room:
-            self.state.grads[:room] = activations.float()
-            self.state.update(slice(0, room), self._lr_factor, self.betas)
+        room = self._begin_activations()
+        nothing = torch.zeros(2, 0, dtype=torch.float64, device=self.state.values.device)
+        sums = [(nothing, nothing), *(self._gather_sums(weight) for weight in weights)]
+        groups, bins = (torch.cat(of, dim=1) for of in zip(*sums, strict=True))
+        payload = torch.cat([groups.new_zeros(room), groups.view(-1), bins.view(-1)])
+        self._add_up(payload, room)
+        self._step_activations(payload[:room])
+        groups, bins = payload[room:].split([groups.numel(), bins.numel()])
         if not weights:
             return
-        if self._flat is not None:
-            self._flat.prepare(bins)
-        else:
-            self._prepare(weights, bins.view(2, -1))
-        self._scales.step(self._scale_plan(flats), groups, self._lr_factor)
+        self._prepare(weights, bins.view(2, -1))
+        plan = self._scale_plan(flats)
+        self._scales.step(plan, self._lr_factor)
+        self._scales.keep(plan, groups.view(2, -1))
 
     def _weights_of(self, flats: list[Tensor]) -> list[ShardedWeight]:
-        return self._flat.weights if self._flat is not None else [w for flat in flats for w in self._in_flat[id(flat)]]
+        return [w for flat in flats for w in self._in_flat[id(flat)]]
 
     def _scale_plan(self, flats: list[Tensor]) -> ScalePlan:
         """Return how the scales of these flats' weights are stepped: the same way at every step."""
-        if self._flat is not None:
-            return self._flat.scale_plan
         key = tuple(id(flat) for flat in flats)
         if key not in self._scale_plans:
             self._scale_plans[key] = self._scales.plan(self._weights_of(flats))
@@ -323,19 +355,6 @@ class ShardQuantization:
 
     def _tracker_step(self, threshold: float | None = None) -> TrackerStep:
         return TrackerStep(self.config.oscillation.momentum, self.state.step_count, threshold)
-
-    def _first_pass(self, weights: list[ShardedWeight], room: int) -> tuple[Tensor, int]:
-        """Return what `_gather_sums` says of all weights, (2, groups) and (2, bins) in a row, with room for other values behind.
-
-        And how many values come before the bins: of a native step also what `FlatStep.first_pass` says.
-        """
-        device = self.state.values.device
-        if self._flat is not None:
-            found = self._flat.first_pass(self.regularizer, self._tracking, self._lr_factor, room)
-            return (found if self.contributes else found.zero_()).to(device), self._flat.n_sums
-        sums = [self._gather_sums(weight) for weight in weights]
-        groups, bins = (torch.cat(of, dim=1).view(-1) for of in zip(*sums, strict=True))
-        return torch.cat([groups, bins, torch.zeros(room, dtype=torch.float64, device=device)]), groups.numel()
 
     def _prepare(self, weights: list[ShardedWeight], bins: Tensor) -> None:
         """Add the regularizers' gradient; `bins` (2, all bins) are over all shards."""
@@ -367,7 +386,7 @@ class ShardQuantization:
             if spread:
                 index = bin_index(tile.of(weight.tracker.codes), tile.groups, weight.qmin, weight.n_bins)
                 bins += bin_sums(in_parts(w, scale, weight.levels), index, size).to(device)
-        return (groups, bins) if self.contributes else (torch.zeros_like(groups), torch.zeros_like(bins))
+        return groups, bins
 
     def _hold(self, weight: ShardedWeight) -> None:
         """For CGA: stop the gradient of all but the weights near a boundary, and remember where they are."""
@@ -391,10 +410,6 @@ class ShardQuantization:
                 free, before = self._held.pop(weight.site.name)
                 weight.fragment.values.copy_(torch.where(free, weight.fragment.values, before))
         self._take_statistics(weights)
-        if self._flat is not None:
-            self._latents |= self._flat.finish(self._tracking)
-            self._shown.append(self._flat)
-            return
         for weight in weights:
             self._write_image(weight, record=True)
 

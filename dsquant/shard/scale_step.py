@@ -5,45 +5,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsquant.ops.shard_step import ScaleAdam
+from dsquant.ops import backends
+from dsquant.ops.shard_step import ScaleAdam, scales
 from dsquant.quant.modules import lsq_grad_scale, mdq_grad_scale
 from dsquant.quant.state import ADAM_EPS, SCALE_FLOOR, QuantState
 from dsquant.shard.weight_quantizers import ShardedWeight, half_of, statistic_scale
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Say which columns of sums over all groups are of some of them (None: all), and where their scales lie in the state."""
+class ScalePlan:
+    """Say which groups of some weights `ScaleStep` steps: where their scales lie, and the factors of their gradients.
+
+    `columns` are theirs in sums over all groups, None for all; `before` has room for the scales before a step, and `grads` are
+    theirs in the state, where they lie in one slice.
+    """
 
     columns: Tensor | None
     where: slice | Tensor
-
-    @classmethod
-    def of(cls, state: QuantState, weights: list[ShardedWeight], wanted: Tensor) -> "_Part":
-        """Take the groups that are `wanted`, bool (groups of all weights,)."""
-        if bool(wanted.all()):
-            return cls(None, places(state, weights, "scale"))
-        entries = [state.entries[f"{w.site.name}:scale"] for w in weights]
-        every = torch.cat([torch.arange(e.start, e.start + e.numel) for e in entries])
-        device = state.values.device
-        return cls(wanted.nonzero().view(-1).to(device), every[wanted].to(device))
-
-    def columns_of(self, sums: Tensor) -> Tensor:
-        return sums if self.columns is None else sums[:, self.columns]
-
-
-@dataclass(frozen=True)
-class ScalePlan:
-    """Say which groups `ScaleStep` steps, with the factors of their gradients, and which native code has stepped."""
-
-    n_groups: int
-    part: _Part
     factor: Tensor
-    taken: _Part | None
+    before: Tensor
+    grads: Tensor | None
 
 
 class ScaleStep:
-    """Step the learned scales of weights in a QuantState.
+    """Step the learned scales of weights in a QuantState, by the gradients that the step before found.
+
+    Those of a step are known once it has read every weight, over all ranks; to wait for them would take another pass over the
+    shards, and all ranks would wait for each other in the middle of every step. A first step leaves scales where they are.
 
     Args:
         state: scales and their optimizer.
@@ -54,39 +42,51 @@ class ScaleStep:
     def __init__(self, state: QuantState, grad_scale: str, betas: tuple[float, float]):
         self.state, self.grad_scale, self.betas = state, grad_scale, betas
 
-    def adam(self, lr_factor: float) -> ScaleAdam:
-        """Return the numbers by which native code takes the present step."""
-        return ScaleAdam(lr_factor, *self.betas, ADAM_EPS, SCALE_FLOOR, self.state.step_count)
+    def step(self, plan: ScalePlan, lr_factor: float) -> None:
+        """Step scales by the gradients that were kept; `plan.before` holds them as they were."""
+        if not plan.factor.numel():
+            return
+        state, backend = self.state, backends.choose("shard_step", self.state.values.device.type)
+        if backend in backends.ON_CPU and isinstance(plan.where, slice) and state.optimizer == "adam":
+            adam = ScaleAdam(lr_factor, *self.betas, ADAM_EPS, SCALE_FLOOR, state.step_count)
+            parts = (state.values, state.exp_avg, state.exp_avg_sq, state.grads, state.lr)
+            scales(*parts, plan.before, plan.where.start, adam, backend)
+            return
+        plan.before.copy_(state.values[plan.where])
+        state.update(plan.where, lr_factor, self.betas)
 
-    def step(self, plan: ScalePlan, sums: Tensor, lr_factor: float) -> None:
-        """Step by float64 `sums` (2, groups of all weights): d scale and |w|_1, over all shards.
-
-        Of groups that native code has stepped by `adam`, they are the next scale and its moments, (3, groups).
+    def keep(self, plan: ScalePlan, sums: Tensor, with_factor: bool = False) -> None:
+        """Keep gradients for the next step, from float64 `sums` (k, groups of all weights) over all shards: d scale, and for mdq
+        |w|_1. `with_factor`: the former are times their factors, where these follow from no sums.
         """
-        sums, factor, taken = sums.view(-1, plan.n_groups), plan.factor, plan.taken
-        if taken is not None:
-            tensors = self.state.values, self.state.exp_avg, self.state.exp_avg_sq
-            for tensor, row in zip(tensors, taken.columns_of(sums), strict=True):
-                if isinstance(taken.where, slice):
-                    tensor[taken.where].copy_(row)
-                else:
-                    tensor[taken.where] = row.float()
-        if factor.numel():
-            d_scale, norm = plan.part.columns_of(sums[:2])
-            if self.grad_scale == "mdq":
-                factor = mdq_grad_scale(norm, factor)
-            self.state.grads[plan.part.where] = (d_scale * factor).float()
-            self.state.update(plan.part.where, lr_factor, self.betas)
+        if not plan.factor.numel():
+            return
+        sums = sums if plan.columns is None else sums[:, plan.columns]
+        found = sums[0]
+        if self.grad_scale == "mdq":
+            found = found * mdq_grad_scale(sums[1], plan.factor)
+        elif not with_factor:
+            found = found * plan.factor
+        if plan.grads is not None:
+            plan.grads.copy_(found)
+        else:
+            self.state.grads[plan.where] = found.float()
 
-    def plan(self, weights: list[ShardedWeight], stepped: Tensor | None = None) -> ScalePlan:
-        """Return how to step the scales of some weights, of which native code has stepped some groups: bool (groups,)."""
+    def plan(self, weights: list[ShardedWeight]) -> ScalePlan:
+        """Return how to step the scales of some weights."""
         groups = torch.tensor([w.n_groups for w in weights], dtype=torch.int64)
         learned = torch.tensor([w.learned for w in weights], dtype=torch.bool).repeat_interleave(groups)
         factor = torch.tensor([self.factor(w) for w in weights], dtype=torch.float64).repeat_interleave(groups)
-        ours = learned if stepped is None else learned & ~stepped
-        taken = None if stepped is None or not bool(stepped.any()) else _Part.of(self.state, weights, stepped)
         device = self.state.values.device
-        return ScalePlan(len(ours), _Part.of(self.state, weights, ours), factor[ours].to(device), taken)
+        columns = None if bool(learned.all()) else learned.nonzero().view(-1).to(device)
+        where = places(self.state, [w for w in weights if w.learned], "scale")
+        factor = factor[learned].to(device)
+        grads = self.state.grads[where] if isinstance(where, slice) else None
+        return ScalePlan(columns, where, factor, torch.empty_like(factor, dtype=torch.float32), grads)
+
+    def known_factor(self, weight: ShardedWeight) -> float:
+        """Return the factor of the gradient of a weight's scales, or 1 where it follows from sums."""
+        return 1.0 if self.grad_scale == "mdq" else self.factor(weight)
 
     def factor(self, weight: ShardedWeight) -> float:
         """Return the factor of the gradient of a weight's scales, or what mdq's follows from: qmax."""

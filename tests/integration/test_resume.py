@@ -96,23 +96,31 @@ def test_the_run_that_is_resumed_freezes_weights_and_keeps_all_of_its_state(undi
     assert any(r["frozen_pct"] > 0 for r in records(undisturbed, "oscillation"))
 
 
-def test_a_checkpoint_of_version_1_held_frequencies_and_they_are_taken_as_what_trackers_keep(undisturbed, tmp_path):
-    now, old = load_run_checkpoint(undisturbed, "w2a2"), tmp_path / "step"
-    shutil.copytree(now.path, old)
-    manifest = now.manifest | {"version": 1, "files": dict(now.manifest["files"])}
-    for file in old.glob("rank_*.safetensors"):
-        held = load_file(file)
-        frequencies = {
-            key: t * now.tracker_step.left for key, t in held.items() if key.startswith("tracker.frequency/")
-        }
-        save_file(held | frequencies, file)
+def as_version_1(checkpoint, folder):
+    """Write a checkpoint as version 1 had it: frequencies as they are, no gradients of scales that wait."""
+    shutil.copytree(checkpoint.path, folder)
+    manifest = checkpoint.manifest | {"version": 1, "files": dict(checkpoint.manifest["files"])}
+    for file in folder.glob("*.safetensors"):
+        held = {key: t for key, t in load_file(file).items() if not key.endswith("/grad")}
+        left = checkpoint.tracker_step.left
+        save_file(held | {key: t * left for key, t in held.items() if key.startswith("tracker.frequency/")}, file)
         manifest["files"][file.name] = {"bytes": file.stat().st_size, "blake2b": _hash(file)}
-    (old / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return Checkpoint.open(folder)
+
+
+def test_a_checkpoint_of_version_1_held_frequencies_and_no_gradients_that_wait(undisturbed, tmp_path):
+    now = load_run_checkpoint(undisturbed, "w2a2")
+    old = as_version_1(now, tmp_path / "step")
     assert now.tracker_step.left < 1
-    wanted, found = now.whole("tracker.frequency"), Checkpoint.open(old).whole("tracker.frequency")
+    wanted, found = now.whole("tracker.frequency"), old.whole("tracker.frequency")
     assert any(t.any() for t in wanted.values())
     for name, kept in wanted.items():
         torch.testing.assert_close(found[name], kept, rtol=1e-6, atol=0)
+    waiting = [key for key in now.quant_state if key.endswith("/grad")]
+    assert any(now.quant_state[key].any() for key in waiting)
+    assert now.quant_state.keys() == old.quant_state.keys()
+    assert not any(old.quant_state[key].any() for key in waiting)
 
 
 def state_of(engine):

@@ -163,14 +163,16 @@ class Freezing:
 
 
 class ScaleSteps:
-    """Step a scale by Adam or by SGD with momentum, at `share` of its first value a step."""
+    """Step a scale by Adam or by SGD with momentum, at `share` of its first value a step, by the gradient of the step before."""
 
     def __init__(self, scale, share, kind):
         self.scale, self.rate, self.kind = scale, share * scale.detach().clone(), kind
         self.m, self.v, self.t = torch.zeros_like(scale), torch.zeros_like(scale), 0
+        self.late = torch.zeros_like(scale)
 
     def step(self):
-        g, self.t = self.scale.grad, self.t + 1
+        g, self.t = self.late, self.t + 1
+        self.late = self.scale.grad.clone()
         if self.kind == "sgd":
             self.m = 0.9 * self.m + g
             self.scale.data -= self.rate * self.m

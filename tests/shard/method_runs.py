@@ -109,7 +109,7 @@ def outcome(engine, losses, latents):
         "latents": [*latents, fragments(engine, "latent")],
         **{part: fragments(engine, part) for part in parts},
         "scales": {key: engine.state.values[e.slice].clone() for key, e in engine.state.entries.items()},
-        "in_one_pass": engine.quantization.in_one_pass(),
+        "apart": engine.quantization.apart,
         "ratios": {n: s.get("regularizer_ratio") for n, s in engine.quantization.statistics().items()},
     }
 

@@ -85,13 +85,15 @@ def test_ranks_own_different_parts_of_weights_whose_groups_span_both(runs):
     assert shared
 
 
-def test_rows_that_one_rank_has_all_of_are_stepped_in_one_pass(runs):
-    """Under ZeRO 3, too, which cuts every weight: all rows but one that is cut, and both ranks know which these are."""
-    ours, theirs = (run["obr by channel"]["in_one_pass"] for run in runs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    rows = torch.cat(list(ours.values()))
-    assert int(rows.sum()) >= len(rows) - 1
-    assert not any(rows.any() for rows in runs[0]["mdq"]["in_one_pass"].values())
+def test_ranks_add_up_the_bins_of_weights_whose_groups_span_both_and_of_no_others(runs):
+    """Under ZeRO 3, too, which cuts every weight; and all ranks know which these are."""
+    ours, theirs = (run["obr by channel"]["apart"] for run in runs)
+    assert ours == theirs
+    latents = [run["obr by channel"]["latents"][-1] for run in runs]
+    cols = {name: parameter.shape[-1] for name, parameter in float_model().named_parameters()}
+    cut = {name for of in latents for name, (at, part) in of.items() if at % cols[name] or part.numel() % cols[name]}
+    assert ours == (latents[0].keys() | latents[1].keys()) - cut
+    assert runs[0]["obr"]["apart"] == latents[0].keys() ^ latents[1].keys()  # one scale a weight
 
 
 @pytest.mark.parametrize("method", ["seq", "ternary", "elastic", "statsq", "bwn", "mdq", "lsq_plus"])

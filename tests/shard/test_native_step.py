@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from dsquant.ops import backends, shard_step
-from dsquant.shard import flat_step
 from tests.ops.conftest import require
 from tests.shard.test_step import BINARY, make
 
@@ -44,14 +43,19 @@ def built():
     require(backends.PORTABLE)
 
 
-def trained(monkeypatch, backend, quant, steps=6, **how):
-    """Return all that a few steps by a backend leave: parameters, latents, AdamW's and the tracker's state, scales, norms."""
+def trained(monkeypatch, backend, quant, steps=6, without=None, **how):
+    """Return all that a few steps by a backend leave: parameters, latents, AdamW's and the tracker's state, scales, norms.
+
+    The parameter named `without` has no gradient in every second step.
+    """
     monkeypatch.setenv("DSQ_BACKEND", backend)
     model, optimizer, quantization, images = make(**how, **quant)
     for step in range(steps):
         monkeypatch.setenv("DSQ_BACKEND", "torch")  # activations are not what is compared: their sums round elsewhere
         F.cross_entropy(model(images), torch.arange(8) % 5).backward()
         monkeypatch.setenv("DSQ_BACKEND", backend)
+        if without and step % 2:
+            model.get_parameter(without).grad = None
         quantization.begin_step(0.2 + 0.1 * step, 1.0, observe=step == steps - 1)
         optimizer.step()
         quantization.finish_step()
@@ -85,10 +89,21 @@ def test_native_steps_leave_the_bits_of_the_definition(monkeypatch, name, backen
         ):  # a GPU's AdamW rounds elsewhere, its interpreter's fma twice
             torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-6)
             continue
-        outside_vectors = tensor.numel() % 8 and key.startswith(("image", "exp_avg"))  # torch rounds these otherwise
-        if outside_vectors or key.startswith(("norms", "code_mean")):
+        assert tensor.numel() % 8 == 0 or not key.startswith(("image", "exp_avg"))  # torch rounds the rest otherwise
+        if key.startswith(("norms", "code_mean")):
             torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-7)
         else:
+            assert torch.equal(found[key], tensor), key
+
+
+@pytest.mark.parametrize("name", ["lsq by channel, OBR", "statsq"])
+def test_bins_are_those_of_present_codes_where_other_weights_step_than_the_last_time(monkeypatch, name):
+    """They are summed by the step before, which here did not step all of them, or another one did."""
+    left_out = "blocks.0.mlp.fc1.weight"
+    wanted, found = (trained(monkeypatch, how, CASES[name], without=left_out) for how in ("torch", "cpu"))
+    assert found[f"direction {left_out}"].any()
+    for key, tensor in wanted.items():
+        if not key.startswith("norms"):
             assert torch.equal(found[key], tensor), key
 
 
@@ -124,34 +139,6 @@ def test_frequencies_follow_the_codes_of_every_step_past_several_spells(monkeypa
     every = torch.cat(list(wanted.values()))
     assert 0.005 < (every > threshold).double().mean() < 0.9
     assert ((every > 0) & (every < threshold)).any()  # oscillated before the last spell and not since
-
-
-IN_TWO_PASSES = {"by head", "ternary", "cga"}  # also on one rank: mdq takes a sum of its own over ranks, CGA a step
-
-
-IN_BOTH = [(name, "cpu") for name in CASES]
-IN_BOTH += [
-    (name, backends.TRITON) for name in ("lsq by channel, OBR", "elastic", "freezing")
-]  # its interpreter is slow
-
-
-@pytest.mark.parametrize(("name", "backend"), IN_BOTH)
-def test_weights_stepped_in_one_pass_get_the_bits_of_two(monkeypatch, name, backend):
-    require(backends.TRITON if backend == backends.TRITON else backends.PORTABLE)
-    taken, one_pass, steps = [], shard_step.flat_whole, 3 if backend == backends.TRITON else 6
-    monkeypatch.setattr(shard_step, "flat_whole", lambda *given: taken.append(1) or one_pass(*given))
-    found = trained(monkeypatch, backend, CASES[name], steps)
-    assert bool(taken) == (name not in IN_TWO_PASSES)
-    taken.clear()
-    monkeypatch.setattr(flat_step, "LONGEST_RUN", {})
-    wanted = trained(monkeypatch, backend, CASES[name], steps)
-    assert not taken
-    assert wanted.keys() == found.keys()
-    for key, tensor in wanted.items():
-        if key.startswith("norms"):
-            torch.testing.assert_close(found[key], tensor, rtol=1e-12, atol=0)
-        else:
-            assert torch.equal(found[key], tensor), key
 
 
 @pytest.mark.parametrize("name", ["lsq by channel, OBR", "bwn"])

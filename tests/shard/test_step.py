@@ -14,7 +14,7 @@ from dsquant.quant.state import QuantState
 from dsquant.shard.fragments import Fragment, ShardMap
 from dsquant.shard.optimizer import ShardOptimizer, ShardQuantization
 
-SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 8}
 
 
 class HostReads(TorchDispatchMode):

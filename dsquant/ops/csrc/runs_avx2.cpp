@@ -22,7 +22,7 @@
 #endif
 
 namespace dsq {
-const StepKernels kStepAvx2{gather, update, adamw, moments, image};
+const StepKernels kStepAvx2{gather, update, adamw, moments, image, scales};
 const QuantizeKernels kQuantizeAvx2{quantize_run, backward_run, quantize_each, backward_each};
 }  // namespace dsq
 #endif

@@ -9,6 +9,6 @@
 #include "fake_quantize_runs.h"
 
 namespace dsq {
-const StepKernels kStepPortable{gather, update, adamw, moments, image};
+const StepKernels kStepPortable{gather, update, adamw, moments, image, scales};
 const QuantizeKernels kQuantizePortable{quantize_run, backward_run, quantize_each, backward_each};
 }  // namespace dsq

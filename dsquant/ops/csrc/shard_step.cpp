@@ -62,7 +62,13 @@ struct FlatTile {
   bool bounded = false;
 
   bool quantized() const { return n_groups > 0; }
-  bool whole() const { return factor != 0; }
+  bool has_grid_of(const FlatTile& o) const {
+    return quantized() == o.quantized() && qmin == o.qmin && qmax == o.qmax && shift == o.shift && low == o.low && high == o.high;
+  }
+  bool shares_groups(const FlatTile& later) const {
+    const int64_t away = (later.first_group - first_group + n_groups) % n_groups;
+    return away < rows || n_groups - away < later.rows;
+  }
   int64_t pieces() const { return (cols + kRun - 1) / kRun; }
   int64_t count() const { return rows * pieces(); }
   RunGrid grid(float scale, float centre) const {
@@ -72,7 +78,7 @@ struct FlatTile {
 };
 constexpr int64_t kColumns = 19;
 
-// Where a run lies: its elements in the flat and beside the tracker, its group among all scales and its bins among all bins.
+// Where a run lies: its elements in the flat and beside the tracker, its group among all scales, and what its bins hold.
 struct Run {
   int64_t size, element, state, group, bin;
 
@@ -85,7 +91,7 @@ struct Run {
     element = tile.start + row * tile.cols + from;
     state = tile.state + row * tile.cols + from;
     group = tile.group_base + own;
-    bin = tile.bin_base + own * tile.n_bins;
+    bin = tile.bin_base + own * 2 * tile.n_bins;
   }
 };
 
@@ -100,6 +106,7 @@ struct FlatTiles {
 
   FlatTiles(const Tensor& table, int64_t numel, int64_t state, int64_t groups, int64_t bins, int64_t weights) {
     const int64_t count = table.numel() / kColumns;
+    tiles.reserve(count);
     const auto* row = values_of<const double>(table, ScalarType::Double, count * kColumns, "tiles");
     for (int64_t t = 0; t < count; ++t, row += kColumns) {
       const auto at = [row](int column) { return static_cast<int64_t>(row[column]); };
@@ -116,21 +123,20 @@ struct FlatTiles {
         STD_TORCH_CHECK(-128 <= tile.qmin && tile.qmin <= tile.qmax && tile.qmax <= 127, "codes of weights are int8");
         STD_TORCH_CHECK(tile.weight >= 0 && tile.weight < weights, "tile ", t, " is of weight ", tile.weight);
         STD_TORCH_CHECK(tile.n_bins == 0 || (tile.n_bins > tile.qmax - tile.qmin && tile.n_bins <= 256 && tile.bin_base >= 0 &&
-                                             (tile.whole() || tile.bin_base + tile.n_bins * tile.n_groups <= bins)),
+                                             tile.bin_base + 2 * tile.n_bins * tile.n_groups <= bins),
                         "tile ", t, " has no bins");
       }
-      if (tile.quantized())
+      const bool same = !tiles.empty() && tiles.back().has_grid_of(tile);
+      if (same)
+        tile.bounded = tiles.back().bounded, tile.bounds = tiles.back().bounds;
+      else if (tile.quantized())
         tile.bounded = bounds_of(static_cast<int>(tile.qmin), static_cast<int>(tile.qmax), static_cast<float>(tile.shift),
                                  static_cast<float>(tile.low), static_cast<float>(tile.high), tile.bounds);
-      for (FlatTile& other : tiles)
-        if (tile.quantized() && other.quantized() && other.weight == tile.weight) other.alone = tile.alone = false;
+      for (auto other = tiles.rbegin(); other != tiles.rend() && other->quantized() && other->weight == tile.weight; ++other)
+        if (other->shares_groups(tile)) other->alone = tile.alone = false;  // the tiles of a weight are neighbours
       tiles.push_back(tile);
     }
-    for (int64_t t = 0; t < count; ++t) {
-      STD_TORCH_CHECK(!tiles[t].whole() || (tiles[t].pieces() == 1 && tiles[t].rows <= tiles[t].n_groups && !tiles[t].late),
-                      "tile ", t, " is not of groups of one run each");
-      cut(tiles[t], t);
-    }
+    for (int64_t t = 0; t < count; ++t) cut(tiles[t], t);
   }
 
   void cut(const FlatTile& tile, int64_t index) {
@@ -166,52 +172,66 @@ StepKernels kernels_for(int64_t isa) {
   return kernels;
 }
 
-void shard_flat_gather(const Tensor& w, const Tensor& grad, const Tensor& codes, std::optional<Tensor> frozen,
-                       const Tensor& scale, std::optional<Tensor> centre, const Tensor& table, bool sizes, const Tensor& sums,
-                       const Tensor& bins, int64_t isa) {
+// What units find of each of their runs, `width(tile)` values, where a group's runs are in several.
+struct Found {
+  const FlatTiles& flat;
+  std::vector<std::vector<double>> of_units;
+
+  explicit Found(const FlatTiles& flat) : flat(flat), of_units(flat.units.size()) {}
+
+  // A run's values, zero.
+  double* of(int64_t unit, int64_t run, int64_t width) {
+    const Unit& all = flat.units[unit];
+    of_units[unit].resize(width * (all.end - all.begin));
+    return &of_units[unit][width * (run - all.begin)];
+  }
+  // Call f(tile, run, its values, whether they are its group's first): in one order, whatever the number of threads.
+  template <class F>
+  void each(int64_t groups, const F& f) const {
+    std::vector<bool> seen(groups);
+    for (size_t u = 0; u < flat.units.size(); ++u) {
+      const Unit& unit = flat.units[u];
+      if (of_units[u].empty()) continue;
+      const auto width = static_cast<int64_t>(of_units[u].size()) / (unit.end - unit.begin);
+      for (int64_t run = unit.begin; run < unit.end; ++run) {
+        const Run at(flat.tiles[unit.tile], run);
+        f(flat.tiles[unit.tile], at, &of_units[u][width * (run - unit.begin)], !seen[at.group]);
+        seen[at.group] = true;
+      }
+    }
+  }
+};
+
+// What a run's bins hold, of `n_bins` ones.
+void bins_of(const StepKernels& kernels, int64_t n, const float* w, const int8_t* codes, const RunGrid& grid, int64_t n_bins,
+             double* bins) {
+  double beside[2];  // w in the gradient's place: nobody reads that of the scale
+  sums_of(kernels, n, w, w, codes, nullptr, grid, n_bins, false, beside, bins);
+}
+
+void put(const double* own, int64_t size, bool first, double* into) {
+  for (int64_t k = 0; k < size; ++k) into[k] = first ? own[k] : into[k] + own[k];
+}
+
+void shard_flat_bins(const Tensor& w, const Tensor& codes, const Tensor& scale, std::optional<Tensor> centre,
+                     const Tensor& table, const Tensor& bins, int64_t isa) {
   const StepKernels kernels = kernels_for(isa);
-  const int64_t n = w.numel(), state = codes.numel(), n_groups = scale.numel(), all_bins = bins.numel() / 2;
-  const FlatTiles flat(table, n, state, n_groups, all_bins, n);
+  const int64_t n = w.numel(), state = codes.numel(), n_groups = scale.numel();
+  const FlatTiles flat(table, n, state, n_groups, bins.numel(), n);
   const auto* x = values_of<const float>(w, ScalarType::Float, n, "w");
-  const auto* g = values_of<const float>(grad, ScalarType::Float, n, "grad");
   const auto* c = values_of<const int8_t>(codes, ScalarType::Char, state, "codes");
-  const auto* still = values_of<const bool>(frozen, ScalarType::Bool, state, "frozen");
   const auto* scales = values_of<const float>(scale, ScalarType::Float, n_groups, "scale");
   const auto* centres = values_of<const float>(centre, ScalarType::Float, n_groups, "centre");
-  auto* totals = values_of<double>(sums, ScalarType::Double, 2 * n_groups, "sums");
-  auto* held = values_of<double>(bins, ScalarType::Double, 2 * all_bins, "bins");
-  const auto asked = [](const FlatTile& tile) { return tile.quantized() && !tile.whole() && (!tile.late || tile.n_bins); };
-  const auto add = [&](const FlatTile& tile, const Run& at, const double* own) {
-    for (int64_t k = 0; k < 2; ++k) totals[k * n_groups + at.group] += own[k];
-    for (int64_t b = 0; b < tile.n_bins; ++b) {
-      held[at.bin + b] += own[2 + b];
-      held[all_bins + at.bin + b] += own[2 + tile.n_bins + b];
-    }
-  };
-  std::vector<std::vector<double>> found(flat.units.size());  // of units whose sums others add to as well
-  flat.each(asked, [&](const FlatTile& tile, int64_t run, int64_t unit) {
+  auto* held = values_of<double>(bins, ScalarType::Double, bins.numel(), "bins");
+  Found found(flat);
+  flat.each([](const FlatTile& tile) { return tile.n_bins != 0; }, [&](const FlatTile& tile, int64_t run, int64_t unit) {
     const Run at(tile, run);
-    const int64_t width = 2 + 2 * tile.n_bins;
-    double here[2 + 2 * 256];
-    double* own = here;
-    if (tile.alone) {
-      std::fill_n(here, width, 0.0);
-    } else {
-      found[unit].resize(width * (flat.units[unit].end - flat.units[unit].begin));
-      own = &found[unit][width * (run - flat.units[unit].begin)];
-    }
-    sums_of(kernels, at.size, x + at.element, g + at.element, c + at.state, still ? still + at.state : nullptr,
-            tile.grid(scales[at.group], centres ? centres[at.group] : 0.0f), tile.n_bins, sizes, own,
-            tile.n_bins ? own + 2 : nullptr);
-    if (tile.alone) add(tile, at, here);
+    bins_of(kernels, at.size, x + at.element, c + at.state, tile.grid(scales[at.group], centres ? centres[at.group] : 0.0f),
+            tile.n_bins, found.of(unit, run, 2 * tile.n_bins));
   });
-  for (size_t u = 0; u < flat.units.size(); ++u) {  // in one order, whatever the number of threads
-    const Unit& unit = flat.units[u];
-    const FlatTile& tile = flat.tiles[unit.tile];
-    if (found[u].empty()) continue;
-    for (int64_t run = unit.begin; run < unit.end; ++run)
-      add(tile, Run(tile, run), &found[u][(2 + 2 * tile.n_bins) * (run - unit.begin)]);
-  }
+  found.each(n_groups, [&](const FlatTile& tile, const Run& at, const double* own, bool first) {
+    put(own, 2 * tile.n_bins, first, held + at.bin);
+  });
 }
 
 void shard_flat_moments(const Tensor& w, const Tensor& table, const Tensor& sums, int64_t isa) {
@@ -221,22 +241,14 @@ void shard_flat_moments(const Tensor& w, const Tensor& table, const Tensor& sums
   const auto* x = values_of<const float>(w, ScalarType::Float, n, "w");
   auto* totals = values_of<double>(sums, ScalarType::Double, 3 * n_groups, "sums");
   const auto late = [](const FlatTile& tile) { return tile.quantized() && tile.late; };
-  const auto add = [&](const Run& at, const double* own) {
-    for (int k = 0; k < 3; ++k) totals[3 * at.group + k] += own[k];
-  };
-  std::vector<std::vector<double>> found(flat.units.size());  // as in shard_flat_gather
+  Found found(flat);
   flat.each(late, [&](const FlatTile& tile, int64_t run, int64_t unit) {
     const Run at(tile, run);
-    double own[3] = {};
-    kernels.moments(at.size, x + at.element, own);
-    if (tile.alone) return add(at, own);
-    found[unit].insert(found[unit].end(), own, own + 3);
+    kernels.moments(at.size, x + at.element, found.of(unit, run, 3));
   });
-  for (size_t u = 0; u < flat.units.size(); ++u) {
-    const Unit& unit = flat.units[u];
-    for (int64_t run = unit.begin; !found[u].empty() && run < unit.end; ++run)
-      add(Run(flat.tiles[unit.tile], run), &found[u][3 * (run - unit.begin)]);
-  }
+  found.each(n_groups, [&](const FlatTile&, const Run& at, const double* own, bool first) {
+    put(own, 3, first, totals + 3 * at.group);
+  });
 }
 
 // `update` and `image` one after another, on a run that stays in L1 or L2 between them.
@@ -254,43 +266,63 @@ void step_in_passes(const StepKernels& kernels, int64_t n, const RunStep& s, dou
   }
 }
 
-void step_run(const StepKernels& kernels, int64_t n, const RunStep& s, double* norms) {
-  if (norms || s.tracker.frozen || !kernels.step || !kernels.step(n, s)) step_in_passes(kernels, n, s, norms);
+// A run's step. out[0] += d scale, out[1] += |w| before it where `sizes` asks; `bins`, where there are tables: what they hold after it.
+void step_run(const StepKernels& kernels, int64_t n, const RunStep& s, bool sizes, double* norms, double* out, double* bins) {
+  if (!norms && !sizes && kernels.step && kernels.step(n, s, out, bins)) return;
+  sums_of(kernels, n, s.w, s.grad, s.tracker.codes, s.tracker.frozen, s.before, 0, sizes, out, nullptr);
+  step_in_passes(kernels, n, s, norms);
+  if (s.pull.strength) bins_of(kernels, n, s.w, s.tracker.codes, s.after, s.pull.n_bins, bins);
 }
 
-// What every run of a flat steps with.
+// What every run of a flat steps with. `sums` is (1 or 2, groups), `held` and `bins` what bins hold before and after the step.
 struct FlatStep {
   float* w;
   const float* grad;
   float *m, *v, *image;
   const float *before, *after, *centre;
-  const double* bins;
-  int64_t all_bins;
+  const double* held;
   double twice_spread;
   AdamW adam;
   Tracker tracker;
+  bool sizes;
+  double *sums, *bins;
+  int64_t groups;
 
-  ObrTables<0> tables_of(const FlatTile& tile, int64_t group, const double* counts, const double* sums) const {
-    return {tile.n_bins, tile.grid(0.0f, 0.0f), before[group], counts, sums, 2 * tile.pull, twice_spread};
+  ObrTables<0> tables_of(const FlatTile& tile, const Run& at) const {
+    return {tile.n_bins, tile.grid(0.0f, 0.0f), before[at.group], held + at.bin, 2 * tile.pull, twice_spread};
   }
 
-  // A run's step to the scale `next`.
-  RunStep of(const FlatTile& tile, const Run& at, const ObrTables<0>& tables, float next) const {
-    const float middle = centre ? centre[at.group] : 0.0f;
+  Tracker tracker_at(const Run& at) const {
+    Tracker t = tracker;
+    t.codes += at.state, t.direction += at.state, t.frequency += at.state;
+    if (t.frozen) t.frozen += at.state, t.code_mean += at.state;
+    return t;
+  }
+
+  Pull pull_of(const FlatTile& tile, const float* strength, const float* goal) const {
     const bool spread = tile.n_bins != 0;
-    RunStep own{w + at.element, grad + at.element, m + at.element, v + at.element, image + at.element,
-                tile.grid(before[at.group], middle), tile.grid(next, middle),
-                {static_cast<float>(2 * tile.pull), spread ? tables.strength : nullptr, spread ? tables.goal : nullptr, tile.n_bins,
-                 tile.pull != 0 || spread},
-                adam, tracker};
-    own.tracker.codes += at.state, own.tracker.direction += at.state, own.tracker.frequency += at.state;
-    if (own.tracker.frozen) own.tracker.frozen += at.state, own.tracker.code_mean += at.state;
-    return own;
+    return {static_cast<float>(2 * tile.pull), spread ? strength : nullptr, spread ? goal : nullptr, tile.n_bins,
+            tile.pull != 0 || spread};
+  }
+
+  RunStep of(const FlatTile& tile, const Run& at, const ObrTables<0>& tables) const {
+    const float middle = centre ? centre[at.group] : 0.0f;
+    return {w + at.element, grad + at.element, m + at.element, v + at.element, image + at.element,
+            tile.grid(before[at.group], middle), tile.grid(after[at.group], middle),
+            pull_of(tile, tables.strength, tables.goal), adam, tracker_at(at)};
+  }
+
+  // Put a run's sums, d scale times its factor, or add them to those of others of its group.
+  void put_sums(const FlatTile& tile, const Run& at, const double* own, bool first) const {
+    const double d_scale = own[0] * tile.factor;
+    put(&d_scale, 1, first, sums + at.group);
+    if (sizes) put(own + 1, 1, first, sums + groups + at.group);
+    put(own + 2, 2 * tile.n_bins, first, bins + at.bin);
   }
 };
 
 // `late` tiles, whose scale is a statistic of what the step leaves, take AdamW alone; shard_flat_image does the rest.
-void run_tile(const StepKernels& kernels, const FlatStep& flat, const FlatTile& tile, int64_t run, double* norms) {
+void run_tile(const StepKernels& kernels, const FlatStep& flat, const FlatTile& tile, int64_t run, double* norms, double* own) {
   const Run at(tile, run);
   const int64_t n = at.size, i = at.element;
   if (!tile.quantized()) {
@@ -298,50 +330,24 @@ void run_tile(const StepKernels& kernels, const FlatStep& flat, const FlatTile& 
     std::memcpy(flat.image + i, flat.w + i, n * sizeof(float));
     return;
   }
-  const ObrTables<0> tables = flat.tables_of(tile, at.group, flat.bins + at.bin, flat.bins + flat.all_bins + at.bin);
-  const RunStep s = flat.of(tile, at, tables, flat.after[at.group]);
+  const ObrTables<0> tables = flat.tables_of(tile, at);
+  const RunStep s = flat.of(tile, at, tables);
   if (tile.late)
     kernels.update(n, s.w, s.grad, s.m, s.v, s.tracker.codes, s.tracker.frozen, s.before, s.pull, s.adam, norms);
   else
-    step_run(kernels, n, s, norms);
+    step_run(kernels, n, s, flat.sizes, norms, own, own + 2);
 }
 
-// What is known of the scales before a step, one a group.
-struct Scales {
-  const float *value, *m, *v, *lr;
-  ScaleAdam adam;
-};
-
-// A run that is all of its group: what is summed over it, the step of its scale and its own, while it stays in a core's cache.
-// `next` is (3, groups): the scale and its moments.
-void step_whole(const StepKernels& kernels, const FlatStep& flat, const FlatTile& tile, int64_t run, const Scales& scales,
-                double* next, int64_t groups, double* norms) {
-  const Run at(tile, run);
-  const int64_t i = at.element, g = at.group, bins = tile.n_bins;
-  const bool* frozen = flat.tracker.frozen ? flat.tracker.frozen + at.state : nullptr;
-  double sums[2 + 2 * 256], *held = sums + 2;
-  std::fill_n(sums, 2 + 2 * bins, 0.0);
-  sums_of(kernels, at.size, flat.w + i, flat.grad + i, flat.tracker.codes + at.state, frozen, tile.grid(scales.value[g], 0.0f),
-          bins, false, sums, bins ? held : nullptr);
-  float m = scales.m[g], v = scales.v[g];
-  const float grad = static_cast<float>(sums[0] * tile.factor);
-  const float scale = next_scale(scales.adam, scales.value[g], grad, scales.lr[g], m, v);
-  next[g] = scale, next[groups + g] = m, next[2 * groups + g] = v;
-  const ObrTables<0> tables = flat.tables_of(tile, g, held, held + bins);
-  step_run(kernels, at.size, flat.of(tile, at, tables, scale), norms);
-}
-
-// The same for a unit's rows together; false where there is no code for that.
-bool step_rows(const StepKernels& kernels, const FlatStep& flat, const FlatTile& tile, const Unit& unit, const Scales& scales,
-               double* next, int64_t groups) {
+// Step a unit's rows together; false where there is no code for that.
+bool step_rows(const StepKernels& kernels, const FlatStep& flat, const FlatTile& tile, const Unit& unit) {
+  if (!kernels.rows || !tile.alone || tile.late || flat.sizes || tile.first_group + unit.end > tile.n_groups) return false;
   const Run at(tile, unit.begin);
-  const int64_t rows = unit.end - unit.begin, i = at.element, g = at.group;
-  if (!kernels.rows || tile.first_group + unit.end > tile.n_groups) return false;
-  Tracker t = flat.tracker;
-  t.codes += at.state, t.direction += at.state, t.frequency += at.state;
-  return kernels.rows({rows, tile.cols, flat.w + i, flat.grad + i, flat.m + i, flat.v + i, flat.image + i, t,
-                       tile.grid(0.0f, 0.0f), scales.value + g, scales.m + g, scales.v + g, scales.lr + g, next + g, groups,
-                       tile.factor, 2 * tile.pull, flat.twice_spread, tile.n_bins, scales.adam, flat.adam});
+  const int64_t i = at.element, g = at.group;
+  const float none[1] = {};  // rows have tables of their own
+  return kernels.rows({unit.end - unit.begin, tile.cols, flat.w + i, flat.grad + i, flat.m + i, flat.v + i, flat.image + i,
+                       flat.tracker_at(at), tile.grid(0.0f, 0.0f), flat.before + g, flat.after + g, flat.held + at.bin,
+                       flat.sums + g, flat.bins + at.bin, tile.factor, 2 * tile.pull, flat.twice_spread, flat.pull_of(tile, none, none),
+                       flat.adam});
 }
 
 Tracker tracker_of(const Tensor& codes, const Tensor& direction, const Tensor& frequency,
@@ -387,12 +393,14 @@ AdamW adamw_of(double decay, double beta1, double beta2, double correction, doub
 void shard_flat_step(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                      const Tensor& image, const Tensor& codes, const Tensor& direction, const Tensor& frequency,
                      std::optional<Tensor> code_mean, std::optional<Tensor> frozen, const Tensor& before,
-                     const Tensor& after, std::optional<Tensor> centre, const Tensor& bins, double spread,
+                     const Tensor& after, std::optional<Tensor> centre, const Tensor& held, double spread,
                      const Tensor& table, double decay, double beta1, double beta2, double correction, double eps,
-                     double step, double momentum, double gain, double threshold, std::optional<Tensor> norms, int64_t isa) {
+                     double step, double momentum, double gain, double threshold, std::optional<Tensor> norms,
+                     const Tensor& sums, const Tensor& bins, int64_t isa) {
   const StepKernels kernels = kernels_for(isa);
   const int64_t n = w.numel(), n_groups = before.numel(), n_weights = norms ? norms->numel() / 2 : n;
-  const FlatTiles tiles(table, n, codes.numel(), n_groups, bins.numel() / 2, n_weights);
+  const FlatTiles tiles(table, n, codes.numel(), n_groups, bins.numel(), n_weights);
+  const bool sizes = sums.numel() > n_groups;
   const FlatStep flat{values_of<float>(w, ScalarType::Float, n, "w"),
                       values_of<const float>(grad, ScalarType::Float, n, "grad"),
                       values_of<float>(exp_avg, ScalarType::Float, n, "exp_avg"),
@@ -401,49 +409,30 @@ void shard_flat_step(const Tensor& w, const Tensor& grad, const Tensor& exp_avg,
                       values_of<const float>(before, ScalarType::Float, n_groups, "before"),
                       values_of<const float>(after, ScalarType::Float, n_groups, "after"),
                       values_of<const float>(centre, ScalarType::Float, n_groups, "centre"),
-                      values_of<const double>(bins, ScalarType::Double, bins.numel(), "bins"),
-                      bins.numel() / 2,
+                      values_of<const double>(held, ScalarType::Double, bins.numel(), "held"),
                       2 * spread,
                       adamw_of(decay, beta1, beta2, correction, eps, step),
-                      tracker_of(codes, direction, frequency, code_mean, frozen, momentum, gain, threshold)};
+                      tracker_of(codes, direction, frequency, code_mean, frozen, momentum, gain, threshold),
+                      sizes,
+                      values_of<double>(sums, ScalarType::Double, (1 + sizes) * n_groups, "sums"),
+                      values_of<double>(bins, ScalarType::Double, bins.numel(), "bins"),
+                      n_groups};
   Norms squares(norms, tiles);
-  tiles.each([](const FlatTile& tile) { return !tile.whole(); }, [&](const FlatTile& tile, int64_t run, int64_t unit) {
-    run_tile(kernels, flat, tile, run, squares.of(unit));
+  Found found(tiles);
+  tiles.each_unit([](const FlatTile&) { return true; }, [&](const FlatTile& tile, const Unit& unit, int64_t number) {
+    if (!norms && step_rows(kernels, flat, tile, unit)) return;
+    const int64_t width = 2 + 2 * tile.n_bins;
+    double here[2 + 2 * 256];
+    for (int64_t run = unit.begin; run < unit.end; ++run) {
+      const bool apart = !tile.quantized() || tile.late || tile.alone;
+      if (apart) std::fill_n(here, width, 0.0);
+      double* own = apart ? here : found.of(number, run, width);
+      run_tile(kernels, flat, tile, run, squares.of(number), own);
+      if (tile.quantized() && !tile.late && tile.alone) flat.put_sums(tile, Run(tile, run), own, true);
+    }
   });
-  squares.add_up(tiles);
-}
-
-void shard_flat_whole(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                      const Tensor& image, const Tensor& codes, const Tensor& direction, const Tensor& frequency,
-                      std::optional<Tensor> code_mean, std::optional<Tensor> frozen, const Tensor& scale,
-                      const Tensor& scale_avg, const Tensor& scale_avg_sq, const Tensor& scale_lr, double rate,
-                      double scale_beta1, double scale_beta2, double correction1, double correction2, double scale_eps,
-                      double floor, double spread, const Tensor& table, double decay, double beta1, double beta2,
-                      double correction, double eps, double step, double momentum, double gain, double threshold,
-                      std::optional<Tensor> norms, const Tensor& sums, int64_t isa) {
-  const StepKernels kernels = kernels_for(isa);
-  const int64_t n = w.numel(), n_groups = scale.numel(), n_weights = norms ? norms->numel() / 2 : n;
-  const FlatTiles tiles(table, n, codes.numel(), n_groups, INT64_MAX, n_weights);
-  const Scales scales{values_of<const float>(scale, ScalarType::Float, n_groups, "scale"),
-                      values_of<const float>(scale_avg, ScalarType::Float, n_groups, "scale_avg"),
-                      values_of<const float>(scale_avg_sq, ScalarType::Float, n_groups, "scale_avg_sq"),
-                      values_of<const float>(scale_lr, ScalarType::Float, n_groups, "scale_lr"),
-                      {rate, scale_beta1, scale_beta2, correction1, correction2, scale_eps, static_cast<float>(floor)}};
-  const FlatStep flat{values_of<float>(w, ScalarType::Float, n, "w"),
-                      values_of<const float>(grad, ScalarType::Float, n, "grad"),
-                      values_of<float>(exp_avg, ScalarType::Float, n, "exp_avg"),
-                      values_of<float>(exp_avg_sq, ScalarType::Float, n, "exp_avg_sq"),
-                      values_of<float>(image, ScalarType::Float, n, "image"),
-                      scales.value, nullptr, nullptr, nullptr, 0, 2 * spread,
-                      adamw_of(decay, beta1, beta2, correction, eps, step),
-                      tracker_of(codes, direction, frequency, code_mean, frozen, momentum, gain, threshold)};
-  auto* next = values_of<double>(sums, ScalarType::Double, 3 * n_groups, "sums");
-  Norms squares(norms, tiles);
-  const auto whole = [](const FlatTile& tile) { return tile.whole(); };
-  tiles.each_unit(whole, [&](const FlatTile& tile, const Unit& unit, int64_t number) {
-    if (!norms && step_rows(kernels, flat, tile, unit, scales, next, n_groups)) return;
-    for (int64_t run = unit.begin; run < unit.end; ++run)
-      step_whole(kernels, flat, tile, run, scales, next, n_groups, squares.of(number));
+  found.each(n_groups, [&](const FlatTile& tile, const Run& at, const double* own, bool first) {
+    flat.put_sums(tile, at, own, first);
   });
   squares.add_up(tiles);
 }
@@ -451,17 +440,19 @@ void shard_flat_whole(const Tensor& w, const Tensor& grad, const Tensor& exp_avg
 void shard_flat_image(const Tensor& w, const Tensor& image, const Tensor& codes, const Tensor& direction,
                       const Tensor& frequency, std::optional<Tensor> code_mean, std::optional<Tensor> frozen,
                       const Tensor& scale, std::optional<Tensor> centre, const Tensor& table, double momentum,
-                      double gain, double threshold, int64_t isa) {
+                      double gain, double threshold, const Tensor& bins, int64_t isa) {
   const StepKernels kernels = kernels_for(isa);
   const int64_t n = w.numel(), n_groups = scale.numel();
-  const FlatTiles tiles(table, n, codes.numel(), n_groups, table.numel() ? INT64_MAX : 0, n);
+  const FlatTiles tiles(table, n, codes.numel(), n_groups, bins.numel(), n);
   auto* x = values_of<float>(w, ScalarType::Float, n, "w");
   const auto* scales = values_of<const float>(scale, ScalarType::Float, n_groups, "scale");
   const auto* centres = values_of<const float>(centre, ScalarType::Float, n_groups, "centre");
   auto* shown = values_of<float>(image, ScalarType::Float, n, "image");
+  auto* held = values_of<double>(bins, ScalarType::Double, bins.numel(), "bins");
   const Tracker all = tracker_of(codes, direction, frequency, code_mean, frozen, momentum, gain, threshold);
   const auto late = [](const FlatTile& tile) { return tile.quantized() && tile.late; };
-  tiles.each(late, [&](const FlatTile& tile, int64_t run, int64_t) {
+  Found found(tiles);
+  tiles.each(late, [&](const FlatTile& tile, int64_t run, int64_t unit) {
     const Run at(tile, run);
     Tracker t = all;
     t.codes += at.state, t.direction += at.state, t.frequency += at.state;
@@ -469,6 +460,30 @@ void shard_flat_image(const Tensor& w, const Tensor& image, const Tensor& codes,
     std::memcpy(shown + at.element, x + at.element, at.size * sizeof(float));
     const RunGrid grid = tile.grid(scales[at.group], centres ? centres[at.group] : 0.0f);
     kernels.image(at.size, shown + at.element, x + at.element, grid, t);
+    if (!tile.n_bins) return;
+    bins_of(kernels, at.size, x + at.element, t.codes, grid, tile.n_bins, found.of(unit, run, 2 * tile.n_bins));
+  });
+  found.each(n_groups, [&](const FlatTile& tile, const Run& at, const double* own, bool first) {
+    put(own, 2 * tile.n_bins, first, held + at.bin);
+  });
+}
+
+void shard_scales(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& grads, const Tensor& lr,
+                  const Tensor& before, int64_t start, double rate, double beta1, double beta2, double correction1,
+                  double correction2, double eps, double floor, int64_t isa) {
+  const StepKernels kernels = kernels_for(isa);
+  const int64_t all = values.numel(), n = before.numel();
+  STD_TORCH_CHECK(start >= 0 && start + n <= all, "there are no scales from ", start, " on");
+  auto* x = values_of<float>(values, ScalarType::Float, all, "values") + start;
+  auto* m = values_of<float>(exp_avg, ScalarType::Float, all, "exp_avg") + start;
+  auto* v = values_of<float>(exp_avg_sq, ScalarType::Float, all, "exp_avg_sq") + start;
+  const auto* g = values_of<const float>(grads, ScalarType::Float, all, "grads") + start;
+  const auto* rates = values_of<const float>(lr, ScalarType::Float, all, "lr") + start;
+  auto* kept = values_of<float>(before, ScalarType::Float, n, "before");
+  const ScaleAdam adam{rate, beta1, beta2, correction1, correction2, eps, static_cast<float>(floor)};
+  torch::stable::parallel_for(0, n, 1024, [&](int64_t begin, int64_t end) {
+    std::copy_n(x + begin, end - begin, kept + begin);
+    kernels.scales(end - begin, x + begin, m + begin, v + begin, g + begin, rates + begin, adam);
   });
 }
 
@@ -491,10 +506,10 @@ void shard_adamw(const Tensor& w, const Tensor& grad, const Tensor& exp_avg, con
 
 // The schemas are in dsquant/ops/shard_step.py.
 STABLE_TORCH_LIBRARY_IMPL(dsquant, CPU, m) {
-  m.impl("shard_flat_gather", TORCH_BOX(&dsq::shard_flat_gather));
+  m.impl("shard_flat_bins", TORCH_BOX(&dsq::shard_flat_bins));
   m.impl("shard_flat_step", TORCH_BOX(&dsq::shard_flat_step));
-  m.impl("shard_flat_whole", TORCH_BOX(&dsq::shard_flat_whole));
   m.impl("shard_flat_moments", TORCH_BOX(&dsq::shard_flat_moments));
   m.impl("shard_flat_image", TORCH_BOX(&dsq::shard_flat_image));
+  m.impl("shard_scales", TORCH_BOX(&dsq::shard_scales));
   m.impl("shard_adamw", TORCH_BOX(&dsq::shard_adamw));
 }

@@ -60,14 +60,14 @@ struct RunStep {
   Tracker tracker;
 };
 
-// The Adam of scales, as QuantState.update has it: float64, and what is kept rounded once.
+// One step of the Adam of scales; `rate` is the schedule's factor on their rates.
 struct ScaleAdam {
   double rate, beta1, beta2, correction1, correction2, eps;
   float floor;
 };
 
-// Rows of a tile that are each all of a group with a learned scale: what lies where for the first of them. `next` is (3, groups):
-// the scales and their moments.
+// Rows of a tile that are each all of a group: what lies where for the first of them. Of each row `sums` has one value, d scale, and
+// `held` and `bins` 2 n_bins: what bins hold before and after the step (as in `StepKernels::gather`).
 struct WholeRows {
   int64_t rows, cols;
   float* w;
@@ -75,12 +75,11 @@ struct WholeRows {
   float *m, *v, *image;
   Tracker tracker;
   RunGrid grid;  // but for the scale
-  const float *scale, *scale_m, *scale_v, *scale_lr;
-  double* next;
-  int64_t groups;
-  double factor, twice_pull, twice_spread;  // factor: of the gradients of scales
-  int64_t n_bins;
-  ScaleAdam scale_adam;
+  const float *before, *after;
+  const double* held;
+  double *sums, *bins;
+  double factor, twice_pull, twice_spread;  // factor: of d scale
+  Pull pull;  // its tables are of each row; null where there are none
   AdamW adam;
 };
 
@@ -97,12 +96,13 @@ struct StepKernels {
   void (*moments)(int64_t n, const float* w, double* out);
   // latent = w, w = image of the new codes; the tracker records them.
   void (*image)(int64_t n, float* w, float* latent, const RunGrid&, const Tracker&);
-  // The sums that `gather` finds (of |w| only where asked) and a whole step, in one pass each. Null, or false for what
-  // they have no code for: then the passes above do it.
+  void (*scales)(int64_t n, float* scale, float* m, float* v, const float* grad, const float* lr, const ScaleAdam&);
+  // The sums that `gather` finds (of |w| only where asked). Null, or false for what it has no code for: then `gather` does it.
   bool (*sums)(int64_t n, const float* w, const float* grad, const int8_t* codes, const RunGrid&, int64_t n_bins,
                bool sizes, double* out, double* bins);
-  bool (*step)(int64_t n, const RunStep&);
-  // All that a step does to whole rows, or null, or false: then the passes above do it for each.
+  // A whole step: out[0] += d scale, as `gather` finds it before the step; where there are tables, `bins` as it finds them after.
+  // Null, or false for what it has no code for: then the passes above do it. The same of whole rows, whose sums it puts.
+  bool (*step)(int64_t n, const RunStep&, double* out, double* bins);
   bool (*rows)(const WholeRows&);
 };
 
@@ -122,28 +122,19 @@ template <int known>
 struct ObrTables {
   float strength[known ? known : 256], goal[known ? known : 256];
 
-  ObrTables(int64_t n_bins, const RunGrid& g, float scale, const double* counts, const double* sums, double twice_pull,
-            double twice_spread) {
+  ObrTables(int64_t n_bins, const RunGrid& g, float scale, const double* bins, double twice_pull, double twice_spread) {
     const double part = scale / static_cast<double>(kParts);
-    const int64_t size = known ? known : n_bins;
-    for (int64_t b = 0; b < size; ++b) {
+    const int size = known ? known : static_cast<int>(n_bins);
+    const double *counts = bins, *sums = bins + size;
+    for (int b = 0; b < size; ++b) {
       const double image = (static_cast<double>(g.qmin + b) + g.shift) * scale;
       const double mean = sums[b] / std::max(counts[b], 1.0) * part;
-      const double factor = counts[b] > 1 ? twice_spread / std::max(counts[b] - 1, 1.0) : 0.0;
+      const double factor = (counts[b] > 1 ? twice_spread : 0.0) / std::max(counts[b] - 1, 1.0);
       strength[b] = static_cast<float>(factor + twice_pull);
       goal[b] = static_cast<float>(image * twice_pull + mean * factor);
     }
   }
 };
-
-// Return the next scale, and step its moments.
-inline float next_scale(const ScaleAdam& a, float scale, float grad, float lr, float& m, float& v) {
-  const double g = grad;
-  m = static_cast<float>(m * a.beta1 + (1 - a.beta1) * g);
-  v = static_cast<float>(v * a.beta2 + (1 - a.beta2) * g * g);
-  const double away = lr * a.rate * (m / a.correction1) / (std::sqrt(v / a.correction2) + a.eps);
-  return std::max(a.floor, static_cast<float>(scale - away));
-}
 
 }  // namespace
 
@@ -152,7 +143,7 @@ extern const StepKernels kStepPortable;
 extern const StepKernels kStepAvx2;
 bool sums_avx512(int64_t n, const float* w, const float* grad, const int8_t* codes, const RunGrid&, int64_t n_bins,
                  bool sizes, double* out, double* bins);
-bool step_avx512(int64_t n, const RunStep&);
+bool step_avx512(int64_t n, const RunStep&, double* out, double* bins);
 bool rows_avx512(const WholeRows&);
 constexpr const StepKernels* kStepAvx2OrNone = &kStepAvx2;
 #else

@@ -275,5 +275,19 @@ void image(int64_t n, float* w, float* latent, const RunGrid& g, const Tracker& 
   }
 }
 
+// QuantState.update by Adam, of scales: float64, and what is kept rounded once.
+void scales(int64_t n, float* __restrict scale, float* __restrict m, float* __restrict v, const float* __restrict grad,
+            const float* __restrict lr, const ScaleAdam& adam) {
+  const ScaleAdam a = adam;  // no float that is written can be part of it
+  for (int64_t i = 0; i < n; ++i) {
+    const double g = grad[i];
+    m[i] = static_cast<float>(m[i] * a.beta1 + (1 - a.beta1) * g);
+    v[i] = static_cast<float>(v[i] * a.beta2 + (1 - a.beta2) * g * g);
+    const double away = lr[i] * a.rate * (m[i] / a.correction1) / (std::sqrt(v[i] / a.correction2) + a.eps);
+    const float next = static_cast<float>(scale[i] - away);
+    scale[i] = next < a.floor ? a.floor : next;
+  }
+}
+
 }  // namespace
 }  // namespace dsq

@@ -9,7 +9,6 @@ from dsquant.ops.gpu.fake_quantize import TILE, clip, round_half_even
 from dsquant.ops.gpu.launch import launch
 
 WIDE = {"num_warps": 8}  # of kernels that hold many values of an element at a time
-WIDER = {"num_warps": 16}  # of those with more than TILE elements
 
 
 @triton.jit
