@@ -39,6 +39,7 @@ class FlatStore:
         flat: float32, of any shape; `weights` are this rank's quantized weights in it.
         places: of each weight, its number among all of a step and where its groups begin.
         in_place: the flat holds images between steps, not latents.
+        scales: knows the factors of the gradients of scales.
     """
 
     def __init__(
