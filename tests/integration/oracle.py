@@ -1,7 +1,8 @@
 """Quantization-aware training with fake quantization in the forward pass, in one process: an oracle for the shard step.
 
 Written from the method's formulas alone: LSQ with learned scales at every site of a DeiT, oscillation-aware bin
-regularization as a term of the loss, AdamW on the weights, Adam on the scales. It shares no arithmetic with dsquant.
+regularization as a term of the loss, AdamW on the weights, Adam on the scales, on those of weights by the gradient of the step
+before. It shares no arithmetic with dsquant.
 Sums over the elements of a scale's gradient and over bins are float64: at 2 bits a rounding that differs flips codes, and
 one flipped code is seen in every later loss. Codes are decided in float32, which is part of the method's definition.
 """
@@ -178,7 +179,9 @@ def train(model, teacher, batches, rates, *, scale_lr, weight_decay, obr_weight,
     over the steps. The rates' largest is that at which scales move at scale_lr.
     """
     weights, scales = weight_optimizer(model, weight_decay), scale_optimizer(model, scale_lr)
-    regularized = [m for m in model.modules() if isinstance(m, Quantized) and m.weight_quantizer.n_bits <= 4]
+    quantized = [m for m in model.modules() if isinstance(m, Quantized)]
+    regularized = [m for m in quantized if m.weight_quantizer.n_bits <= 4]
+    late = {scale: torch.zeros_like(scale) for m in quantized for scale in m.weight_quantizer.scales}
     losses = []
     for step, (images, rate) in enumerate(zip(batches, rates["steps"], strict=True)):
         with torch.no_grad():
@@ -200,5 +203,7 @@ def train(model, teacher, batches, rates, *, scale_lr, weight_decay, obr_weight,
         model.zero_grad()
         loss.backward()
         weights.step()
+        for scale, before in late.items():
+            late[scale], scale.grad = scale.grad, before
         scales.step()
     return losses
