@@ -266,7 +266,8 @@ void step_in_passes(const StepKernels& kernels, int64_t n, const RunStep& s, dou
   }
 }
 
-// A run's step. out[0] += d scale, out[1] += |w| before it where `sizes` asks; `bins`, where there are tables: what they hold after it.
+// A run's step. out[0] += d scale, out[1] += |w| before it where `sizes` asks; where there are tables, `bins` += what they hold
+// after it.
 void step_run(const StepKernels& kernels, int64_t n, const RunStep& s, bool sizes, double* norms, double* out, double* bins) {
   if (!norms && !sizes && kernels.step && kernels.step(n, s, out, bins)) return;
   sums_of(kernels, n, s.w, s.grad, s.tracker.codes, s.tracker.frozen, s.before, 0, sizes, out, nullptr);
@@ -346,8 +347,8 @@ bool step_rows(const StepKernels& kernels, const FlatStep& flat, const FlatTile&
   const float none[1] = {};  // rows have tables of their own
   return kernels.rows({unit.end - unit.begin, tile.cols, flat.w + i, flat.grad + i, flat.m + i, flat.v + i, flat.image + i,
                        flat.tracker_at(at), tile.grid(0.0f, 0.0f), flat.before + g, flat.after + g, flat.held + at.bin,
-                       flat.sums + g, flat.bins + at.bin, tile.factor, 2 * tile.pull, flat.twice_spread, flat.pull_of(tile, none, none),
-                       flat.adam});
+                       flat.sums + g, flat.bins + at.bin, tile.factor, 2 * tile.pull, flat.twice_spread,
+                       flat.pull_of(tile, none, none), flat.adam});
 }
 
 Tracker tracker_of(const Tensor& codes, const Tensor& direction, const Tensor& frequency,

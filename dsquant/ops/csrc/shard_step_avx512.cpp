@@ -406,8 +406,9 @@ struct Finish {
   }
 };
 
-// Step a run whose tracker begins at `at`, and add to `out` and `bins` as `StepKernels::step` says. Square roots and divisions take long, and what waits for
-// them would keep the processor from what comes next: a vector's step begins two turns before its codes are decided.
+// Step a run whose tracker begins at `at`, and add to `out` and `bins` as `StepKernels::step` says. Square roots and divisions take
+// long, and what waits for them would keep the processor from what comes next: a vector's step begins two turns before its codes
+// are decided.
 template <int n_bins, bool pulled, bool edges>
 void step_run(int64_t n, int64_t at, const RunStep& s, const Edges& known, Record& record, double* out, double* bins) {
   int8_t fresh[kLongest];
