@@ -36,6 +36,14 @@ def shared_data():
     return folder
 
 
+@pytest.fixture(autouse=os.environ.get("DSQ_TEST_DEVICE") == "cuda")
+def kernels_run_on_the_gpu(monkeypatch):
+    """Have what tests say of Triton's kernels in its interpreter said of compiled ones: `make gpu` asks for it."""
+    from tests import on_gpu
+
+    monkeypatch.setattr(on_gpu.Launch, "run", on_gpu.run)
+
+
 @pytest.fixture
 def run_ranks(tmp_path):
     """Return `run(world_size, target, *, timeout=120, env=None, **kwargs) -> list of results, rank 0 first`.

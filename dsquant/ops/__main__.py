@@ -42,7 +42,7 @@ def report() -> bool:
 def _report_case(case: Case, device: str) -> bool:
     expected, good = case.results(backends.TORCH), True
     here = [b for b in case.backends(device) if backends.availability(b).available]
-    seconds = case.timed(here, REPEATS)
+    seconds = case.timed(here, device, REPEATS)
     for backend in case.backends(device):
         if backend not in here:
             row(case.op, case.label, device, backend, "no", "", "", "")

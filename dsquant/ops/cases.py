@@ -1,9 +1,10 @@
 """Calls of each op, to be checked and timed by every backend on a device."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsquant.ops import backends, shard_step
@@ -13,7 +14,7 @@ from dsquant.ops.packed_linear import PackedMatrix, packed_matrix, run
 from dsquant.ops.quant_attention import quant_attention
 from dsquant.ops.quant_linear import WeightGrid, quant_linear
 from dsquant.ops.shard_step import Column
-from dsquant.ops.timing import interleaved
+from dsquant.ops.timing import captured, interleaved
 from dsquant.spec import Levels
 
 FLOAT_BYTES = 4
@@ -31,6 +32,7 @@ class Case:
         tolerance: of each result, as a share of its largest value.
         native: backends that have code for it.
         fresh: makes what `run` is given beside the backend, and may change: anew each time, and not timed.
+        peers: what others offer for it, in float.
     """
 
     op: str
@@ -41,6 +43,7 @@ class Case:
     tolerance: float = 0.0
     native: tuple[str, ...] = backends.NATIVE
     fresh: Callable[[], tuple] = tuple
+    peers: Mapping[str, Callable[[], object]] = field(default_factory=dict)
 
     def backends(self, device: str) -> list[str]:
         """Return the definition and the native code for a device, available or not."""
@@ -60,11 +63,13 @@ class Case:
             for found, wanted in pairs
         )
 
-    def timed(self, names: list[str], repeats: int) -> dict[str, float]:
-        """Return the median seconds of each of some backends, taking turns."""
-        given: dict[str, tuple] = {}
+    def timed(self, names: list[str], device: str, repeats: int) -> dict[str, float]:
+        """Return the median seconds of each of some backends, and of peers, taking turns; on a GPU of their kernels alone."""
+        given = {name: self.fresh() for name in names}
+        runs = {name: (lambda name=name: self.run(name, *given[name])) for name in names} | dict(self.peers)
+        if device != "cpu":
+            return interleaved({name: captured(run) for name, run in runs.items()}, repeats)
         before = {name: (lambda name=name: given.update({name: self.fresh()})) for name in names}
-        runs = {name: (lambda name=name: self.run(name, *given[name])) for name in names}
         return interleaved(runs, repeats, before=before)
 
 
@@ -88,7 +93,7 @@ def all_cases(device: str) -> list[Case]:
 
 
 def _randn(*shape: int, device: str, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    return torch.randn(*shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
 def _packed_weight(n_bits: int, device: str) -> PackedMatrix:
@@ -121,8 +126,8 @@ def packed_linear_cases(rows: int, device: str) -> list[Case]:
 
 def fake_quantize_cases(device: str) -> list[Case]:
     """Return the cases of the two passes that fake_quantize, quant_linear and quant_attention share."""
-    shape = (8, 197, 768)
-    x, grad = _randn(2, *shape, device=device)
+    shape, dtype = ((8, 197, 768), torch.float32) if device == "cpu" else ((256, 197, 768), torch.bfloat16)
+    x, grad = _randn(2, *shape, device=device).to(dtype)
     cases = []
     for name, scale in {"one scale": torch.tensor([0.5]), "a scale a token": torch.full((197, 1), 0.5)}.items():
         scale = scale.to(device)
@@ -138,7 +143,7 @@ def fake_quantize_cases(device: str) -> list[Case]:
             return d_x
 
         of = {"op": "fake_quantize", "shape": " x ".join(map(str, shape))}
-        size = x.numel() * FLOAT_BYTES
+        size = x.numel() * x.element_size()
         cases.append(Case(label=f"forward, {name}", bytes_moved=2 * size, run=forward, **of))
         cases.append(Case(label=f"backward, {name}", bytes_moved=3 * size, run=backward, **of))
     return cases
@@ -146,8 +151,8 @@ def fake_quantize_cases(device: str) -> list[Case]:
 
 def quant_linear_cases(device: str) -> list[Case]:
     """Return the forward of `quant_linear` on a weight that is an image, for a batch: in float32; on GPUs in bfloat16."""
-    shape = (16, 197, 768)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    batch, dtype = (16, torch.float32) if device == "cpu" else (64, torch.bfloat16)
+    shape = (batch, 197, 768)
     levels, scale = Levels(-2, 1), torch.full((768,), 0.05, device=device)
     codes = torch.randint(-2, 2, (768, 768), generator=torch.Generator().manual_seed(0))
     weight = (codes * 0.05).to(device, dtype)
@@ -159,33 +164,58 @@ def quant_linear_cases(device: str) -> list[Case]:
             return quant_linear(x, weight, None, in_scale, None, Levels(-128, 127), 1.0, grid).float()
 
     size = (2 * x.numel() + weight.numel()) * x.element_size()
+    peers = {} if device == "cpu" else {"torch linear": lambda: F.linear(x, weight).float()}
     label, tolerance = f"forward, {str(dtype).removeprefix('torch.')}", 1e-5 if device == "cpu" else 0.01
-    return [Case("quant_linear", label, " x ".join(map(str, (*shape, 768))), size, forward, tolerance)]
+    return [Case("quant_linear", label, " x ".join(map(str, (*shape, 768))), size, forward, tolerance, peers=peers)]
 
 
 def attention_cases(device: str) -> list[Case]:
-    """Return forward and backward of `quant_attention` at 2 bits."""
-    shape = (4, 3, 197, 64)
-    leaves = [t.requires_grad_() for t in _randn(3, *shape, device=device)]
-    grad = _randn(*shape, device=device, seed=1)
+    """Return forward and backward of `quant_attention` at 2 bits, of a ViT; on GPUs of a Swin's windows too, beside torch's own."""
+    if device == "cpu":
+        return [_attention_case("forward and backward", (4, 3, 197, 64), device, torch.float32)]
+    shapes = {"forward and backward": (64, 6, 197, 64), "forward and backward, windows": (4096, 3, 49, 32)}
+    return [_attention_case(label, shape, device, torch.bfloat16) for label, shape in shapes.items()]
+
+
+def _attention_case(label: str, shape: tuple[int, ...], device: str, dtype: torch.dtype) -> Case:
+    batch, heads, length, dim = shape
+    leaves = [t.to(dtype).requires_grad_() for t in _randn(3, *shape, device=device)]
+    grad = _randn(*shape, device=device, seed=1).to(dtype)
     signed = QuantArgs(torch.tensor([0.7], device=device), None, Levels(-2, 1))
-    probs = QuantArgs(torch.tensor([0.011], device=device), None, Levels(0, 3))
+    probs = QuantArgs(torch.tensor([2.2 / length], device=device), None, Levels(0, 3))
+    added, mask, learned = None, None, list(leaves)
+    if "windows" in label:
+        added = _randn(1, heads, length, length, device=device).to(dtype).requires_grad_()
+        mask = torch.where(_randn(64, 1, length, length, device=device) > 1, -100.0, 0.0).to(dtype)
+        learned.append(added)
 
     def both(backend: str) -> Tensor:
-        with backends.forced(backend), torch.enable_grad():
-            out = quant_attention(*leaves, 0.125, signed, signed, probs, signed)
-            return torch.cat([g.flatten() for g in torch.autograd.grad(out, leaves, grad)])
+        with backends.forced(f"quant_attention={backend}"), torch.enable_grad():
+            out = quant_attention(*leaves, dim**-0.5, signed, signed, probs, signed, bias=added, mask=mask)
+            return torch.cat([g.flatten() for g in torch.autograd.grad(out, learned, grad)])
 
-    size = 8 * grad.numel() * FLOAT_BYTES
+    def in_float() -> Tensor:
+        with torch.enable_grad():
+            scores = added
+            if mask is not None:  # as timm adds it
+                scores = (added + mask.repeat(batch // len(mask), 1, 1, 1)).contiguous()
+            out = F.scaled_dot_product_attention(*leaves, attn_mask=scores)
+            return torch.cat([g.flatten() for g in torch.autograd.grad(out, learned, grad)])
+
+    size = 8 * grad.numel() * grad.element_size()
     # A probability within rounding of a boundary between two codes may fall to either side, and moves a few gradients.
-    return [Case("quant_attention", "forward and backward", " x ".join(map(str, shape)), size, both, tolerance=0.05)]
+    tolerance, peers = (0.05, {}) if device == "cpu" else (0.1, {"torch sdpa": in_float})
+    return Case(
+        "quant_attention", label, " x ".join(map(str, shape)), size, both, tolerance, peers=peers
+    )
 
 
 def shard_step_cases(device: str) -> list[Case]:
-    """Return the passes of the shard step over four 2-bit weights: a whole step, and what bins hold alone; and that of images
+    """Return the passes of the shard step over 2-bit weights: a whole step, and what bins hold alone; and that of images
     that come later; each written out.
     """
-    levels, n_weights, size, pull, share = Levels(-2, 1), 4, 768, 0.01, 0.5
+    levels, size, pull, share = Levels(-2, 1), 768, 0.01, 0.5
+    n_weights = 4 if device == "cpu" else 24
     rows = n_weights * size  # of all weights, a scale a row
     w, grad, m, v, often = _randn(5, rows, size, device=device) * 0.05
     groups, scale = torch.arange(rows, device=device), torch.full((rows,), 0.05, device=device)
@@ -206,8 +236,9 @@ def shard_step_cases(device: str) -> list[Case]:
     def of_bins(values: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         """Return (rows, 8): how many values each bin of a row holds, and their sums."""
         parts = ((values / scale[:, None]).clamp(levels.low, levels.high) * 2**22).round().double().view(-1)
-        index, found = groups[:, None] * 8 + codes.long() - levels.qmin, torch.zeros(8 * rows, dtype=torch.float64)
-        found = found.to(device).index_add_(0, index.view(-1), torch.ones_like(parts))
+        index = groups[:, None] * 8 + codes.long() - levels.qmin
+        found = torch.zeros(8 * rows, dtype=torch.float64, device=device)
+        found.index_add_(0, index.view(-1), torch.ones_like(parts))
         return found.index_add_(0, index.view(-1) + 4, parts).view(rows, 8)
 
     held = of_bins(w, codes, scale)

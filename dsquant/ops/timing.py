@@ -11,11 +11,11 @@ import torch
 def interleaved(
     runs: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2, before: dict[str, Callable[[], Any]] | None = None
 ) -> dict[str, float]:  # fmt: skip
-    """Return the median wall-clock seconds of each function, all taking turns in one run; `before` each may come one untimed."""
+    """Return the median wall-clock seconds of each function, all taking turns in one run; `before` it may come one untimed."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(warmup + repeats):
         for name, run in runs.items():
-            if before:
+            if before and name in before:
                 before[name]()
             synchronize()
             began = time.perf_counter()

@@ -118,7 +118,7 @@ Tensor output_like(const Tensor& x, int64_t features) {
   shape.back() = features;
   for (size_t d = shape.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * std::max<int64_t>(1, shape[d]);
   AtenTensorHandle y;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
                                                   aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &y));
   return Tensor(y);
 }

@@ -76,18 +76,11 @@ def of_queries(rows, head, heads, query, length):
 
 
 @triton.jit
-def to_add(image, head, bias, mask, mask_rows, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k):
-    """Return what is added to the scores of a head of an image: bias and mask, or None, and their strides."""
-    if bias is not None:
-        bias += head * bias_h
-    if mask is not None:
-        mask += (image % mask_rows) * mask_b + head * mask_h
-    return bias, bias_q, bias_k, mask, mask_q, mask_k
-
-
-@triton.jit
 def score(queries, keys, factor, query, key, length, added):
-    """Return the scores queries keys^T * factor + bias + mask; -inf for keys that do not exist."""
+    """Return the scores queries keys^T * factor + bias + mask; -inf for keys that do not exist.
+
+    `added` is where bias and mask of a head of an image begin, or None, and their strides.
+    """
     bias, bias_q, bias_k, mask, mask_q, mask_k = added
     query, key = query[:, None], key[None, :]
     s, there = dot(queries, tl.trans(keys)) * factor[:, None], (query < length) & (key < length)
@@ -142,7 +135,11 @@ def _forward(q, k, v, out, bias, mask, rows, heads, length, mask_rows, q_b, q_h,
     row = (tl.program_id(0) // blocks).to(tl.int64)
     query = (tl.program_id(0) % blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     image, head = row // heads, row % heads
-    added = to_add(image, head, bias, mask, mask_rows, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k)
+    if bias is not None:
+        bias += head * bias_h
+    if mask is not None:
+        mask += (image % mask_rows) * mask_b + head * mask_h
+    added = (bias, bias_q, bias_k, mask, mask_q, mask_k)
     k, v = k + row * length * DIM, v + row * length * DIM_V
     queries = load_rows(q + image * q_b + head * q_h, query, length, DIM)
     factor, scale, offset = of_queries(rows, head, heads, query, length)

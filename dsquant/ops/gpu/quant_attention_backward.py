@@ -28,7 +28,6 @@ from dsquant.ops.gpu.quant_attention import (
     score,
     statistics,
     store_rows,
-    to_add,
 )
 from dsquant.spec import Levels
 
@@ -58,7 +57,11 @@ def _of_window(q, k, v, grad, d_q, d_k, d_v, top_of, inverse_of, delta_of, d_sca
                DIM_V: tl.constexpr):  # fmt: skip
     row, token = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_Q)
     image, head = row // heads, row % heads
-    added = to_add(image, head, bias, mask, mask_rows, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k)
+    if bias is not None:
+        bias += head * bias_h
+    if mask is not None:
+        mask += (image % mask_rows) * mask_b + head * mask_h
+    added = (bias, bias_q, bias_k, mask, mask_q, mask_k)
     queries = load_rows(q + image * q_b + head * q_h, token, length, DIM)
     keys = load_rows(k + row * length * DIM, token, length, DIM)
     g = load_rows(grad + row * length * DIM_V, token, length, DIM_V)
@@ -91,7 +94,11 @@ def _of_queries(q, k, v, grad, d_q, top_of, inverse_of, delta_of, d_scale, d_off
     row = (tl.program_id(0) // blocks).to(tl.int64)
     query = (tl.program_id(0) % blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     image, head = row // heads, row % heads
-    added = to_add(image, head, bias, mask, mask_rows, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k)
+    if bias is not None:
+        bias += head * bias_h
+    if mask is not None:
+        mask += (image % mask_rows) * mask_b + head * mask_h
+    added = (bias, bias_q, bias_k, mask, mask_q, mask_k)
     k, v = k + row * length * DIM, v + row * length * DIM_V
     queries = load_rows(q + image * q_b + head * q_h, query, length, DIM)
     g = load_rows(grad + row * length * DIM_V, query, length, DIM_V)
@@ -131,7 +138,11 @@ def _of_keys(q, k, v, grad, d_k, d_v, top_of, inverse_of, delta_of, bias, mask, 
     row = (tl.program_id(0) // blocks).to(tl.int64)
     key = (tl.program_id(0) % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
     image, head = row // heads, row % heads
-    added = to_add(image, head, bias, mask, mask_rows, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k)
+    if bias is not None:
+        bias += head * bias_h
+    if mask is not None:
+        mask += (image % mask_rows) * mask_b + head * mask_h
+    added = (bias, bias_q, bias_k, mask, mask_q, mask_k)
     keys = load_rows(k + row * length * DIM, key, length, DIM)
     values = load_rows(v + row * length * DIM_V, key, length, DIM_V)
     of_keys = tl.zeros([BLOCK_K, padded(DIM)], tl.float32)
@@ -163,11 +174,16 @@ def _of_bias(q, k, v, grad, d_bias, top_of, inverse_of, delta_of, batch, run, bi
     head, first = plane % heads, plane // heads * run
     query, key = tile // across * BLOCK_Q + tl.arange(0, BLOCK_Q), tile % across * BLOCK_K + tl.arange(0, BLOCK_K)
     factor, scale, offset = of_queries(rows, head, heads, query, length)
+    if bias is not None:
+        bias += head * bias_h
     found, there = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), query < length
     for image in range(first, tl.minimum(first + run, batch)):
         row = image * heads + head
         at = row * length + query
-        added = to_add(image, head, bias, mask, mask_rows, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k)
+        of_image = mask
+        if mask is not None:
+            of_image = mask + (image % mask_rows) * mask_b + head * mask_h
+        added = (bias, bias_q, bias_k, of_image, mask_q, mask_k)
         queries = load_rows(q + image * q_b + head * q_h, query, length, DIM)
         keys = load_rows(k + row * length * DIM, key, length, DIM)
         g = load_rows(grad + row * length * DIM_V, query, length, DIM_V)

@@ -6,6 +6,7 @@ the first. A group that one program sees whole is written to its place, the othe
 """
 
 import sys
+from functools import lru_cache
 
 import torch
 import triton
@@ -258,6 +259,13 @@ def _room(plan: Plan, beside: Tensor) -> Tensor:
     return beside.new_empty(plan.room, dtype=torch.float64)
 
 
+@lru_cache(maxsize=16)
+def _factors(spread: float, of_tiles: bytes, device: torch.device) -> Tensor:
+    """Return float64 2 * spread, then of each tile 2 * pull and the factor of d scale; they change where a schedule does."""
+    told = torch.frombuffer(bytearray(of_tiles), dtype=torch.float64).view(-1, 2) * torch.tensor([2.0, 1.0]).double()
+    return torch.cat([told.new_tensor([2 * spread]), told.view(-1)]).to(device, non_blocking=True)
+
+
 def shard_flat_bins(
     w: Tensor, codes: Tensor, scale: Tensor, centre: Tensor | None, tiles: Tensor, bins: Tensor, isa: int = 0
 ) -> None:
@@ -285,8 +293,7 @@ def shard_flat_step(
     n_sums = 2 if sums.numel() > n_groups else 1
     plan = plan_of(tiles, Sizes(w.numel(), codes.numel(), n_groups, bins.numel(), n_sums, n_weights), w.device)
     pulled = bool((tiles[:, [Column.PULL, Column.N_BINS]].numpy() != 0).any())
-    factors = torch.stack([2 * tiles[:, Column.PULL], tiles[:, Column.FACTOR]], dim=1)
-    factors = torch.cat([tiles.new_tensor([2 * spread]), factors.view(-1)]).to(w.device, non_blocking=True)
+    factors = _factors(spread, tiles[:, [Column.PULL, Column.FACTOR]].numpy().tobytes(), w.device)
     found, squares, at = _room(plan, w), None, 0
     if norms is not None and pulled:
         squares = w.new_empty(2 * sum(len(s.units) for s in plan.all_of_it), dtype=torch.float64)

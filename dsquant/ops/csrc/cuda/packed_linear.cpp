@@ -12,8 +12,9 @@ cudaError_t launch(const Problem& p, int64_t a_bits, int64_t w_bits, cudaStream_
 void on_gpu(const Problem& p, int64_t a_bits, int64_t w_bits, int32_t device) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  STD_CUDA_CHECK(launch(p, a_bits, w_bits, static_cast<cudaStream_t>(stream)));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const cudaError_t error = launch(p, a_bits, w_bits, static_cast<cudaStream_t>(stream));
+  STD_TORCH_CHECK(error == cudaSuccess, "packed_linear cannot be launched: ", cudaGetErrorString(error));
 }
 
 }  // namespace dsq
