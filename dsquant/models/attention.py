@@ -1,5 +1,6 @@
 """Attention through the four quantizers of a block, and where they stand; every family's attention class takes it."""
 
+import torch
 from torch import Tensor, nn
 
 from dsquant.models.sites import Sites
@@ -65,13 +66,39 @@ def split_heads(projected: Tensor | tuple[Tensor, Tensor, Tensor], heads: int, r
     the input, and q, the input itself, is the same in every head, an expanded view.
     """
     if isinstance(projected, Tensor):
-        return (
-            projected.reshape(rows, -1, 3, heads, projected.shape[-1] // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
-        )
+        return _Split.apply(projected, heads, rows)
     x_hat, keys, values = projected
     q = x_hat.reshape(rows, 1, -1, x_hat.shape[-1]).expand(-1, heads, -1, -1)
     k, v = (t.reshape(rows, -1, heads, t.shape[-1] // heads).transpose(1, 2) for t in (keys, values))
     return q, k, v
+
+
+class _Split(torch.autograd.Function):
+    """Split a fused projection into views, as `unbind` does; gradients that lie side by side already are not copied back."""
+
+    @staticmethod
+    def forward(ctx, projected, heads, rows):
+        ctx.shape = projected.shape
+        return (
+            projected.reshape(rows, -1, 3, heads, projected.shape[-1] // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        )
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if torch.compiler.is_compiling() or not _side_by_side(grads):
+            whole = torch.stack(grads, 2).permute(0, 3, 2, 1, 4)
+        else:
+            rows, heads, length, dim = grads[0].shape
+            whole = grads[0].as_strided((rows, length, 3 * heads * dim), (3 * length * heads * dim, 3 * heads * dim, 1))
+        return whole.reshape(ctx.shape), None, None
+
+
+def _side_by_side(parts: tuple[Tensor, ...]) -> bool:
+    """Say whether tensors (B, H, N, D) are the thirds of one (B, N, 3, H, D), in order."""
+    _, heads, length, dim = parts[0].shape
+    strides = 3 * length * heads * dim, dim, 3 * heads * dim, 1
+    starts = {part.data_ptr() - i * heads * dim * part.element_size() for i, part in enumerate(parts)}
+    return len(starts) == 1 and all(part.stride() == strides for part in parts)
 
 
 def _through(site: ActivationQuantizer | None, x: Tensor) -> Tensor:

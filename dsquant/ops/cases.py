@@ -205,9 +205,7 @@ def _attention_case(label: str, shape: tuple[int, ...], device: str, dtype: torc
     size = 8 * grad.numel() * grad.element_size()
     # A probability within rounding of a boundary between two codes may fall to either side, and moves a few gradients.
     tolerance, peers = (0.05, {}) if device == "cpu" else (0.1, {"torch sdpa": in_float})
-    return Case(
-        "quant_attention", label, " x ".join(map(str, shape)), size, both, tolerance, peers=peers
-    )
+    return Case("quant_attention", label, " x ".join(map(str, shape)), size, both, tolerance, peers=peers)
 
 
 def shard_step_cases(device: str) -> list[Case]:

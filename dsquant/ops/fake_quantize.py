@@ -88,14 +88,10 @@ class _Native(NamedTuple):
     ) -> None:  # fmt: skip
         """Do `backward_block` in one pass, into contiguous d_x, which may be grad, and x_hat, or None."""
         run = backends.operator("fake_quantize_backward", self.backend, x.device.type)
-        found = torch.zeros(2, scale.numel(), dtype=torch.float64, device=x.device)
         run(
             x.contiguous(), grad.contiguous(), *self._flat(scale, offset), levels.qmin, levels.qmax, levels.shift,
-            levels.low, levels.high, levels.elastic, d_x, x_hat, found, backends.isa(self.backend),
+            levels.low, levels.high, levels.elastic, d_x, x_hat, sums.parts, backends.isa(self.backend),
         )  # fmt: skip
-        sums.scale += found[0].view_as(sums.scale)
-        if offset is not None:
-            sums.offset += found[1].view_as(sums.offset)
 
     def _flat(self, scale: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
         return scale.contiguous().view(-1), None if offset is None else offset.contiguous().view(-1), self.inner
@@ -148,16 +144,35 @@ class QuantArgs(NamedTuple):
 
 
 class ScaleGradient:
-    """Accumulate d scale and d offset over blocks in float64."""
+    """Add up d scale and d offset in float64: block by block, or put at once."""
 
     def __init__(self, scale: Tensor, offset: Tensor | None):
-        self.scale = torch.zeros_like(scale, dtype=torch.float64)
-        self.offset = None if offset is None else torch.zeros_like(offset, dtype=torch.float64)
+        self._like, self._has_offset = scale, offset is not None
+        self._parts: Tensor | None = None
+
+    @property
+    def parts(self) -> Tensor:
+        """Hold both, (2, scales); the second counts for nothing without an offset."""
+        if self._parts is None:
+            self._parts = torch.zeros(2, self._like.numel(), dtype=torch.float64, device=self._like.device)
+        return self._parts
+
+    @property
+    def scale(self) -> Tensor:
+        return self.parts[0].view(self._like.shape)
+
+    @property
+    def offset(self) -> Tensor | None:
+        return self.parts[1].view(self._like.shape) if self._has_offset else None
+
+    def put(self, parts: Tensor) -> None:
+        """Add both at once."""
+        self._parts = parts if self._parts is None else self._parts + parts
 
     def results(self, grad_scale: float) -> tuple[Tensor, Tensor | None]:
         """Return float32 gradients; `grad_scale` applies to both, so that scale and offset move at one pace."""
-        d_offset = None if self.offset is None else (self.offset * grad_scale).float()
-        return (self.scale * grad_scale).float(), d_offset
+        found = (self.parts * grad_scale).float().view(2, *self._like.shape)
+        return found[0], found[1] if self._has_offset else None
 
 
 def pass_inside(grad: Tensor, v: Tensor, levels: Levels) -> Tensor:
@@ -212,14 +227,14 @@ def backward_block(
     else:  # the levels end where the gradient does: one clip serves both
         level = v.clamp_(levels.qmin, levels.qmax).round()
     if levels.elastic:
-        sums.scale += dot_like(grad, level, scale)
+        sums.scale.add_(dot_like(grad, level, scale))
         blocked = grad - d_x if offset is not None else None
     else:
-        sums.scale += dot_like(grad, level - v, scale)
+        sums.scale.add_(dot_like(grad, level - v, scale))
         blocked = torch.empty_like(v).copy_(grad).sub_(d_x)  # laid out as v, so that sums are taken in one order
-        sums.scale += dot_like(blocked, v, scale)
+        sums.scale.add_(dot_like(blocked, v, scale))
     if offset is not None:
-        sums.offset += sum_like(blocked, offset)
+        sums.offset.add_(sum_like(blocked, offset))
     return d_x, _scaled(level, scale, offset, out)
 
 

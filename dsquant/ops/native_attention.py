@@ -1,7 +1,8 @@
 """`quant_attention` in native code: what its kernels on CPU (csrc/) and GPU (gpu/) take, and how their operators are called.
 
-On CPU a head of an image is worked on at a time: q, k and v are quantized as they are read, scores and probabilities stay in
-the core's caches, and nothing else is written. On GPUs q, k and v come as images, and Triton's kernels hold a block of scores.
+q, k and v are quantized as they are read; where a site has another scale than one, or one a head, they come as images. On CPU a
+head of an image is worked on at a time: scores and probabilities stay in the core's caches, and nothing else is written. On
+GPUs Triton's kernels hold a block of scores.
 """
 
 from typing import NamedTuple
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 
 from dsquant.ops import backends
-from dsquant.ops.fake_quantize import QuantArgs, ScaleGradient, backward_into, quantize_dequantize, sum_like
+from dsquant.ops.fake_quantize import QuantArgs, ScaleGradient, backward_into, quantize_dequantize
 from dsquant.spec import Levels
 
 TRITON_DIM = {torch.float32: 128, torch.bfloat16: 256}  # the most features of q, k and v that Triton's kernels take
 FLOAT = (0.0,) * 7  # the grid of a site that is not quantized
+QKV = (0, 1, 3)  # which sites are those of q, k and v
 
 
 class Attention(NamedTuple):
@@ -109,23 +111,35 @@ def forward(of: Attention, backend: str) -> Tensor:
 
 def backward(of: Attention, backend: str, grad: Tensor, sums: Gradients) -> list[Tensor]:
     """Return dL/dq, dL/dk and dL/dv, and add to what is summed over the batch."""
-    d_qkv = [torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (of.q, of.k, of.v)]
     run = _backward_on_gpu if backend == backends.TRITON else _backward_on_cpu
-    done, of_queries, of_bias = run(of, backend, grad, d_qkv, sums)
-    probs = sums.of_sites[2]
-    totals = (sums.softmax_scale, *((None, None) if probs is None else (probs.scale, probs.offset)), sums.bias)
-    for total, part in zip(totals, (*of_queries.double(), of_bias), strict=True):
+    d_qkv, by_head, of_probs, of_softmax, of_bias = run(of, backend, grad, sums)
+    for total, part in ((sums.softmax_scale, of_softmax), (sums.bias, of_bias)):
         if total is not None:
-            total += sum_like(part, total.view(total.shape[-part.dim() :])).view(total.shape)
-    found = []
-    for x, of_image, i in zip((of.q, of.k, of.v), d_qkv, (0, 1, 3), strict=True):
-        d_x = of_image if x.dtype is torch.float32 else torch.empty_like(x, memory_format=torch.contiguous_format)
-        if i not in done:
-            through_site(x, of_image, of.args[i], sums.of_sites[i], d_x)
-        elif d_x is not of_image:
-            d_x.copy_(of_image)
-        found.append(d_x)
-    return found
+            total += _sum_to(part, total.shape)
+    if (probs := sums.of_sites[2]) is not None:
+        one = of.args[2].scale.numel() == 1
+        if one:
+            probs.put(of_probs.flatten(1).sum(1, keepdim=True, dtype=torch.float64))
+        else:
+            probs.put(torch.stack([_sum_to(part, of.args[2].scale.shape).view(-1) for part in of_probs]))
+    for i, (x, d_x) in enumerate(zip((of.q, of.k, of.v), d_qkv, strict=True)):
+        args, to = of.args[QKV[i]], sums.of_sites[QKV[i]]
+        if args is None:
+            continue
+        if _one_a_head(of, args.scale):
+            mine = by_head[2 * i : 2 * i + 2]
+            to.put(mine.sum(1, keepdim=True) if args.scale.numel() == 1 else mine)
+        else:
+            d_qkv[i] = torch.empty_like(x, memory_format=torch.contiguous_format)
+            backward_into(x, d_x, args.scale, args.offset, args.levels, to, d_qkv[i])
+    return d_qkv
+
+
+def _sum_to(part: Tensor, shape: torch.Size) -> Tensor:
+    """Sum what lies along trailing dimensions to a shape that broadcasts to it, in float64."""
+    if shape.numel() == 1:
+        return part.sum(dtype=torch.float64).view(shape)
+    return part.double().sum_to_size(shape[-part.dim() :]).view(shape)
 
 
 def _of_queries(of: Attention) -> Tensor:
@@ -170,66 +184,77 @@ def _grid(args: QuantArgs | None) -> tuple[float, ...]:
     return 1.0, levels.qmin, levels.qmax, levels.shift, levels.low, levels.high, levels.elastic
 
 
-def _backward_on_cpu(
-    of: Attention, backend: str, grad: Tensor, d_qkv: list[Tensor], sums: Gradients
-) -> tuple[set[int], Tensor, Tensor | None]:
-    """Form gradients; return which sites are done, and what is summed of queries (3, B, H, N, 1) and of the bias (H, N, N)."""
+def _backward_on_cpu(of: Attention, backend: str, grad: Tensor, sums: Gradients) -> tuple:
+    """Form gradients: of q, k and v, of their sites' scales and offsets by head (6, H), of those of the probabilities
+    (2, B, H, N, 1), of the softmax scale (B, H, N, 1) and the bias (H, N, N).
+    """
     batch, heads, queries, _ = of.q.shape
+    d_qkv = [torch.empty(x.shape, dtype=torch.float32) for x in (of.q, of.k, of.v)]
     of_heads = torch.empty(batch, heads, 6, dtype=torch.float64)
     of_queries = torch.empty(3, batch, heads, queries, 1, dtype=torch.float64)
     of_bias = None if sums.bias is None else torch.zeros(heads, queries, of.k.shape[2], dtype=torch.float64)
     learned = sums.softmax_scale is not None
     told = *_on_cpu(of), grad.float(), learned, *d_qkv, of_heads, of_queries, of_bias, backends.isa(backend)
     torch.ops.dsquant.quant_attention_cpu_backward(*told)
-    done, by_head = set(), of_heads.sum(0)
-    for i, first in ((0, 0), (1, 2), (3, 4)):
-        args, to = of.args[i], sums.of_sites[i]
-        if args is None:
-            done.add(i)
-        elif _one_a_head(of, args.scale):
-            done.add(i)
-            to.scale += sum_like(by_head[:, first].view(heads, 1, 1), to.scale.view(-1, 1, 1)).view(to.scale.shape)
-            if to.offset is not None:
-                found = sum_like(by_head[:, first + 1].view(heads, 1, 1), to.offset.view(-1, 1, 1))
-                to.offset += found.view(to.offset.shape)
-    return done, of_queries, of_bias
+    d_qkv = [d_x.to(x.dtype) for d_x, x in zip(d_qkv, (of.q, of.k, of.v), strict=True)]
+    return d_qkv, of_heads.sum(0).t(), of_queries[1:], of_queries[0], of_bias
 
 
 def _on_gpu(of: Attention) -> tuple:
-    """Return what the operators on GPUs take: images in the dtype of q, what is added, values of each query, the grid."""
-    q_hat, k_hat, v_hat = (
-        x if a is None else quantize_dequantize(x, a.scale, a.offset, a.levels)
-        for x, a in ((of.q, of.args[0]), (of.k, of.args[1]), (of.v, of.args[3]))
-    )
-    levels = Levels(0, 1) if of.args[2] is None else of.args[2].levels
-    q_hat = q_hat if q_hat.stride()[2:] == (q_hat.shape[-1], 1) else q_hat.contiguous()  # heads may share one
-    images = q_hat, k_hat.contiguous(), v_hat.contiguous()
-    return *images, of.bias, of.mask, _of_queries(of), *levels, of.args[2] is not None
+    """Return what the operators on GPUs take: q, k, v, what is added to the scores, softmax scale, scales and grids of sites."""
+    qkv, scales, grids = [], [], []
+    for i, args in enumerate(of.args):
+        x = None if i == 2 else (of.q, of.k, of.v)[QKV.index(i)]
+        if x is not None and args is not None and not _one_a_head(of, args.scale):
+            x, args = quantize_dequantize(x, args.scale, args.offset, args.levels), None
+        if x is not None:
+            qkv.append(x if x.stride(-1) == 1 else x.contiguous())
+        scales += (None, None) if args is None else (_by_head(args.scale), _by_head(args.offset))
+        grids += [] if args is None else _grid(args)[1:]
+    learned = isinstance(of.softmax_scale, Tensor)
+    factor = (_by_head(of.softmax_scale), 0.0) if learned else (None, of.softmax_scale)
+    return *qkv, of.bias, of.mask, *factor, scales, grids
 
 
-def _backward_on_gpu(
-    of: Attention, backend: str, grad: Tensor, d_qkv: list[Tensor], sums: Gradients
-) -> tuple[set[int], Tensor, Tensor | None]:
-    """Do as `_backward_on_cpu`, of images: no site is done."""
+def _by_head(value: Tensor | None) -> Tensor | None:
+    """Return what broadcasts to (B, H, N, D) and is the same for all images as what broadcasts to (H, N, 1)."""
+    return None if value is None else value.contiguous().view(value.shape[-3:])
+
+
+def _backward_on_gpu(of: Attention, backend: str, grad: Tensor, sums: Gradients) -> tuple:
+    """Do as `_backward_on_cpu`."""
+    told, (batch, heads, length, _) = _on_gpu(of), of.q.shape
+    new = lambda *size, dtype=torch.float32: torch.empty(size, dtype=dtype, device=of.q.device)  # noqa: E731
+    d_qkv = gradients_of_qkv(of.q, of.k, of.v)
+    by_head = new(6, heads, dtype=torch.float64)
+    of_probs = None if of.args[2] is None else new(2, batch, heads, length, 1)
+    of_softmax = None if sums.softmax_scale is None else new(batch, heads, length, 1)
+    of_bias = None if sums.bias is None else new(heads, length, length, dtype=torch.float64)
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     run = backends.operator("quant_attention_backward", backend, of.q.device.type)
-    of_queries = torch.empty(3, *of.q.shape[:3], 1, dtype=torch.float32, device=of.q.device)
-    shape = of.q.shape[1], *[of.q.shape[2]] * 2
-    of_bias = None if sums.bias is None else torch.empty(shape, device=of.q.device, dtype=torch.float64)
-    run(*_on_gpu(of), grad.contiguous(), *d_qkv, of_queries, of_bias)
-    return set(), of_queries, of_bias
+    run(*told, grad, *d_qkv, by_head, of_probs, of_softmax, of_bias)
+    return d_qkv, by_head, of_probs, of_softmax, of_bias
+
+
+def gradients_of_qkv(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Return new tensors like q, k and v, a token's one after another: as the layer before writes them, where they have one shape."""
+    batch, heads, length, dim = q.shape
+    if q.shape == k.shape == v.shape:
+        return list(q.new_empty(batch, length, 3, heads, dim).permute(2, 0, 3, 1, 4).unbind(0))
+    return [x.new_empty(batch, length, heads, x.shape[-1]).transpose(1, 2) for x in (q, k, v)]
 
 
 # The schemas are here and their kernels in csrc/ and gpu/, attached when native code is loaded: tracing needs no compiler.
 _LIBRARY = torch.library.Library("dsquant", "FRAGMENT")
 _ON_GPU = (
-    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor rows, int qmin, int qmax, float shift, float reach, "
-    "bool elastic, bool quantized"
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? factor, float softmax_scale, Tensor?[] scales, "
+    "float[] grids"
 )
 _ON_CPU = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor heads, Tensor queries, Tensor grids"
 _LIBRARY.define(f"quant_attention({_ON_GPU}) -> Tensor")
 _LIBRARY.define(
-    f"quant_attention_backward({_ON_GPU}, Tensor grad, Tensor(a!) d_q, Tensor(b!) d_k, Tensor(c!) d_v, Tensor(d!) d_rows, "
-    "Tensor(e!)? d_bias) -> ()"
+    f"quant_attention_backward({_ON_GPU}, Tensor grad, Tensor(a!) d_q, Tensor(b!) d_k, Tensor(c!) d_v, Tensor(d!) d_sites, "
+    "Tensor(e!)? d_probs, Tensor(f!)? d_factor, Tensor(g!)? d_bias) -> ()"
 )
 _LIBRARY.define(f"quant_attention_cpu({_ON_CPU}, Tensor(a!) out, int isa) -> ()")
 _LIBRARY.define(
@@ -240,7 +265,8 @@ _LIBRARY.define(
 
 @torch.library.register_fake("dsquant::quant_attention", lib=_LIBRARY)
 def _(q, k, v, *_):
-    return torch.empty_like(v)
+    batch, heads, length, dim = v.shape
+    return v.new_empty(batch, length, heads, dim).transpose(1, 2)
 
 
 def _nothing(*_):

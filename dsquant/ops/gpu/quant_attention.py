@@ -1,31 +1,74 @@
-"""Attention with quantized probabilities as Triton kernels, on the images of q, k and v: nothing of size N^2 is stored.
+"""Attention through its four quantizers as Triton kernels: q, k and v are quantized as they are read, nothing of size N^2 is stored.
 
-A program takes a block of queries of one head of one image (row `image * heads + head`) and goes over blocks of keys: first
-for the maximum and the sum of each row of scores; then, as probabilities are known, for their images and the output.
+A program takes a block of queries of one head of one image (row `image * heads + head`). Where a block of keys holds the whole
+sequence, scores are formed once; else it goes over the keys twice, first for the maximum and the sum of each row of scores.
 Backward is in `quant_attention_backward.py`.
 
-Products of float32 are float32's. Those of bfloat16 are tensor cores', summed in float32, and what enters them is rounded to
-bfloat16; between them, scores and probabilities are float32. What is the same for every key is one tensor `rows` (3, heads,
-length), float32: the softmax scale, and the scale and offset of the probabilities.
+Operands of products are levels, small integers or halves of them, exact in bfloat16 as in float32, and sums of products get
+their scale once, at the end; with an offset they are images, rounded. Products of float32 are float32's. Those of bfloat16 are
+tensor cores', summed in float32, and probabilities between them are float32.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsquant.ops.gpu.fake_quantize import clip, round_half_even
+from dsquant.ops.gpu.fake_quantize import round_half_even
 from dsquant.ops.gpu.launch import interpreted, launch
-from dsquant.spec import Levels
 
 INTERPRETED = tl.constexpr(interpreted())
-TILES = {  # the most features that rows have, queries and keys of a block, warps, stages
-    torch.float32: ((32, 32, 32, 4, 2), (64, 16, 16, 4, 2), (128, 16, 16, 4, 3)),
-    torch.bfloat16: ((64, 64, 32, 4, 2), (128, 64, 32, 8, 2), (256, 32, 32, 8, 2)),
-}
+ALL = tl.constexpr(tl.PropagateNan.ALL)
 WINDOW = 64  # tokens that one block of bfloat16 takes whole, where features are few
+WHOLE = 256  # tokens of which a block of queries holds all scores, likewise
+
+
+class Tile(NamedTuple):
+    """Say how many queries and keys a program takes at a time, and its warps and stages: what spills no register."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+    def arguments(self, length: int) -> dict[str, Any]:
+        shortest = max(16, triton.next_power_of_2(length))
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return {"BLOCK_Q": min(self.queries, shortest), "BLOCK_K": min(self.keys, shortest), "options": options}
+
+
+class Tiles(NamedTuple):
+    """Hold the tiles of the kernels: forward, and of the gradients of queries and of keys."""
+
+    forward: Tile
+    queries: Tile
+    keys: Tile
+
+
+TILES = {  # by the most features that rows have
+    torch.float32: {
+        32: Tiles(*[Tile(16, 16, 8, 1)] * 3), 64: Tiles(*[Tile(16, 16, 4, 2)] * 3), 128: Tiles(*[Tile(16, 16, 8, 1)] * 3),
+    },
+    torch.bfloat16: {
+        64: Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)), 128: Tiles(*[Tile(16, 32, 8, 2)] * 3),
+        256: Tiles(*[Tile(16, 16, 8, 1)] * 3),
+    },
+}  # fmt: skip
+OF_WINDOWS = {32: Tiles(*[Tile(64, WINDOW, 4, 2)] * 3), 64: Tiles(*[Tile(64, WINDOW, 8, 2)] * 3)}
+OF_WHOLE = {  # by whether something is added to scores
+    False: Tiles(Tile(64, WHOLE, 8, 1), Tile(32, WHOLE, 8, 1), Tile(64, 64, 8, 2)),
+    True: Tiles(Tile(32, WHOLE, 8, 1), Tile(16, WHOLE, 8, 1), Tile(64, 64, 8, 2)),
+}
+
+
+def tiles_of(length: int, dim: int, dtype: torch.dtype, added: bool) -> Tiles:
+    """Return the tiles for sequences of a length, rows of at most `dim` features, and whether a bias or a mask is added."""
+    if dtype is torch.bfloat16 and dim <= 64 and WINDOW < length <= WHOLE:
+        return OF_WHOLE[added]
+    known = OF_WINDOWS if dtype is torch.bfloat16 and dim <= 64 and length <= WINDOW else TILES[dtype]
+    return next(tiles for most, tiles in known.items() if dim <= most)
 
 
 @triton.jit
@@ -53,66 +96,121 @@ def padded(dim):
 
 
 @triton.jit
-def load_rows(x, row, length, DIM: tl.constexpr):
-    """Return rows of a matrix (length, DIM), with zeros beyond it."""
+def load_rows(x, row, step, length, DIM: tl.constexpr):
+    """Return rows of a matrix (length, DIM) that lie `step` apart, with zeros beyond it."""
     col = tl.arange(0, padded(DIM))[None, :]
-    return tl.load(x + row[:, None] * DIM + col, mask=(row < length)[:, None] & (col < DIM), other=0.0)
+    return tl.load(x + row[:, None] * step + col, mask=(row < length)[:, None] & (col < DIM), other=0.0)
 
 
 @triton.jit
-def store_rows(x, value, row, length, DIM: tl.constexpr):
+def store_rows(x, value, row, step, length, DIM: tl.constexpr):
     col = tl.arange(0, padded(DIM))[None, :]
     value = cast(value, x.dtype.element_ty)
-    tl.store(x + row[:, None] * DIM + col, value, mask=(row < length)[:, None] & (col < DIM))
+    tl.store(x + row[:, None] * step + col, value, mask=(row < length)[:, None] & (col < DIM))
 
 
 @triton.jit
-def of_queries(rows, head, heads, query, length):
-    """Return softmax scale, and scale and offset of the probabilities, of each query."""
-    at, there = rows + head * length + query, query < length
-    factor = tl.load(at, mask=there, other=0.0)
-    scale = tl.load(at + heads * length, mask=there, other=1.0)
-    return factor, scale, tl.load(at + 2 * heads * length, mask=there, other=0.0)
+def clip(v, low, high):
+    """Clip v, and let a NaN through."""
+    return tl.minimum(tl.maximum(v, low, propagate_nan=ALL), high, propagate_nan=ALL)
 
 
 @triton.jit
-def score(queries, keys, factor, query, key, length, added):
-    """Return the scores queries keys^T * factor + bias + mask; -inf for keys that do not exist.
+def scale_of(scale, head, EACH: tl.constexpr):
+    """Return a site's scale, or offset, of a head, which are one for all or one EACH."""
+    return tl.load(scale + head) if EACH else tl.load(scale)
 
-    `added` is where bias and mask of a head of an image begin, or None, and their strides.
+
+@triton.jit
+def in_units(x, s, offset, head, EACH: tl.constexpr):
+    """Return v = (x - offset) / s in float32, by a product with 1 / s: each of several programs does this to all keys and values.
+
+    It may be a last bit from the quotient, and x on the boundary between two codes then fall to the other side.
     """
-    bias, bias_q, bias_k, mask, mask_q, mask_k = added
-    query, key = query[:, None], key[None, :]
-    s, there = dot(queries, tl.trans(keys)) * factor[:, None], (query < length) & (key < length)
+    v = x.to(tl.float32)
+    if offset is not None:
+        v = v - scale_of(offset, head, EACH)
+    return v * tl.math.div_rn(tl.zeros_like(s) + 1.0, s)
+
+
+@triton.jit
+def level_of(v, GRID: tl.constexpr):
+    return round_half_even(clip(v - GRID[2], GRID[0], GRID[1])) + GRID[2]
+
+
+@triton.jit
+def unit_of(scale, offset, head, GRID: tl.constexpr):
+    """Return what one unit of a site's operand is worth: its scale where operands are levels, else 1."""
+    if GRID is None or offset is not None:
+        unit = 1.0
+    else:
+        unit = scale_of(scale, head, GRID[6])
+    return unit
+
+
+@triton.jit
+def operand(x, row, length, scale, offset, head, GRID: tl.constexpr):
+    """Return what enters a product for rows of a site, in the dtype of x: levels, images where there is an offset, or x itself."""
+    found = x
+    if GRID is not None:
+        s = scale_of(scale, head, GRID[6])
+        level = level_of(in_units(x, s, offset, head, GRID[6]), GRID)
+        if offset is not None:
+            level = level * s + scale_of(offset, head, GRID[6])
+        found = cast(tl.where((row < length)[:, None], level, 0.0), x.dtype)
+    return found
+
+
+@triton.jit
+def of_queries(x, head, query, length, h, n):
+    """Return a value of each query: of a tensor with strides of heads and queries, the latter None where all share it, or a number."""
+    if h is None:
+        found = tl.zeros_like(query).to(tl.float32) + x
+    elif n is None:
+        found = tl.zeros_like(query).to(tl.float32) + tl.load(x + head * h)
+    else:
+        found = tl.load(x + head * h + query * n, mask=query < length, other=1.0)
+    return found
+
+
+@triton.jit
+def add_to_scores(s, bias, mask, query, key, length, bias_q, bias_k, mask_q, mask_k):
+    """Add what lies at bias and mask, of a head of an image, to scores; query and key are shaped to broadcast."""
+    there = (query < length) & (key < length)
     if bias is not None:
         s += tl.load(bias + query * bias_q + key * bias_k, mask=there, other=0.0).to(tl.float32)
     if mask is not None:
         s += tl.load(mask + query * mask_q + key * mask_k, mask=there, other=0.0).to(tl.float32)
-    return tl.where(key < length, s, float("-inf"))
+    return s
 
 
 @triton.jit
-def probability(s, top, inverse):
-    """Return exp(s - maximum) / sum, given maximum and 1 / sum of each row."""
-    return tl.exp(s - top[:, None]) * inverse[:, None]
+def scores(queries, keys, factor, query, key, length, bias, mask, bias_q, bias_k, mask_q, mask_k):
+    """Return the scores queries keys^T * factor + bias + mask; -inf for keys that do not exist."""
+    s = dot(queries, tl.trans(keys)) * factor[:, None]
+    s = add_to_scores(s, bias, mask, query[:, None], key[None, :], length, bias_q, bias_k, mask_q, mask_k)
+    return tl.where((key < length)[None, :], s, float("-inf"))
 
 
 @triton.jit
 def statistics(s):
-    """Return the maximum of each row of scores, and 1 / sum exp(s - maximum)."""
+    """Return the maximum of each row of scores, exp(s - maximum), and 1 over its sum."""
     top = tl.max(s, axis=1)
-    total = tl.sum(tl.exp(s - top[:, None]), axis=1)
-    return top, tl.math.div_rn(tl.zeros_like(total) + 1.0, total)
+    e = tl.exp(s - top[:, None])
+    total = tl.sum(e, axis=1)
+    return top, e, tl.math.div_rn(tl.zeros_like(total) + 1.0, total)
 
 
 @triton.jit
-def running_statistics(queries, k, factor, query, length, added, BLOCK_K: tl.constexpr, DIM: tl.constexpr):
-    """Return the statistics of scores against all keys, block by block."""
+def running_statistics(queries, k, k_n, k_scale, k_offset, head, factor, query, length, bias, mask, bias_q, bias_k, mask_q,
+                       mask_k, K_GRID: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr):  # fmt: skip
+    """Return maximum, and 1 over the sum, of rows of scores against all keys, block by block."""
     top = tl.zeros_like(factor) - float("inf")
     total = tl.zeros_like(factor)
     for start in range(0, length, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
-        s = score(queries, load_rows(k, key, length, DIM), factor, query, key, length, added)
+        keys = operand(load_rows(k, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID)
+        s = scores(queries, keys, factor, query, key, length, bias, mask, bias_q, bias_k, mask_q, mask_k)
         higher = tl.maximum(top, tl.max(s, axis=1))
         at = tl.where(higher == float("-inf"), 0.0, higher)  # of keys that are all masked: -inf less -inf is NaN
         total = total * tl.exp(top - at) + tl.sum(tl.exp(s - at[:, None]), axis=1)
@@ -121,87 +219,136 @@ def running_statistics(queries, k, factor, query, length, added, BLOCK_K: tl.con
 
 
 @triton.jit
-def _image(p, scale, offset, LEVELS: tl.constexpr):
-    v = tl.math.div_rn(p - offset[:, None], scale[:, None] + tl.zeros_like(p))
-    level = round_half_even(clip(v - LEVELS[2], LEVELS[0], LEVELS[1])) + LEVELS[2]
-    return level * scale[:, None] + offset[:, None]
+def probs_in_units(e, inverse, scale, offset):
+    """Return v = (p - offset) / scale of probabilities p = e * inverse, which are exact to rounding alone; rows' values broadcast."""
+    v = e * tl.math.div_rn(inverse, scale)
+    if offset is not None:
+        v = v - tl.math.div_rn(offset, scale)
+    return v
 
 
 @triton.jit
-def _forward(q, k, v, out, bias, mask, rows, heads, length, mask_rows, q_b, q_h, bias_h, bias_q, bias_k, mask_b, mask_h,
-             mask_q, mask_k, LEVELS: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-             DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
+def _forward(q, k, v, out, bias, mask, factor, q_scale, q_offset, k_scale, k_offset, p_scale, p_offset, v_scale, v_offset,
+             heads, length, mask_rows, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, factor_h, factor_n, p_h, p_n,
+             bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k, Q_GRID: tl.constexpr, K_GRID: tl.constexpr,
+             P_GRID: tl.constexpr, V_GRID: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr,
+             BLOCK_K: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(length, BLOCK_Q)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) // blocks
     query = (tl.program_id(0) % blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    image, head = row // heads, row % heads
+    image, head = (row // heads).to(tl.int64), row % heads
     if bias is not None:
         bias += head * bias_h
     if mask is not None:
         mask += (image % mask_rows) * mask_b + head * mask_h
-    added = (bias, bias_q, bias_k, mask, mask_q, mask_k)
-    k, v = k + row * length * DIM, v + row * length * DIM_V
-    queries = load_rows(q + image * q_b + head * q_h, query, length, DIM)
-    factor, scale, offset = of_queries(rows, head, heads, query, length)
+    k, v = k + image * k_b + head * k_h, v + image * v_b + head * v_h
+    queries = load_rows(q + image * q_b + head * q_h, query, q_n, length, DIM)
+    queries = operand(queries, query, length, q_scale, q_offset, head, Q_GRID)
+    units = unit_of(q_scale, q_offset, head, Q_GRID) * unit_of(k_scale, k_offset, head, K_GRID)
+    by = of_queries(factor, head, query, length, factor_h, factor_n) * units
+    if P_GRID is not None:
+        scale = of_queries(p_scale, head, query, length, p_h, p_n)
+        if p_offset is not None:
+            offset = of_queries(p_offset, head, query, length, p_h, p_n)
     if not ONE_BLOCK:
-        top, inverse = running_statistics(queries, k, factor, query, length, added, BLOCK_K, DIM)
+        top, inverse = running_statistics(
+            queries, k, k_n, k_scale, k_offset, head, by, query, length, bias, mask, bias_q, bias_k, mask_q, mask_k, K_GRID,
+            BLOCK_K, DIM,
+        )  # fmt: skip
     found = tl.zeros([BLOCK_Q, padded(DIM_V)], tl.float32)
     for start in range(0, BLOCK_K if ONE_BLOCK else length, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
-        s = score(queries, load_rows(k, key, length, DIM), factor, query, key, length, added)
+        keys = operand(load_rows(k, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID)
+        values = operand(load_rows(v, key, v_n, length, DIM_V), key, length, v_scale, v_offset, head, V_GRID)
+        s = scores(queries, keys, by, query, key, length, bias, mask, bias_q, bias_k, mask_q, mask_k)
         if ONE_BLOCK:
-            top, inverse = statistics(s)
-        p = probability(s, top, inverse)
-        if LEVELS is not None:
-            p = _image(p, scale, offset, LEVELS)
-        values = load_rows(v, key, length, DIM_V)
+            top, e, inverse = statistics(s)
+        else:
+            e = tl.exp(s - top[:, None])
+        if P_GRID is None:
+            p = e * inverse[:, None]
+        elif p_offset is None:
+            p = level_of(probs_in_units(e, inverse[:, None], scale[:, None], None), P_GRID)
+        else:
+            p = level_of(probs_in_units(e, inverse[:, None], scale[:, None], offset[:, None]), P_GRID)
+            p = p * scale[:, None] + offset[:, None]
         found += dot(cast(p, values.dtype), values)
-    store_rows(out + row * length * DIM_V, found, query, length, DIM_V)
+    found = found * unit_of(v_scale, v_offset, head, V_GRID)
+    if P_GRID is not None:
+        if p_offset is None:
+            found = found * scale[:, None]
+    store_rows(out + image * o_b + head * o_h, found, query, o_n, length, DIM_V)
 
 
-def tiling(length: int, dim: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
-    """Return how many queries and keys a program takes at a time, and its warps and stages: what spills no register."""
-    queries, keys, warps, stages = next(tile for most, *tile in TILES[dtype] if dim <= most)
-    if dtype is torch.bfloat16 and dim <= 64 and length <= WINDOW:
-        keys, warps = WINDOW, 8
-    shortest = max(16, triton.next_power_of_2(length))
-    return {"BLOCK_Q": min(queries, shortest), "BLOCK_K": min(keys, shortest)}, {
-        "num_warps": warps,
-        "num_stages": stages,
-    }
+SITES = ("q", "k", "p", "v")
+GRID = 7  # numbers of a site: qmin, qmax, shift, low, high, whether it is elastic, whether each head has a scale
 
 
 def arguments(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, rows: Tensor, levels: Levels | None
-) -> dict[str, Any]:
-    """Return what every kernel is told, by name; the rows of q lie one after another, k, v and `rows` are contiguous."""
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, factor: Tensor | None, softmax_scale: float,
+    scales: list[Tensor | None], grids: list[float],
+) -> dict[str, Any]:  # fmt: skip
+    """Return what every kernel is told, by name, but its tile.
+
+    q, k and v (B, H, N, D) have features that lie one after another. `scales` are scale and offset of q, k, probabilities and v,
+    `grids` the `GRID` numbers of each, none for a site that is not quantized; of q, k and v one for all or for a head, of
+    probabilities, as `factor`, what broadcasts to (H, N, 1).
+    """
     heads, length, dim = q.shape[1:]
-    scores = (heads, length, length)
-    strides = dict(zip(("q_b", "q_h"), q.stride(), strict=False))
-    added = (0,) * 3 if bias is None else bias.expand(1, *scores).stride()[1:]
-    strides |= zip(("bias_h", "bias_q", "bias_k"), added, strict=True)
-    masked = (0,) * 4 if mask is None else mask.expand(mask.shape[0], *scores).stride()
-    strides |= zip(("mask_b", "mask_h", "mask_q", "mask_k"), masked, strict=True)
-    grid = None
-    if levels is not None:
-        grid = float(levels.qmin), float(levels.qmax), levels.shift, levels.low, levels.high, levels.elastic
-    blocks, options = tiling(length, max(dim, v.shape[-1]), q.dtype)
-    return strides | blocks | {
-        "q": q, "k": k, "v": v, "bias": bias, "mask": mask, "rows": rows, "heads": heads, "length": length,
-        "mask_rows": 1 if mask is None else mask.shape[0], "LEVELS": grid, "DIM": dim, "DIM_V": v.shape[-1],
-        "options": options,
-    }  # fmt: skip
+    told: dict[str, Any] = {"q": q, "k": k, "v": v, "bias": bias, "mask": mask, "heads": heads, "length": length}
+    for name, x in zip(SITES[:2] + SITES[3:], (q, k, v), strict=True):
+        told |= zip((f"{name}_b", f"{name}_h", f"{name}_n"), x.stride(), strict=False)
+    told |= _strides(bias, ("bias_h", "bias_q", "bias_k"), (1, heads, length, length))
+    batch = 1 if mask is None else mask.shape[0]
+    told |= _strides(mask, ("mask_b", "mask_h", "mask_q", "mask_k"), (batch, heads, length, length))
+    told |= {
+        "factor": softmax_scale if factor is None else factor,
+        "factor_h": None,
+        "factor_n": None,
+        "p_h": None,
+        "p_n": None,
+    }
+    for name, x in (("factor", factor), ("p", scales[4])):
+        if x is not None:
+            told |= _strides(x, (f"{name}_h", f"{name}_n"), (heads, length, 1), last=1)
+            told[f"{name}_n"] = told[f"{name}_n"] or None
+    at = 0
+    for i, name in enumerate(SITES):
+        told[f"{name}_scale"], told[f"{name}_offset"] = scales[2 * i : 2 * i + 2]
+        told[f"{name.upper()}_GRID"] = None
+        if scales[2 * i] is not None:
+            *numbers, elastic = grids[at : at + GRID - 1]
+            told[f"{name.upper()}_GRID"] = (*numbers, bool(elastic), scales[2 * i].numel() > 1)
+            at += GRID - 1
+    return told | {"mask_rows": batch, "DIM": dim, "DIM_V": v.shape[-1]}
+
+
+def _strides(x: Tensor | None, names: tuple[str, ...], shape: tuple[int, ...], last: int = 0) -> dict[str, int]:
+    """Return the strides of x, expanded to a shape, by name, but the `last`; 0 for what is not there."""
+    if x is None:
+        return dict.fromkeys(names, 0)
+    strides = x.expand(shape).stride()
+    return dict(zip(names, strides[len(strides) - last - len(names) : len(strides) - last], strict=True))
+
+
+def by_tokens(like: Tensor) -> Tensor:
+    """Return a new (B, H, N, D) in which a token's heads lie one after another, as the layer behind it reads them."""
+    batch, heads, length, dim = like.shape
+    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
 
 
 def quant_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, rows: Tensor, qmin: int, qmax: int,
-    shift: float, reach: float, elastic: bool, quantized: bool,
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, factor: Tensor | None, softmax_scale: float,
+    scales: list[Tensor | None], grids: list[float],
 ) -> Tensor:  # fmt: skip
-    """Return the output (B, H, N, D_v) in the dtype of v; q, k, v are images, of one dtype."""
-    out, levels = torch.empty_like(v), Levels(qmin, qmax, shift, reach, elastic) if quantized else None
-    told = arguments(q, k, v, bias, mask, rows, levels)
-    blocks = triton.cdiv(q.shape[2], told["BLOCK_Q"])
-    launch(_forward, (q.shape[0] * q.shape[1] * blocks,), out=out, ONE_BLOCK=q.shape[2] <= told["BLOCK_K"], **told)
+    """Return the output (B, H, N, D_v) in the dtype of v, by tokens."""
+    out, told = by_tokens(v), arguments(q, k, v, bias, mask, factor, softmax_scale, scales, grids)
+    length = q.shape[2]
+    tiles = tiles_of(length, max(q.shape[-1], v.shape[-1]), q.dtype, not bias is mask is None)
+    tile = tiles.forward.arguments(length)
+    programs = q.shape[0] * q.shape[1] * triton.cdiv(length, tile["BLOCK_Q"])
+    told |= zip(("o_b", "o_h", "o_n"), out.stride(), strict=False)
+    launch(_forward, (programs,), out=out, ONE_BLOCK=length <= tile["BLOCK_K"], **tile, **told)
     return out
 
 

@@ -1,253 +1,479 @@
-"""The gradients of attention with quantized probabilities as Triton kernels, which form scores and probabilities again.
+"""The gradients of attention through its four quantizers as Triton kernels, which form scores and probabilities again.
 
 With s the scores, p = softmax(s), p_hat its image and G = g v_hat^T the image's gradient: dL/dp = G where p lies on the grid,
 else 0; dL/ds = p (dL/dp - delta), delta = sum_j p_j dL/dp_j over the whole row. (It is not g . out: that takes p_hat = p.)
 
-`_of_queries` goes over the keys three times: for the statistics of its rows, for their delta, for dL/dq. `_of_keys` goes over
-the queries with these at hand. A sequence of one block has `_of_window` for both. `_of_bias` goes over a run of the batch.
-Each sum is of one program; what programs leave is added up in float64: no atomics, no result depends on their order.
+`_of_queries` has the gradients of queries and all sums of their rows; `_of_keys`, which turns scores round, those of keys and
+values with these sums at hand. Each forms its scores once where a block holds the whole sequence; else `_of_queries` goes over
+the keys three times. A sequence of one block has `_of_window` for both, and for the gradient of the bias, of a run of images;
+longer ones have `_of_bias`. What passes a site's grid is decided where its gradient is summed, and the gradients of a scale
+and an offset are one sum a program. Each sum is of one program; what programs leave is added up in float64: no atomics, no
+result depends on their order.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsquant.ops.gpu.fake_quantize import straight_through
 from dsquant.ops.gpu.launch import launch
 from dsquant.ops.gpu.quant_attention import (
+    add_to_scores,
     arguments,
     cast,
     dot,
+    in_units,
+    level_of,
     load_rows,
     of_queries,
+    operand,
     padded,
-    probability,
+    probs_in_units,
     quant_attention,
     running_statistics,
-    score,
+    scale_of,
+    scores,
     statistics,
     store_rows,
+    tiles_of,
+    unit_of,
 )
-from dsquant.spec import Levels
 
 PROGRAMS = 1024  # into which the gradient of the bias is cut by runs of the batch, where heads and blocks are fewer
 
 
 @triton.jit
-def _through(p, g, values, scale, offset, LEVELS: tl.constexpr):
-    """Return dL/dp, the image of p, and what each entry adds to d scale and to d offset; g is the output's gradient."""
-    of_image = dot(g, tl.trans(values))
-    if LEVELS is None:
-        d_p, image, of_scale, of_offset = of_image, p, tl.zeros_like(p), tl.zeros_like(p)
+def _through_probs(v, g, GRID: tl.constexpr):
+    """Return dL/dp of the image's gradient g, the level of v = (p - offset) / scale, and what each entry adds to d scale."""
+    inside = v <= GRID[4]
+    if GRID[3] > 0 or GRID[7]:  # a probability is never below 0, but an offset may move it there
+        inside = inside & (v >= GRID[3])
+    level = level_of(v, GRID)
+    if GRID[5]:
+        of_scale = g * level
     else:
-        v = tl.math.div_rn(p - offset[:, None], scale[:, None] + tl.zeros_like(p))
-        ENDS_TOGETHER: tl.constexpr = LEVELS[2] == 0 and LEVELS[3] == LEVELS[0]
-        d_p, level, of_scale = straight_through(
-            v, of_image, LEVELS[0], LEVELS[1], LEVELS[2], LEVELS[3], LEVELS[4], LEVELS[5], ENDS_TOGETHER
-        )
-        image, of_offset = level * scale[:, None] + offset[:, None], of_image - d_p
-    return d_p, image, of_scale, of_offset
+        of_scale = g * (level - tl.where(inside, v, 0.0))
+    return tl.where(inside, g, 0.0), level, of_scale
 
 
 @triton.jit
-def _of_window(q, k, v, grad, d_q, d_k, d_v, top_of, inverse_of, delta_of, d_scale, d_offset, d_factor, bias, mask, rows,
-               heads, length, mask_rows, q_b, q_h, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k,
-               LEVELS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr,
-               DIM_V: tl.constexpr):  # fmt: skip
-    row, token = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_Q)
-    image, head = row // heads, row % heads
+def _through_site(x, d_hat, sums, row, length, scale, offset, head, GRID: tl.constexpr):
+    """Return dL/dx of rows of a site whose images have the gradient d_hat; leave their parts of d scale and d offset at `sums`."""
+    found = d_hat
+    if GRID is not None:
+        v = in_units(x, scale_of(scale, head, GRID[6]), offset, head, GRID[6])
+        found = tl.where((v >= GRID[3]) & (v <= GRID[4]), d_hat, 0.0)
+        level = level_of(v, GRID)
+        if GRID[5]:
+            of_scale = d_hat * level
+        else:
+            of_scale = d_hat * (level - tl.where((v >= GRID[3]) & (v <= GRID[4]), v, 0.0))
+        there = (row < length)[:, None]
+        tl.store(sums, tl.sum(tl.where(there, of_scale, 0.0)))
+        if offset is not None:
+            tl.store(sums + 1, tl.sum(tl.where(there, d_hat - found, 0.0)))
+    return found
+
+
+@triton.jit
+def _through(e, inverse, g, values, scale, offset, GRID: tl.constexpr):
+    """Return p = e * inverse, dL/dp, the image of p or, without an offset, its level, and what each entry adds to d scale and d
+    offset. All gradients are in units of the operand `values`; rows' values are shaped to broadcast.
+    """
+    of_image = dot(g, tl.trans(values))
+    p = e * inverse
+    if GRID is None:
+        d_p, image, of_scale, of_offset = of_image, p, p, p
+    else:
+        v = probs_in_units(e, inverse, scale, offset)
+        d_p, level, of_scale = _through_probs(v, of_image, GRID)
+        if offset is None:
+            image, of_offset = level, p
+        else:
+            image, of_offset = level * scale + offset, of_image - d_p
+    return p, d_p, image, of_scale, of_offset
+
+
+@triton.jit
+def _of_window(q, k, v, grad, d_q, d_k, d_v, d_scale, d_offset, d_factor, d_bias, sums, bias, mask, factor, q_scale, q_offset,
+               k_scale, k_offset, p_scale, p_offset, v_scale, v_offset, batch, run, heads, length, mask_rows, q_b, q_h, q_n,
+               k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, dq_b, dq_h, dq_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n, factor_h,
+               factor_n, p_h, p_n, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k, Q_GRID: tl.constexpr,
+               K_GRID: tl.constexpr, P_GRID: tl.constexpr, V_GRID: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+               DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
+    """Go over the images [part * run, (part + 1) * run) of the batch, and sum dL/ds into d_bias (parts, heads, length, length)."""
+    head, token = tl.program_id(0) % heads, tl.arange(0, BLOCK_Q)
+    first = (tl.program_id(0) // heads).to(tl.int64) * run
     if bias is not None:
         bias += head * bias_h
-    if mask is not None:
-        mask += (image % mask_rows) * mask_b + head * mask_h
-    added = (bias, bias_q, bias_k, mask, mask_q, mask_k)
-    queries = load_rows(q + image * q_b + head * q_h, token, length, DIM)
-    keys = load_rows(k + row * length * DIM, token, length, DIM)
-    g = load_rows(grad + row * length * DIM_V, token, length, DIM_V)
-    factor, scale, offset = of_queries(rows, head, heads, token, length)
-    s = score(queries, keys, factor, token, token, length, added)
-    top, inverse = statistics(s)
-    p, at, there = probability(s, top, inverse), row * length + token, token < length
-    values = load_rows(v + row * length * DIM_V, token, length, DIM_V)
-    d_p, image_p, of_scale, of_offset = _through(p, g, values, scale, offset, LEVELS)
-    tl.store(d_scale + at, tl.sum(of_scale, axis=1), mask=there)
-    tl.store(d_offset + at, tl.sum(of_offset, axis=1), mask=there)
-    store_rows(d_v + row * length * DIM_V, dot(tl.trans(cast(image_p, g.dtype)), g), token, length, DIM_V)
-    delta = tl.sum(p * d_p, axis=1)
-    d_s = p * (d_p - delta[:, None])
-    of_keys = dot(tl.trans(cast(d_s * factor[:, None], queries.dtype)), queries)
-    store_rows(d_k + row * length * DIM, of_keys, token, length, DIM)
-    of_product = dot(cast(d_s, keys.dtype), keys)
-    store_rows(d_q + row * length * DIM, of_product * factor[:, None], token, length, DIM)
-    tl.store(d_factor + at, tl.sum(of_product * queries.to(tl.float32), axis=1), mask=there)
-    tl.store(top_of + at, top, mask=there)
-    tl.store(inverse_of + at, inverse, mask=there)
-    tl.store(delta_of + at, delta, mask=there)
+    unit_v = unit_of(v_scale, v_offset, head, V_GRID)
+    unit_q, unit_k = unit_of(q_scale, q_offset, head, Q_GRID), unit_of(k_scale, k_offset, head, K_GRID)
+    of_softmax = of_queries(factor, head, token, length, factor_h, factor_n)
+    by, there = of_softmax * (unit_q * unit_k), token < length
+    scale, offset = by, by
+    if P_GRID is not None:
+        scale = of_queries(p_scale, head, token, length, p_h, p_n)
+        if p_offset is not None:
+            offset = of_queries(p_offset, head, token, length, p_h, p_n)
+    if d_bias is not None:
+        of_bias = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    for image in range(first, tl.minimum(first + run, batch)):
+        row = image * heads + head
+        raw_q = load_rows(q + image * q_b + head * q_h, token, q_n, length, DIM)
+        raw_k = load_rows(k + image * k_b + head * k_h, token, k_n, length, DIM)
+        raw_v = load_rows(v + image * v_b + head * v_h, token, v_n, length, DIM_V)
+        queries = operand(raw_q, token, length, q_scale, q_offset, head, Q_GRID)
+        keys = operand(raw_k, token, length, k_scale, k_offset, head, K_GRID)
+        values = operand(raw_v, token, length, v_scale, v_offset, head, V_GRID)
+        g = load_rows(grad + image * g_b + head * g_h, token, g_n, length, DIM_V)
+        if mask is None:
+            s = scores(queries, keys, by, token, token, length, bias, mask, bias_q, bias_k, mask_q, mask_k)
+        else:
+            own = mask + (image % mask_rows) * mask_b + head * mask_h
+            s = scores(queries, keys, by, token, token, length, bias, own, bias_q, bias_k, mask_q, mask_k)
+        top, e, inverse = statistics(s)
+        if p_offset is None:
+            p, d_p, image_p, of_scale, of_offset = _through(
+                e, inverse[:, None], g, values, scale[:, None], None, P_GRID
+            )
+        else:
+            p, d_p, image_p, of_scale, of_offset = _through(
+                e, inverse[:, None], g, values, scale[:, None], offset[:, None], P_GRID
+            )
+        at = row * length + token
+        if P_GRID is not None:
+            tl.store(d_scale + at, tl.sum(of_scale, axis=1) * unit_v, mask=there)
+            if p_offset is not None:
+                tl.store(d_offset + at, tl.sum(of_offset, axis=1) * unit_v, mask=there)
+            else:
+                image_p = image_p * scale[:, None]
+        at_sums = sums + row * 6
+        of_values = dot(tl.trans(cast(image_p, g.dtype)), g)
+        of_values = _through_site(raw_v, of_values, at_sums + 4, token, length, v_scale, v_offset, head, V_GRID)
+        store_rows(d_v + image * dv_b + head * dv_h, of_values, token, dv_n, length, DIM_V)
+        d_s = p * (d_p - tl.sum(p * d_p, axis=1)[:, None])
+        if d_bias is not None:
+            of_bias += d_s * unit_v
+        of_keys = dot(tl.trans(cast(d_s * of_softmax[:, None], queries.dtype)), queries) * (unit_v * unit_q)
+        of_keys = _through_site(raw_k, of_keys, at_sums + 2, token, length, k_scale, k_offset, head, K_GRID)
+        store_rows(d_k + image * dk_b + head * dk_h, of_keys, token, dk_n, length, DIM)
+        of_product = dot(cast(d_s, keys.dtype), keys) * (unit_v * unit_k)
+        if d_factor is not None:
+            tl.store(d_factor + at, tl.sum(of_product * queries.to(tl.float32), axis=1) * unit_q, mask=there)
+        of_product = of_product * of_softmax[:, None]
+        of_product = _through_site(raw_q, of_product, at_sums, token, length, q_scale, q_offset, head, Q_GRID)
+        store_rows(d_q + image * dq_b + head * dq_h, of_product, token, dq_n, length, DIM)
+    if d_bias is not None:
+        where = tl.program_id(0).to(tl.int64) * length * length + token[:, None] * length + token[None, :]
+        tl.store(d_bias + where, of_bias, mask=there[:, None] & there[None, :])
 
 
 @triton.jit
-def _of_queries(q, k, v, grad, d_q, top_of, inverse_of, delta_of, d_scale, d_offset, d_factor, bias, mask, rows, heads,
-                length, mask_rows, q_b, q_h, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k, LEVELS: tl.constexpr,
-                BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
+def _of_queries(q, k, v, grad, d_q, top_of, inverse_of, delta_of, d_scale, d_offset, d_factor, sums, bias, mask, factor,
+                q_scale, q_offset, k_scale, k_offset, p_scale, p_offset, v_scale, v_offset, heads, length, mask_rows, q_b, q_h,
+                q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, dq_b, dq_h, dq_n, factor_h, factor_n, p_h, p_n, bias_h,
+                bias_q, bias_k, mask_b, mask_h, mask_q, mask_k, Q_GRID: tl.constexpr, K_GRID: tl.constexpr,
+                P_GRID: tl.constexpr, V_GRID: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr,
+                BLOCK_K: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(length, BLOCK_Q)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) // blocks
     query = (tl.program_id(0) % blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    image, head = row // heads, row % heads
+    image, head = (row // heads).to(tl.int64), row % heads
     if bias is not None:
         bias += head * bias_h
     if mask is not None:
         mask += (image % mask_rows) * mask_b + head * mask_h
-    added = (bias, bias_q, bias_k, mask, mask_q, mask_k)
-    k, v = k + row * length * DIM, v + row * length * DIM_V
-    queries = load_rows(q + image * q_b + head * q_h, query, length, DIM)
-    g = load_rows(grad + row * length * DIM_V, query, length, DIM_V)
-    factor, scale, offset = of_queries(rows, head, heads, query, length)
-    top, inverse = running_statistics(queries, k, factor, query, length, added, BLOCK_K, DIM)
-    delta, sum_scale, sum_offset = tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top)
-    for start in range(0, length, BLOCK_K):
+    k, v = k + image * k_b + head * k_h, v + image * v_b + head * v_h
+    raw = load_rows(q + image * q_b + head * q_h, query, q_n, length, DIM)
+    queries = operand(raw, query, length, q_scale, q_offset, head, Q_GRID)
+    g = load_rows(grad + image * g_b + head * g_h, query, g_n, length, DIM_V)
+    unit_v = unit_of(v_scale, v_offset, head, V_GRID)
+    unit_q, unit_k = unit_of(q_scale, q_offset, head, Q_GRID), unit_of(k_scale, k_offset, head, K_GRID)
+    of_softmax = of_queries(factor, head, query, length, factor_h, factor_n)
+    by = of_softmax * (unit_q * unit_k)
+    scale, offset = by, by
+    if P_GRID is not None:
+        scale = of_queries(p_scale, head, query, length, p_h, p_n)
+        if p_offset is not None:
+            offset = of_queries(p_offset, head, query, length, p_h, p_n)
+    of_product = tl.zeros([BLOCK_Q, padded(DIM)], tl.float32)
+    delta, sum_scale, sum_offset = tl.zeros_like(by), tl.zeros_like(by), tl.zeros_like(by)
+    if ONE_BLOCK:
+        top, inverse = delta, delta
+    else:
+        top, inverse = running_statistics(
+            queries, k, k_n, k_scale, k_offset, head, by, query, length, bias, mask, bias_q, bias_k, mask_q, mask_k, K_GRID,
+            BLOCK_K, DIM,
+        )  # fmt: skip
+    for start in range(0, BLOCK_K if ONE_BLOCK else length, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
-        s = score(queries, load_rows(k, key, length, DIM), factor, query, key, length, added)
-        p = probability(s, top, inverse)
-        d_p, _, of_scale, of_offset = _through(p, g, load_rows(v, key, length, DIM_V), scale, offset, LEVELS)
+        keys = operand(load_rows(k, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID)
+        values = operand(load_rows(v, key, v_n, length, DIM_V), key, length, v_scale, v_offset, head, V_GRID)
+        s = scores(queries, keys, by, query, key, length, bias, mask, bias_q, bias_k, mask_q, mask_k)
+        if ONE_BLOCK:
+            top, e, inverse = statistics(s)
+        else:
+            e = tl.exp(s - top[:, None])
+        if p_offset is None:
+            p, d_p, _, of_scale, of_offset = _through(e, inverse[:, None], g, values, scale[:, None], None, P_GRID)
+        else:
+            p, d_p, _, of_scale, of_offset = _through(
+                e, inverse[:, None], g, values, scale[:, None], offset[:, None], P_GRID
+            )
         delta += tl.sum(p * d_p, axis=1)
-        sum_scale += tl.sum(of_scale, axis=1)
-        sum_offset += tl.sum(of_offset, axis=1)
-    at, there = row * length + query, query < length
+        if P_GRID is not None:
+            sum_scale += tl.sum(of_scale, axis=1)
+            if p_offset is not None:
+                sum_offset += tl.sum(of_offset, axis=1)
+        if ONE_BLOCK:
+            of_product += dot(cast(p * (d_p - delta[:, None]), keys.dtype), keys)
+    if not ONE_BLOCK:
+        for start in range(0, length, BLOCK_K):
+            key = start + tl.arange(0, BLOCK_K)
+            keys = operand(load_rows(k, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID)
+            values = operand(load_rows(v, key, v_n, length, DIM_V), key, length, v_scale, v_offset, head, V_GRID)
+            s = scores(queries, keys, by, query, key, length, bias, mask, bias_q, bias_k, mask_q, mask_k)
+            e = tl.exp(s - top[:, None])
+            if p_offset is None:
+                p, d_p, _, _, _ = _through(e, inverse[:, None], g, values, scale[:, None], None, P_GRID)
+            else:
+                p, d_p, _, _, _ = _through(e, inverse[:, None], g, values, scale[:, None], offset[:, None], P_GRID)
+            of_product += dot(cast(p * (d_p - delta[:, None]), keys.dtype), keys)
+    at, there = row.to(tl.int64) * length + query, query < length
     tl.store(top_of + at, top, mask=there)
     tl.store(inverse_of + at, inverse, mask=there)
     tl.store(delta_of + at, delta, mask=there)
-    tl.store(d_scale + at, sum_scale, mask=there)
-    tl.store(d_offset + at, sum_offset, mask=there)
-    of_product = tl.zeros([BLOCK_Q, padded(DIM)], tl.float32)
-    for start in range(0, length, BLOCK_K):
-        key = start + tl.arange(0, BLOCK_K)
-        keys = load_rows(k, key, length, DIM)
-        p = probability(score(queries, keys, factor, query, key, length, added), top, inverse)
-        d_p, _, _, _ = _through(p, g, load_rows(v, key, length, DIM_V), scale, offset, LEVELS)
-        of_product += dot(cast(p * (d_p - delta[:, None]), keys.dtype), keys)
-    store_rows(d_q + row * length * DIM, of_product * factor[:, None], query, length, DIM)
-    tl.store(d_factor + at, tl.sum(of_product * queries.to(tl.float32), axis=1), mask=there)
+    if P_GRID is not None:
+        tl.store(d_scale + at, sum_scale * unit_v, mask=there)
+        if p_offset is not None:
+            tl.store(d_offset + at, sum_offset * unit_v, mask=there)
+    of_product = of_product * (unit_v * unit_k)
+    if d_factor is not None:
+        tl.store(d_factor + at, tl.sum(of_product * queries.to(tl.float32), axis=1) * unit_q, mask=there)
+    of_product = of_product * of_softmax[:, None]
+    of_product = _through_site(
+        raw, of_product, sums + tl.program_id(0).to(tl.int64) * 2, query, length, q_scale, q_offset, head, Q_GRID
+    )
+    store_rows(d_q + image * dq_b + head * dq_h, of_product, query, dq_n, length, DIM)
 
 
 @triton.jit
-def _of_keys(q, k, v, grad, d_k, d_v, top_of, inverse_of, delta_of, bias, mask, rows, heads, length, mask_rows, q_b, q_h,
-             bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k, LEVELS: tl.constexpr, BLOCK_Q: tl.constexpr,
-             BLOCK_K: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
+def _of_keys(q, k, v, grad, d_k, d_v, top_of, inverse_of, delta_of, sums, bias, mask, factor, q_scale, q_offset, k_scale,
+             k_offset, p_scale, p_offset, v_scale, v_offset, heads, length, mask_rows, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h,
+             v_n, g_b, g_h, g_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n, factor_h, factor_n, p_h, p_n, bias_h, bias_q, bias_k,
+             mask_b, mask_h, mask_q, mask_k, Q_GRID: tl.constexpr, K_GRID: tl.constexpr, P_GRID: tl.constexpr,
+             V_GRID: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr,
+             DIM_V: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(length, BLOCK_K)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) // blocks
     key = (tl.program_id(0) % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-    image, head = row // heads, row % heads
+    image, head = (row // heads).to(tl.int64), row % heads
     if bias is not None:
         bias += head * bias_h
     if mask is not None:
         mask += (image % mask_rows) * mask_b + head * mask_h
-    added = (bias, bias_q, bias_k, mask, mask_q, mask_k)
-    keys = load_rows(k + row * length * DIM, key, length, DIM)
-    values = load_rows(v + row * length * DIM_V, key, length, DIM_V)
+    q, grad = q + image * q_b + head * q_h, grad + image * g_b + head * g_h
+    raw_k = load_rows(k + image * k_b + head * k_h, key, k_n, length, DIM)
+    raw_v = load_rows(v + image * v_b + head * v_h, key, v_n, length, DIM_V)
+    keys = operand(raw_k, key, length, k_scale, k_offset, head, K_GRID)
+    values = operand(raw_v, key, length, v_scale, v_offset, head, V_GRID)
+    unit_v = unit_of(v_scale, v_offset, head, V_GRID)
+    unit_q, unit_k = unit_of(q_scale, q_offset, head, Q_GRID), unit_of(k_scale, k_offset, head, K_GRID)
     of_keys = tl.zeros([BLOCK_K, padded(DIM)], tl.float32)
     of_values = tl.zeros([BLOCK_K, padded(DIM_V)], tl.float32)
     for start in range(0, length, BLOCK_Q):
         query = start + tl.arange(0, BLOCK_Q)
-        at, there = row * length + query, query < length
-        queries = load_rows(q + image * q_b + head * q_h, query, length, DIM)
-        g = load_rows(grad + row * length * DIM_V, query, length, DIM_V)
-        factor, scale, offset = of_queries(rows, head, heads, query, length)
+        at, there = row.to(tl.int64) * length + query, query < length
+        queries = operand(load_rows(q, query, q_n, length, DIM), query, length, q_scale, q_offset, head, Q_GRID)
+        g = load_rows(grad, query, g_n, length, DIM_V)
+        of_softmax = of_queries(factor, head, query, length, factor_h, factor_n)
         top, inverse = tl.load(top_of + at, mask=there, other=0.0), tl.load(inverse_of + at, mask=there, other=0.0)
-        p = probability(score(queries, keys, factor, query, key, length, added), top, inverse)
-        d_p, image_p, _, _ = _through(p, g, values, scale, offset, LEVELS)
-        of_values += dot(tl.trans(cast(image_p, g.dtype)), g)
-        d_s = p * (d_p - tl.load(delta_of + at, mask=there, other=0.0)[:, None])
-        of_keys += dot(tl.trans(cast(d_s * factor[:, None], queries.dtype)), queries)
-    store_rows(d_k + row * length * DIM, of_keys, key, length, DIM)
-    store_rows(d_v + row * length * DIM_V, of_values, key, length, DIM_V)
+        s = dot(keys, tl.trans(queries)) * (of_softmax * (unit_q * unit_k))[None, :]
+        s = add_to_scores(s, bias, mask, query[None, :], key[:, None], length, bias_q, bias_k, mask_q, mask_k)
+        e = tl.exp(s - top[None, :])
+        if P_GRID is None:
+            p, d_p, image_p, _, _ = _through(e, inverse[None, :], values, g, top, None, P_GRID)
+        else:
+            scale = of_queries(p_scale, head, query, length, p_h, p_n)
+            if p_offset is None:
+                p, d_p, image_p, _, _ = _through(e, inverse[None, :], values, g, scale[None, :], None, P_GRID)
+                if p_n is not None:  # else once, at the end
+                    image_p = image_p * scale[None, :]
+            else:
+                offset = of_queries(p_offset, head, query, length, p_h, p_n)
+                p, d_p, image_p, _, _ = _through(
+                    e, inverse[None, :], values, g, scale[None, :], offset[None, :], P_GRID
+                )
+        of_values += dot(cast(image_p, g.dtype), g)
+        d_s = p * (d_p - tl.load(delta_of + at, mask=there, other=0.0)[None, :])
+        of_keys += dot(cast(d_s * of_softmax[None, :], queries.dtype), queries)
+    at_sums = sums + tl.program_id(0).to(tl.int64) * 4
+    of_keys = of_keys * (unit_v * unit_q)
+    of_keys = _through_site(raw_k, of_keys, at_sums, key, length, k_scale, k_offset, head, K_GRID)
+    store_rows(d_k + image * dk_b + head * dk_h, of_keys, key, dk_n, length, DIM)
+    if P_GRID is not None:
+        if p_offset is None and p_n is None:
+            of_values = of_values * tl.load(p_scale + head * p_h)
+    of_values = _through_site(raw_v, of_values, at_sums + 2, key, length, v_scale, v_offset, head, V_GRID)
+    store_rows(d_v + image * dv_b + head * dv_h, of_values, key, dv_n, length, DIM_V)
 
 
 @triton.jit
-def _of_bias(q, k, v, grad, d_bias, top_of, inverse_of, delta_of, batch, run, bias, mask, rows, heads, length, mask_rows,
-             q_b, q_h, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k, LEVELS: tl.constexpr, BLOCK_Q: tl.constexpr,
+def _of_bias(q, k, v, grad, d_bias, top_of, inverse_of, delta_of, batch, run, bias, mask, factor, q_scale, q_offset, k_scale,
+             k_offset, p_scale, p_offset, v_scale, v_offset, heads, length, mask_rows, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h,
+             v_n, g_b, g_h, g_n, factor_h, factor_n, p_h, p_n, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k,
+             Q_GRID: tl.constexpr, K_GRID: tl.constexpr, P_GRID: tl.constexpr, V_GRID: tl.constexpr, BLOCK_Q: tl.constexpr,
              BLOCK_K: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
     """Sum dL/ds over the images [part * run, (part + 1) * run) of the batch, into d_bias (parts, heads, length, length)."""
     across = tl.cdiv(length, BLOCK_K)
     tiles = tl.cdiv(length, BLOCK_Q) * across
-    tile, plane = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
-    head, first = plane % heads, plane // heads * run
+    tile, plane = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    head, first = plane % heads, (plane // heads).to(tl.int64) * run
     query, key = tile // across * BLOCK_Q + tl.arange(0, BLOCK_Q), tile % across * BLOCK_K + tl.arange(0, BLOCK_K)
-    factor, scale, offset = of_queries(rows, head, heads, query, length)
-    if bias is not None:
-        bias += head * bias_h
+    bias += head * bias_h
+    unit_v = unit_of(v_scale, v_offset, head, V_GRID)
+    units = unit_of(q_scale, q_offset, head, Q_GRID) * unit_of(k_scale, k_offset, head, K_GRID)
+    by = of_queries(factor, head, query, length, factor_h, factor_n) * units
+    scale, offset = by, by
+    if P_GRID is not None:
+        scale = of_queries(p_scale, head, query, length, p_h, p_n)
+        if p_offset is not None:
+            offset = of_queries(p_offset, head, query, length, p_h, p_n)
     found, there = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), query < length
     for image in range(first, tl.minimum(first + run, batch)):
-        row = image * heads + head
-        at = row * length + query
-        of_image = mask
-        if mask is not None:
-            of_image = mask + (image % mask_rows) * mask_b + head * mask_h
-        added = (bias, bias_q, bias_k, of_image, mask_q, mask_k)
-        queries = load_rows(q + image * q_b + head * q_h, query, length, DIM)
-        keys = load_rows(k + row * length * DIM, key, length, DIM)
-        g = load_rows(grad + row * length * DIM_V, query, length, DIM_V)
-        values = load_rows(v + row * length * DIM_V, key, length, DIM_V)
+        at = (image * heads + head) * length + query
+        queries, keys = q + image * q_b + head * q_h, k + image * k_b + head * k_h
+        queries = operand(load_rows(queries, query, q_n, length, DIM), query, length, q_scale, q_offset, head, Q_GRID)
+        keys = operand(load_rows(keys, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID)
+        values = load_rows(v + image * v_b + head * v_h, key, v_n, length, DIM_V)
+        values = operand(values, key, length, v_scale, v_offset, head, V_GRID)
+        g = load_rows(grad + image * g_b + head * g_h, query, g_n, length, DIM_V)
         top, inverse = tl.load(top_of + at, mask=there, other=0.0), tl.load(inverse_of + at, mask=there, other=0.0)
-        p = probability(score(queries, keys, factor, query, key, length, added), top, inverse)
-        d_p, _, _, _ = _through(p, g, values, scale, offset, LEVELS)
+        if mask is None:
+            s = scores(queries, keys, by, query, key, length, bias, mask, bias_q, bias_k, mask_q, mask_k)
+        else:
+            own = mask + (image % mask_rows) * mask_b + head * mask_h
+            s = scores(queries, keys, by, query, key, length, bias, own, bias_q, bias_k, mask_q, mask_k)
+        e = tl.exp(s - top[:, None])
+        if p_offset is None:
+            p, d_p, _, _, _ = _through(e, inverse[:, None], g, values, scale[:, None], None, P_GRID)
+        else:
+            p, d_p, _, _, _ = _through(e, inverse[:, None], g, values, scale[:, None], offset[:, None], P_GRID)
         found += p * (d_p - tl.load(delta_of + at, mask=there, other=0.0)[:, None])
-    where = plane * length * length + query[:, None] * length + key[None, :]
-    tl.store(d_bias + where, found, mask=there[:, None] & (key < length)[None, :])
+    where = plane.to(tl.int64) * length * length + query[:, None] * length + key[None, :]
+    tl.store(d_bias + where, found * unit_v, mask=there[:, None] & (key < length)[None, :])
 
 
 def quant_attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, rows: Tensor, qmin: int, qmax: int,
-    shift: float, reach: float, elastic: bool, quantized: bool, grad: Tensor, d_q: Tensor, d_k: Tensor, d_v: Tensor,
-    d_rows: Tensor, d_bias: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, factor: Tensor | None, softmax_scale: float,
+    scales: list[Tensor | None], grids: list[float], grad: Tensor, d_q: Tensor, d_k: Tensor, d_v: Tensor, d_sites: Tensor,
+    d_probs: Tensor | None, d_factor: Tensor | None, d_bias: Tensor | None,
 ) -> None:  # fmt: skip
-    """Write the gradients of the images q, k, v, of `rows` for each image (3, B, H, N), and of the bias (H, N, N), float64.
+    """Write the gradients of q, k and v (B, H, N, D), whose features lie one after another, and sums over their parts in float64.
 
-    grad is contiguous, of the dtype of v; d_q, d_k, d_v are contiguous float32.
+    Of scale and offset of q, k and v in turn for each head (6, H); of those of the probabilities for each image (2, B, H, N)
+    float32, of the softmax scale likewise (B, H, N), and of the bias (H, N, N), float64.
     """
-    batch, heads, length, _ = q.shape
-    told = arguments(q, k, v, bias, mask, rows, Levels(qmin, qmax, shift, reach, elastic) if quantized else None)
-    kept = torch.empty(3, batch, heads, length, dtype=torch.float32, device=q.device)
-    told |= {"grad": grad, "top_of": kept[0], "inverse_of": kept[1], "delta_of": kept[2]}
-    sums = {"d_factor": d_rows[0], "d_scale": d_rows[1], "d_offset": d_rows[2]}
-    down, across = triton.cdiv(length, told["BLOCK_Q"]), triton.cdiv(length, told["BLOCK_K"])
-    if down == across == 1:
-        launch(_of_window, (batch * heads,), d_q=d_q, d_k=d_k, d_v=d_v, **sums, **told)
+    batch, heads, length, dim = q.shape
+    told = arguments(q, k, v, bias, mask, factor, softmax_scale, scales, grids)
+    told |= (
+        {"grad": grad}
+        | _strides_of("g", grad)
+        | _strides_of("dq", d_q)
+        | _strides_of("dk", d_k)
+        | _strides_of("dv", d_v)
+    )
+    told["P_GRID"] = None if told["P_GRID"] is None else (*told["P_GRID"], told["p_offset"] is not None)
+    of_probs = (
+        dict.fromkeys(("d_scale", "d_offset")) if d_probs is None else {"d_scale": d_probs[0], "d_offset": d_probs[1]}
+    )
+    tiles = tiles_of(length, max(dim, v.shape[-1]), q.dtype, not bias is mask is None)
+    by_queries, by_keys = tiles.queries.arguments(length), tiles.keys.arguments(length)
+    down, across = triton.cdiv(length, by_queries["BLOCK_Q"]), triton.cdiv(length, by_keys["BLOCK_K"])
+    new = lambda *size: torch.empty(size, dtype=torch.float32, device=q.device)  # noqa: E731
+    if length <= by_keys["BLOCK_K"] == by_keys["BLOCK_Q"]:
+        run = 1 if d_bias is None else triton.cdiv(batch, max(1, PROGRAMS // heads))
+        parts = triton.cdiv(batch, run)
+        of_bias, sums = None if d_bias is None else new(parts, heads, length, length), new(batch, heads, 6)
+        launch(
+            _of_window, (parts * heads,), d_q=d_q, d_k=d_k, d_v=d_v, d_factor=d_factor, d_bias=of_bias, sums=sums, batch=batch,
+            run=run, **of_probs, **by_keys, **told,
+        )  # fmt: skip
+        _sum_sites(((0, 6, sums),), scales, d_sites)
     else:
-        launch(_of_queries, (batch * heads * down,), d_q=d_q, **sums, **told)
-        launch(_of_keys, (batch * heads * across,), d_k=d_k, d_v=d_v, **told)
+        kept, of_q, of_kv = new(3, batch, heads, length), new(batch, heads, down, 2), new(batch, heads, across, 4)
+        told |= {"top_of": kept[0], "inverse_of": kept[1], "delta_of": kept[2]}
+        launch(
+            _of_queries, (batch * heads * down,), d_q=d_q, d_factor=d_factor, sums=of_q,
+            ONE_BLOCK=length <= by_queries["BLOCK_K"], **of_probs, **by_queries, **_without(told, "dk", "dv"),
+        )  # fmt: skip
+        launch(
+            _of_keys, (batch * heads * across,), d_k=d_k, d_v=d_v, sums=of_kv, **by_keys, **_without(told, "dq")
+        )  # fmt: skip
+        _sum_sites(((0, 2, of_q), (2, 6, of_kv)), scales, d_sites)
+        if d_bias is not None:
+            tile = by_keys
+            down, across = triton.cdiv(length, tile["BLOCK_Q"]), triton.cdiv(length, tile["BLOCK_K"])
+            run = triton.cdiv(batch, max(1, PROGRAMS // (heads * down * across)))
+            of_bias = new(triton.cdiv(batch, run), heads, length, length)
+            launch(
+                _of_bias, (len(of_bias) * heads * down * across,), d_bias=of_bias, batch=batch, run=run, **tile,
+                **_without(told, "dq", "dk", "dv"),
+            )  # fmt: skip
     if d_bias is not None:
-        run = triton.cdiv(batch, max(1, PROGRAMS // (heads * down * across)))
-        parts = torch.empty(triton.cdiv(batch, run), heads, length, length, dtype=torch.float32, device=q.device)
-        launch(_of_bias, (len(parts) * heads * down * across,), d_bias=parts, batch=batch, run=run, **told)
-        torch.sum(parts, 0, dtype=torch.float64, out=d_bias)
+        torch.sum(of_bias, 0, dtype=torch.float64, out=d_bias)
+
+
+def _strides_of(name: str, x: Tensor) -> dict[str, int]:
+    return dict(zip((f"{name}_b", f"{name}_h", f"{name}_n"), x.stride(), strict=False))
+
+
+def _without(told: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Return what a kernel is told that writes no tensors of these names."""
+    return {key: value for key, value in told.items() if key.rpartition("_")[0] not in names}
+
+
+def _sum_sites(parts: tuple[tuple[int, int, Tensor], ...], scales: list[Tensor | None], d_sites: Tensor) -> None:
+    """Add up what programs left of the sites `first` to `last` of d_sites, where they have any; others' values are not read."""
+    quantized = [scales[i] is not None for i in (0, 0, 2, 2, 6, 6)]
+    for first, last, found in parts:
+        if any(quantized[first:last]):
+            sums = found.movedim(-1, 0)
+            torch.sum(sums, [1, *range(3, sums.dim())], dtype=torch.float64, out=d_sites[first:last])
 
 
 OPERATORS = (quant_attention_backward,)
 
 
 def samples() -> None:
-    """Launch each kernel in the kinds that differ once compiled: dtypes, tiles, levels, what is added."""
-    plain, elastic, none = (0, 3, 0.0, 0.0, False, True), (0, 1, 0.0, 0.0, True, True), (0, 1, 0.0, 0.0, False, False)
-    kinds = {
-        torch.float32: (
-            (16, 32, plain, False),
-            (197, 32, elastic, False),
-            (197, 64, plain, True),
-            (197, 128, plain, True),
-        ),
+    """Launch each kernel in the kinds that differ once compiled: dtypes, tiles, grids, offsets, what is added and learned."""
+    plain, elastic, signed = (0, 3, 0.0, 0.0, 3.0, 0.0), (0, 1, 0.0, 0.0, 1.0, 1.0), (-2, 1, 0.0, -2.0, 1.0, 0.0)
+    kinds = {  # tokens, features, probabilities' grid, whether all is learned and added
+        torch.float32: ((16, 32, plain, False), (197, 32, elastic, True), (197, 64, plain, True), (197, 128, plain, False)),
         torch.bfloat16: (
-            (49, 64, plain, True),
-            (197, 64, plain, True),
-            (197, 128, elastic, False),
-            (197, 256, none, True),
+            (49, 32, plain, True), (49, 32, plain, False), (64, 64, plain, True), (197, 64, plain, False),
+            (197, 64, plain, True), (577, 64, plain, False), (577, 64, elastic, True), (197, 128, plain, False),
+            (197, 128, elastic, True), (197, 256, None, True),
         ),
-    }
+    }  # fmt: skip
     for dtype, found in kinds.items():
-        for length, dim, levels, added in found:
-            x, rows = torch.zeros(2, 3, length, dim, dtype=dtype), torch.ones(3, 3, length)
-            bias, mask = (torch.zeros(1, 3, length, length) if added else None for _ in range(2))
-            told = x, x, x, bias, mask, rows, *levels
-            quant_attention(*told)
-            d_x, d_bias = torch.zeros(x.shape), torch.zeros(3, length, length, dtype=torch.float64) if added else None
-            quant_attention_backward(*told, x, d_x, d_x, d_x, torch.zeros(3, 2, 3, length), d_bias)
+        for length, dim, probs, everything in found:
+            x, one = torch.zeros(2, length, 3, 3, dim, dtype=dtype).permute(2, 0, 3, 1, 4), torch.ones(3, 1, 1)
+            bias, mask = (torch.zeros(1, 3, length, length, dtype=dtype) if everything else None for _ in range(2))
+            pair = [one, one if everything and probs is not plain else None]
+            scales = [*pair, *pair, None, None, *pair] if probs is None else pair * 4
+            grids = [*signed, *signed, *(probs or ()), *signed]
+            factor = torch.ones(3, length, 1) if everything and probs is elastic else None
+            told = *x, bias, mask, factor, 0.125, scales, grids
+            out = quant_attention(*told)
+            of_probs, of_factor = (
+                torch.zeros(2, 2, 3, length, 1),
+                None if factor is None else torch.zeros(2, 3, length, 1),
+            )
+            d_bias = None if bias is None else torch.zeros(3, length, length, dtype=torch.float64)
+            d_sites = torch.zeros(6, 3, dtype=torch.float64)
+            quant_attention_backward(
+                *told, out, *torch.zeros_like(x), d_sites, None if probs is None else of_probs, of_factor, d_bias
+            )

@@ -11,6 +11,7 @@ from dsquant.ops.native_attention import Attention, choose
 from dsquant.ops.quant_attention import quant_attention
 from dsquant.spec import Levels
 
+FEW = 4
 GRIDS = {"q": Levels(-2, 1), "k": Levels(-4, 3), "probs": Levels(0, 3), "v": Levels(-2, 1)}
 SHAPES = {  # B, H, N, D, D of v
     "one token": (2, 2, 1, 16, 16), "windows": (2, 2, 49, 32, 32), "windows of 24 features": (2, 1, 49, 24, 24),
@@ -124,8 +125,11 @@ def check(given, floor):
     exact = outcome(composed, given, torch.float64)
     found, plain = outcome(quant_attention, given), outcome(naive, given)
     assert all(f.shape == e.shape for f, e in zip(found, exact, strict=True))
-    for error, other in zip(errors(found, exact), errors(plain, exact), strict=True):
-        assert error <= max(2 * other, floor)
+    others = errors(plain, exact)
+    # Of what is a few values alone an error is chance: it is held against the worst that plain operations make of any of these.
+    few = max((other for other, e in zip(others, exact, strict=True) if e.numel() <= FEW), default=0.0)
+    for error, other, e in zip(errors(found, exact), others, exact, strict=True):
+        assert error <= max(2 * (few if e.numel() <= FEW else other), floor)
 
 
 def everything(shape):
@@ -163,8 +167,10 @@ def test_every_option_errs_at_most_twice_as_much_as_plain_operations(name, dtype
 def test_kernels_run_forward_and_backward_and_a_window_takes_one_of_each():
     many = case((1, 1, 70, 16, 16), torch.bfloat16, bias=True)
     one = case((1, 1, 49, 16, 16), torch.bfloat16)
+    windows = case((1, 1, 49, 16, 16), torch.bfloat16, bias=True)
     assert launched(lambda: outcome(quant_attention, many)) == ["_forward", "_of_queries", "_of_keys", "_of_bias"]
     assert launched(lambda: outcome(quant_attention, one)) == ["_forward", "_of_window"]
+    assert launched(lambda: outcome(quant_attention, windows)) == ["_forward", "_of_window"]
 
 
 BEYOND = {  # what the kernels do not take, and what the error says of it
@@ -264,19 +270,21 @@ def test_padded_keys_get_no_gradient_and_a_row_of_padding_is_what_it_is_in_the_d
     assert not found[3][1, :, 5:].any()
 
 
-def test_results_do_not_change_from_run_to_run_nor_with_how_the_batch_is_cut_for_the_bias(monkeypatch):
-    given = case((6, 2, 20, 16, 16), bias=True, mask=(3, 1, 20, 20))
-    first = outcome(quant_attention, given)
-    assert len(sums_of_bias(given)) == 6
+@pytest.mark.parametrize(("length", "dtype"), [(20, torch.bfloat16), (40, torch.float32)], ids=["a window", "blocks"])
+def test_results_do_not_change_from_run_to_run_nor_with_how_the_batch_is_cut_for_the_bias(length, dtype, monkeypatch):
+    given = case((6, 2, length, 16, 16), dtype, bias=True, mask=(3, 1, length, length))
+    first, (each, launched_by) = outcome(quant_attention, given), sums_of_bias(given)
+    assert len(each) == 6
     assert all(torch.equal(a, b) for a, b in zip(first, outcome(quant_attention, given), strict=True))
-    monkeypatch.setattr("dsquant.ops.gpu.quant_attention_backward.PROGRAMS", 4)
-    assert len(sums_of_bias(given)) == 2
+    monkeypatch.setattr("dsquant.ops.gpu.quant_attention_backward.PROGRAMS", 2 * launched_by // 6)
+    assert len(sums_of_bias(given)[0]) == 2
     for one, other in zip(first, outcome(quant_attention, given), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
 def sums_of_bias(given):
-    """Return the partial sums that the bias's kernel is launched to fill."""
+    """Return the partial sums of the bias's gradient that a kernel is launched to fill, and by how many programs."""
     with gpu.recorded() as launches:
         outcome(quant_attention, given)
-    return next(launch for launch in launches if launch.kernel.__name__ == "_of_bias").arguments["d_bias"]
+    found = next(launch for launch in launches if launch.arguments.get("d_bias") is not None)
+    return found.arguments["d_bias"], found.grid[0]
