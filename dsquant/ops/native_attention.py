@@ -237,7 +237,7 @@ def _backward_on_gpu(of: Attention, backend: str, grad: Tensor, sums: Gradients)
 
 
 def gradients_of_qkv(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """Return new tensors like q, k and v, a token's one after another: as the layer before writes them, where they have one shape."""
+    """Return new tensors like q, k and v: of one shape, as parts of one tensor, as the layer before has written them."""
     batch, heads, length, dim = q.shape
     if q.shape == k.shape == v.shape:
         return list(q.new_empty(batch, length, 3, heads, dim).permute(2, 0, 3, 1, 4).unbind(0))

@@ -26,8 +26,8 @@ def interleaved(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def captured(run: Callable[[], Any], warmup: int = 3) -> Callable[[], None]:
-    """Return a replay of what `run` launches on the GPU, a CUDA graph: Python's launches take longer than a small kernel."""
+def captured(run: Callable[[], Any], warmup: int = 3, times: int = 1) -> Callable[[], None]:
+    """Return a replay of what `run` launches on the GPU, some times in a row, as a CUDA graph: Python's launches take longer."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # kernels are compiled, and libraries set up, before the capture
@@ -36,7 +36,8 @@ def captured(run: Callable[[], Any], warmup: int = 3) -> Callable[[], None]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
+        for _ in range(times):
+            run()
     return graph.replay
 
 

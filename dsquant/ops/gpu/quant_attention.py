@@ -1,4 +1,4 @@
-"""Attention through its four quantizers as Triton kernels: q, k and v are quantized as they are read, nothing of size N^2 is stored.
+"""Attention through its four quantizers as Triton kernels: q, k and v are quantized as they are read, nothing of N^2 is stored.
 
 A program takes a block of queries of one head of one image (row `image * heads + head`). Where a block of keys holds the whole
 sequence, scores are formed once; else it goes over the keys twice, first for the maximum and the sum of each row of scores.
@@ -150,7 +150,7 @@ def unit_of(scale, offset, head, GRID: tl.constexpr):
 
 @triton.jit
 def operand(x, row, length, scale, offset, head, GRID: tl.constexpr):
-    """Return what enters a product for rows of a site, in the dtype of x: levels, images where there is an offset, or x itself."""
+    """Return what enters a product for rows of a site, in the dtype of x: levels, with an offset images, or x itself."""
     found = x
     if GRID is not None:
         s = scale_of(scale, head, GRID[6])
@@ -163,7 +163,7 @@ def operand(x, row, length, scale, offset, head, GRID: tl.constexpr):
 
 @triton.jit
 def of_queries(x, head, query, length, h, n):
-    """Return a value of each query: of a tensor with strides of heads and queries, the latter None where all share it, or a number."""
+    """Return a value of each query: of a tensor with strides h and n, the latter None where a head shares it, or a number x."""
     if h is None:
         found = tl.zeros_like(query).to(tl.float32) + x
     elif n is None:
@@ -220,7 +220,7 @@ def running_statistics(queries, k, k_n, k_scale, k_offset, head, factor, query, 
 
 @triton.jit
 def probs_in_units(e, inverse, scale, offset):
-    """Return v = (p - offset) / scale of probabilities p = e * inverse, which are exact to rounding alone; rows' values broadcast."""
+    """Return v = (p - offset) / scale of probabilities p = e * inverse, to rounding; what rows have is shaped to broadcast."""
     v = e * tl.math.div_rn(inverse, scale)
     if offset is not None:
         v = v - tl.math.div_rn(offset, scale)
@@ -274,9 +274,8 @@ def _forward(q, k, v, out, bias, mask, factor, q_scale, q_offset, k_scale, k_off
             p = p * scale[:, None] + offset[:, None]
         found += dot(cast(p, values.dtype), values)
     found = found * unit_of(v_scale, v_offset, head, V_GRID)
-    if P_GRID is not None:
-        if p_offset is None:
-            found = found * scale[:, None]
+    if P_GRID is not None and p_offset is None:
+        found = found * scale[:, None]
     store_rows(out + image * o_b + head * o_h, found, query, o_n, length, DIM_V)
 
 

@@ -60,7 +60,7 @@ def _through_probs(v, g, GRID: tl.constexpr):
 
 @triton.jit
 def _through_site(x, d_hat, sums, row, length, scale, offset, head, GRID: tl.constexpr):
-    """Return dL/dx of rows of a site whose images have the gradient d_hat; leave their parts of d scale and d offset at `sums`."""
+    """Return dL/dx of rows of a site whose images have the gradient d_hat; leave parts of d scale and d offset at `sums`."""
     found = d_hat
     if GRID is not None:
         v = in_units(x, scale_of(scale, head, GRID[6]), offset, head, GRID[6])
@@ -103,7 +103,7 @@ def _of_window(q, k, v, grad, d_q, d_k, d_v, d_scale, d_offset, d_factor, d_bias
                factor_n, p_h, p_n, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k, Q_GRID: tl.constexpr,
                K_GRID: tl.constexpr, P_GRID: tl.constexpr, V_GRID: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
                DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
-    """Go over the images [part * run, (part + 1) * run) of the batch, and sum dL/ds into d_bias (parts, heads, length, length)."""
+    """Go over the images [part * run, (part + 1) * run) of the batch, and sum dL/ds in d_bias (parts, heads, length, length)."""
     head, token = tl.program_id(0) % heads, tl.arange(0, BLOCK_Q)
     first = (tl.program_id(0) // heads).to(tl.int64) * run
     if bias is not None:
@@ -133,7 +133,7 @@ def _of_window(q, k, v, grad, d_q, d_k, d_v, d_scale, d_offset, d_factor, d_bias
         else:
             own = mask + (image % mask_rows) * mask_b + head * mask_h
             s = scores(queries, keys, by, token, token, length, bias, own, bias_q, bias_k, mask_q, mask_k)
-        top, e, inverse = statistics(s)
+        _, e, inverse = statistics(s)
         if p_offset is None:
             p, d_p, image_p, of_scale, of_offset = _through(
                 e, inverse[:, None], g, values, scale[:, None], None, P_GRID
@@ -313,9 +313,8 @@ def _of_keys(q, k, v, grad, d_k, d_v, top_of, inverse_of, delta_of, sums, bias, 
     of_keys = of_keys * (unit_v * unit_q)
     of_keys = _through_site(raw_k, of_keys, at_sums, key, length, k_scale, k_offset, head, K_GRID)
     store_rows(d_k + image * dk_b + head * dk_h, of_keys, key, dk_n, length, DIM)
-    if P_GRID is not None:
-        if p_offset is None and p_n is None:
-            of_values = of_values * tl.load(p_scale + head * p_h)
+    if (P_GRID is not None) and (p_offset is None and p_n is None):
+        of_values = of_values * tl.load(p_scale + head * p_h)
     of_values = _through_site(raw_v, of_values, at_sums + 2, key, length, v_scale, v_offset, head, V_GRID)
     store_rows(d_v + image * dv_b + head * dv_h, of_values, key, dv_n, length, DIM_V)
 
