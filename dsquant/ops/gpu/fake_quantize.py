@@ -1,56 +1,107 @@
 """Activation quantizers as Triton kernels: forward in one pass, backward with the sums of d scale and d offset in another.
 
-An activation is read as a matrix (rows, cols) in which either a row has one scale, row r that of group r % n_groups (a scale
-for all, for each head or token), or a column has (a scale for each channel). A program takes a tile of it and, backward, writes
-one float32 sum for each row or column of its tile; those are added up in float64, in one order: no atomics.
+An activation is read as a matrix of which either a row has one scale, row r that of group r % n_groups (a scale for each head or
+token), or a column has (a scale for each channel), or all of it has: `Layout`. A program takes one tile of it forward; backward
+several, one below the other, of the same groups, and writes a float32 sum for each group at the end. Those are added up in
+float64 by one kernel more, in one order that the shape alone decides: no atomics.
+
+Programs would spend more time on division than on memory, were it not for `quotient`.
 """
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsquant.ops.gpu.launch import launch
+from dsquant.ops.gpu.launch import interpreted, launch
 
-TILE = 2048  # elements of a program
+TILE = 2048  # elements of a program, or of its step
+FORWARD_TILE = 4096
+STEPS, PROGRAMS = 8, 2048  # the most steps of a program backward; programs below which there are fewer steps
+NARROWEST = 64  # columns of a tile, where there are as many: whole sectors of memory
+SUM_TILE = 4096  # partial sums that are added up at a time
+OPTIONS, SUM_OPTIONS = {"num_warps": 4}, {"num_warps": 8}
+INTERPRETED = tl.constexpr(interpreted())
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it to |v| < 2**22 rounds half to even, as float32 addition does
+ORDINARY = tl.constexpr(2.0**64)  # `quotient` divides by scales between this and its inverse
+FAR = tl.constexpr(2.0**40)  # beyond any level
 
 
 class Layout(NamedTuple):
-    """Say how an activation lies as a matrix, and what part of it a program takes."""
+    """Say how an activation lies as a matrix of `cols` columns, and what part of it a program takes.
 
-    rows: int
+    The scales of `period` rows repeat in the next `period`. A step of a program takes a tile within such rows, the next step the
+    same tile `period` rows further down.
+    """
+
+    by: str  # what has a scale: "row", "column" or "all"
     cols: int
-    per_column: bool
+    period: int
     block_rows: int
     block_cols: int
+    repeats: int
+    steps: int
 
     @classmethod
-    def of(cls, numel: int, n_groups: int, inner: int) -> "Layout":
-        """Lay out elements of which the i-th has the scale (i // inner) % n_groups."""
-        per_column = inner == 1 and n_groups > 1
-        cols = n_groups if per_column else numel if n_groups == 1 else inner
-        block_cols = min(triton.next_power_of_2(cols), TILE)
-        rows = numel // cols
-        return cls(rows, cols, per_column, min(triton.next_power_of_2(rows), TILE // block_cols), block_cols)
+    def of(cls, numel: int, n_groups: int, inner: int, tile: int, most_steps: int) -> "Layout":
+        """Lay out elements of which the i-th has the scale (i // inner) % n_groups, in tiles of so many elements."""
+        if n_groups == 1:
+            by, cols, period = "all", tile, 1
+            shape = 1, tile
+        elif inner == 1:
+            by, cols = "column", n_groups
+            shape = _fitting(triton.cdiv(numel, cols), cols, tile)
+            period = shape[0]
+        else:
+            by, cols, period = "row", inner, n_groups
+            shape = _fitting(period, cols, tile)
+        repeats = triton.cdiv(numel, cols * period)
+        of_step = triton.cdiv(period, shape[0]) * triton.cdiv(cols, shape[1])
+        return cls(by, cols, period, *shape, repeats, min(max(1, repeats * of_step // PROGRAMS), most_steps, repeats))
 
     @property
-    def tiles(self) -> tuple[int, int]:
-        """Give how many tiles there are along rows and columns."""
-        return triton.cdiv(self.rows, self.block_rows), triton.cdiv(self.cols, self.block_cols)
+    def programs(self) -> tuple[int, int, int]:
+        """Give how many programs there are down the whole matrix, within a period, and across."""
+        turns, down = triton.cdiv(self.repeats, self.steps), triton.cdiv(self.period, self.block_rows)
+        return turns, down, triton.cdiv(self.cols, self.block_cols)
 
-    def arguments(self, n_groups: int) -> dict[str, int | bool]:
-        return {"rows": self.rows, "cols": self.cols, "n_groups": n_groups, "PER_COLUMN": self.per_column,
-                "BLOCK_ROWS": self.block_rows, "BLOCK_COLS": self.block_cols}  # fmt: skip
+
+def _fitting(rows: int, cols: int, tile: int) -> tuple[int, int]:
+    """Return the shape of tiles, powers of two, of which the fewest elements lie beyond the matrix; rows as long as can be."""
+    longest = min(tile, triton.next_power_of_2(cols))
+    lengths = [longest >> i for i in range(longest.bit_length()) if longest >> i >= min(NARROWEST, longest)]
+    shapes = [(min(tile // length, triton.next_power_of_2(rows)), length) for length in lengths]
+    return min(shapes, key=lambda shape: -(-rows // shape[0]) * -(-cols // shape[1]) * (shape[0] * shape[1] + 128))
+
+
+@cache
+def _told(numel: int, n_groups: int, inner: int, tile: int, steps: int) -> tuple[int, int, dict[str, Any]]:
+    """Return how many programs there are, how many partial sums each group has, and what the kernels are told of the layout."""
+    layout = Layout.of(numel, n_groups, inner, tile, steps)
+    turns, down, across = layout.programs
+    beyond = layout.period % layout.block_rows, layout.cols % layout.block_cols, numel % (layout.period * layout.cols)
+    told = {"numel": numel, "cols": layout.cols, "period": layout.period, "BY": layout.by, "WHOLE": not any(beyond),
+            "BLOCK_ROWS": layout.block_rows, "BLOCK_COLS": layout.block_cols}  # fmt: skip
+    if steps > 1:
+        told |= {"repeats": layout.repeats, "n_groups": n_groups, "STEPS": layout.steps}
+    return turns * down * across, turns * (1 if layout.by == "column" else across), told
+
+
+@cache
+def _sum_tile(n_partial: int, n_groups: int) -> tuple[int, dict[str, int]]:
+    """Return how many programs add up partial sums, and how many sums of how many groups each takes at a time."""
+    groups = min(triton.next_power_of_2(n_groups), 16)
+    tile = {"BLOCK_PARTIAL": min(triton.next_power_of_2(n_partial), SUM_TILE // groups), "BLOCK_GROUPS": groups}
+    return triton.cdiv(n_groups, groups), tile
 
 
 @triton.jit
 def clip(v, low, high):
     """Clip v, and let a NaN through, which minimum and maximum would hide."""
-    v = tl.where(v < low, low, v)
-    return tl.where(v > high, high, v)
+    return tl.clamp(v, low, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -59,94 +110,174 @@ def round_half_even(v):
 
 
 @triton.jit
-def straight_through(v, g, qmin, qmax, shift, low, high, ELASTIC: tl.constexpr, ENDS_TOGETHER: tl.constexpr):
-    """Return what passes of the gradient g at v, in units of the scale; the level of v; what each entry adds to d scale."""
-    passed = tl.where((v >= low) & (v <= high), g, 0.0)
-    level = round_half_even(clip(v - shift, qmin, qmax)) + shift
-    if ELASTIC:
-        of_scale = g * level
+def divisor(s):
+    """Return what `quotient` divides by: a power of two that makes s ordinary, less their product, and its inverse."""
+    size = tl.abs(s)
+    unit = tl.where(size < 1.0 / ORDINARY, ORDINARY, tl.where(size > ORDINARY, 1.0 / ORDINARY, 1.0))
+    return unit, -s * unit, tl.math.div_rn(tl.zeros_like(s) + 1.0, s * unit)
+
+
+@triton.jit
+def quotient(x, by):
+    """Return x / s as division rounds it, without one: the `divisor` is shared by many x.
+
+    x * inverse is off by less than two units of its last digit. With the remainder, which `fma` forms exactly, it rounds as the
+    quotient: all that lie so near a tie that what is still off could matter were tried. Remainders of |x| < 2**-100 are not
+    exact, but the level of such is that of 0. An infinite x stays so.
+    """
+    unit, less_s, inverse = by
+    x = x * unit
+    if INTERPRETED:  # where `fma` rounds twice
+        v = tl.math.div_rn(x, tl.zeros_like(x) - less_s)
     else:
-        clipped = clip(v, low, high)
-        outside = level if ENDS_TOGETHER else clipped
-        of_scale = g * (level - clipped) + (g - passed) * outside
-    return passed, level, of_scale
+        near = clip(x * inverse, -FAR, FAR)
+        v = tl.fma(tl.fma(near, less_s + tl.zeros_like(x), x), inverse + tl.zeros_like(x), near)
+    return v
 
 
 @triton.jit
-def tile_of(rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Return the rows and columns of this program's tile, where they are, and which of it exists."""
+def straight_through(v, g, qmin, qmax, shift, low, high, ELASTIC: tl.constexpr, ENDS_TOGETHER: tl.constexpr):
+    """Return what passes of the gradient g at v, in units of the scale; the level of v; what each entry adds to d scale.
+
+    ENDS_TOGETHER says that levels end where the gradient does, and are not shifted.
+    """
+    if ENDS_TOGETHER:
+        clipped = clip(v, qmin, qmax)
+        inside = clipped == v
+        level = round_half_even(clipped)
+    else:
+        inside = (v >= low) & (v <= high)
+        level = round_half_even(clip(v - shift, qmin, qmax)) + shift
+    of_scale = g * level if ELASTIC else g * (level - tl.where(inside, v, 0.0))
+    return tl.where(inside, g, 0.0), level, of_scale
+
+
+@triton.jit
+def _place(cols, period, STEPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Return rows within a period and columns of a program's tile, the repeat that it begins with, and where its elements are."""
     across = tl.cdiv(cols, BLOCK_COLS)
-    row = (tl.program_id(0) // across) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    col = (tl.program_id(0) % across) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    where = row.to(tl.int64)[:, None] * cols + col[None, :]
-    return row, col, where, (row < rows)[:, None] & (col < cols)[None, :]
+    tiles = tl.cdiv(period, BLOCK_ROWS) * across  # of a period
+    tile = tl.program_id(0) % tiles
+    row = (tile // across) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col = (tile % across) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    begin = (tl.program_id(0) // tiles) * STEPS
+    return row, col, begin, begin.to(tl.int64) * period * cols + (row[:, None] * cols + col[None, :])
 
 
 @triton.jit
-def _of_groups(values, row, col, rows, cols, n_groups, PER_COLUMN: tl.constexpr):
+def _exist(row, col, where, numel, cols, period, BY: tl.constexpr, WHOLE: tl.constexpr):
+    """Return which elements of a tile exist: masks of multiples of 16 leave loads wide."""
+    if WHOLE:
+        there = tl.full(where.shape, True, tl.int1)
+    elif BY == "row":
+        there = (row < period)[:, None] & (col < cols)[None, :]
+    else:
+        there = (col < cols)[None, :] & (where < numel)
+    return there
+
+
+@triton.jit
+def _of_groups(values, row, col, cols, period, BY: tl.constexpr):
     """Return the values of the groups that a tile's rows or columns belong to, shaped to broadcast."""
-    if PER_COLUMN:
+    if BY == "all":
+        found = tl.load(values)
+    elif BY == "column":
         found = tl.load(values + col, mask=col < cols, other=1.0)[None, :]
     else:
-        found = tl.load(values + row % n_groups, mask=row < rows, other=1.0)[:, None]
+        found = tl.load(values + row, mask=row < period, other=1.0)[:, None]
     return found
 
 
 @triton.jit
-def _forward(x, out, scale, offset, rows, cols, n_groups, qmin, qmax, shift, HAS_OFFSET: tl.constexpr,
-             PER_COLUMN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):  # fmt: skip
-    row, col, where, there = tile_of(rows, cols, BLOCK_ROWS, BLOCK_COLS)
-    s = _of_groups(scale, row, col, rows, cols, n_groups, PER_COLUMN)
+def _forward(x, out, scale, offset, numel, cols, period, qmin, qmax, SHIFT: tl.constexpr, BY: tl.constexpr,
+             WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):  # fmt: skip
+    row, col, _, where = _place(cols, period, 1, BLOCK_ROWS, BLOCK_COLS)
+    there = _exist(row, col, where, numel, cols, period, BY, WHOLE)
     v = tl.load(x + where, mask=there, other=0.0).to(tl.float32)
-    if HAS_OFFSET:
-        o = _of_groups(offset, row, col, rows, cols, n_groups, PER_COLUMN)
+    s = _of_groups(scale, row, col, cols, period, BY)
+    by = divisor(s)
+    if offset is not None:
+        o = _of_groups(offset, row, col, cols, period, BY)
         v = v - o
-    v = tl.math.div_rn(v, s + tl.zeros_like(v))
-    x_hat = (round_half_even(clip(v - shift, qmin, qmax)) + shift) * s
-    if HAS_OFFSET:
+    v = quotient(v, by)
+    x_hat = (round_half_even(clip(v - SHIFT, qmin, qmax)) + SHIFT) * s
+    if offset is not None:
         x_hat = x_hat + o
     tl.store(out + where, x_hat.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def _backward(x, grad, scale, offset, d_x, x_hat, d_scale, d_offset, rows, cols, n_groups, qmin, qmax, shift, low, high,
-              HAS_OFFSET: tl.constexpr, HAS_IMAGE: tl.constexpr, ELASTIC: tl.constexpr, ENDS_TOGETHER: tl.constexpr,
-              PER_COLUMN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):  # fmt: skip
-    row, col, where, there = tile_of(rows, cols, BLOCK_ROWS, BLOCK_COLS)
-    s = _of_groups(scale, row, col, rows, cols, n_groups, PER_COLUMN)
-    v = tl.load(x + where, mask=there, other=0.0).to(tl.float32)
-    g = tl.load(grad + where, mask=there, other=0.0).to(tl.float32)
-    if HAS_OFFSET:
-        o = _of_groups(offset, row, col, rows, cols, n_groups, PER_COLUMN)
-        v = v - o
-    v = tl.math.div_rn(v, s + tl.zeros_like(v))
-    passed, level, of_scale = straight_through(v, g, qmin, qmax, shift, low, high, ELASTIC, ENDS_TOGETHER)
-    AXIS: tl.constexpr = 0 if PER_COLUMN else 1
-    across = tl.cdiv(cols, BLOCK_COLS)
-    # Of the partial sums, one a row and column of tiles: (rows, tiles across), or (tiles down, cols).
-    slot = (tl.program_id(0) // across) * cols + col if PER_COLUMN else row * across + tl.program_id(0) % across
-    exists = col < cols if PER_COLUMN else row < rows
-    tl.store(d_scale + slot, tl.sum(of_scale, axis=AXIS), mask=exists)
-    if HAS_OFFSET:
-        tl.store(d_offset + slot, tl.sum(g - passed, axis=AXIS), mask=exists)
-    tl.store(d_x + where, passed.to(d_x.dtype.element_ty), mask=there)
-    if HAS_IMAGE:
-        image = level * s
-        if HAS_OFFSET:
-            image = image + o
-        tl.store(x_hat + where, image.to(x_hat.dtype.element_ty), mask=there)
+def _backward(x, grad, scale, offset, d_x, x_hat, partial, numel, cols, period, repeats, n_groups, n_partial, qmin, qmax, low,
+              high, SHIFT: tl.constexpr, ELASTIC: tl.constexpr, ENDS_TOGETHER: tl.constexpr, BY: tl.constexpr,
+              WHOLE: tl.constexpr, STEPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):  # fmt: skip
+    row, col, begin, where = _place(cols, period, STEPS, BLOCK_ROWS, BLOCK_COLS)
+    s = _of_groups(scale, row, col, cols, period, BY)
+    by = divisor(s)
+    if offset is not None:
+        o = _of_groups(offset, row, col, cols, period, BY)
+    d_scale, d_offset = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32), tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    for _ in range(begin, tl.minimum(begin + STEPS, repeats)):
+        there = _exist(row, col, where, numel, cols, period, BY, WHOLE)
+        v = tl.load(x + where, mask=there, other=0.0).to(tl.float32)
+        g = tl.load(grad + where, mask=there, other=0.0).to(tl.float32)
+        if offset is not None:
+            v = v - o
+        v = quotient(v, by)
+        passed, level, of_scale = straight_through(v, g, qmin, qmax, SHIFT, low, high, ELASTIC, ENDS_TOGETHER)
+        d_scale += of_scale
+        tl.store(d_x + where, passed.to(d_x.dtype.element_ty), mask=there)
+        if offset is not None:
+            d_offset += g - passed
+        if x_hat is not None:
+            image = level * s
+            if offset is not None:
+                image = image + o
+            tl.store(x_hat + where, image.to(x_hat.dtype.element_ty), mask=there)
+        where += period * cols
+    turn = begin // STEPS
+    _store_partial(partial, d_scale, row, col, turn, cols, period, n_groups, BY, BLOCK_COLS)
+    if offset is not None:
+        of_offset = partial + n_partial * n_groups
+        _store_partial(of_offset, d_offset, row, col, turn, cols, period, n_groups, BY, BLOCK_COLS)
+
+
+@triton.jit
+def _store_partial(partial, entries, row, col, turn, cols, period, n_groups, BY: tl.constexpr,
+                   BLOCK_COLS: tl.constexpr):  # fmt: skip
+    """Write the sums of a program's entries for each group to its line of (n_partial, n_groups)."""
+    if BY == "all":
+        tl.store(partial + turn, tl.sum(entries))
+    elif BY == "column":
+        tl.store(partial + turn * n_groups + col, tl.sum(entries, axis=0), mask=col < cols)
+    else:
+        across = tl.cdiv(cols, BLOCK_COLS)
+        line = turn * across + tl.program_id(0) % across
+        tl.store(partial + line * n_groups + row, tl.sum(entries, axis=1), mask=row < period)
+
+
+@triton.jit
+def _add_partial(partial, sums, n_partial, n_groups, BLOCK_PARTIAL: tl.constexpr, BLOCK_GROUPS: tl.constexpr):
+    """Add the partial sums of a few groups, of d scale or of d offset, to float64 sums."""
+    group = tl.program_id(0) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
+    total = tl.zeros((BLOCK_PARTIAL, BLOCK_GROUPS), tl.float64)
+    for first in range(0, n_partial, BLOCK_PARTIAL):
+        line = first + tl.arange(0, BLOCK_PARTIAL)
+        at = (tl.program_id(1) * n_partial + line)[:, None] * n_groups + group[None, :]
+        there = (line < n_partial)[:, None] & (group < n_groups)[None, :]
+        total += tl.load(partial + at, mask=there, other=0.0).to(tl.float64)
+    at = sums + tl.program_id(1) * n_groups + group
+    tl.store(at, tl.load(at, mask=group < n_groups, other=0.0) + tl.sum(total, axis=0), mask=group < n_groups)
 
 
 def fake_quantize(
     x: Tensor, scale: Tensor, offset: Tensor | None, inner: int, qmin: int, qmax: int, shift: float, isa: int = 0
 ) -> Tensor:
     """Return x_hat in the dtype of contiguous x; the i-th element has the scale (i // inner) % n_groups."""
-    out, n_groups = torch.empty_like(x), scale.numel()
-    layout = Layout.of(x.numel(), n_groups, inner)
-    down, across = layout.tiles
+    out = torch.empty_like(x)
+    programs, _, told = _told(x.numel(), scale.numel(), inner, FORWARD_TILE, 1)
     launch(
-        _forward, (down * across,), x=x, out=out, scale=scale, offset=offset, qmin=float(qmin), qmax=float(qmax),
-        shift=float(shift), HAS_OFFSET=offset is not None, **layout.arguments(n_groups),
+        _forward, (programs,), OPTIONS, x=x, out=out, scale=scale, offset=offset, qmin=float(qmin), qmax=float(qmax),
+        SHIFT=float(shift), **told,
     )  # fmt: skip
     return out
 
@@ -156,19 +287,17 @@ def fake_quantize_backward(
     low: float, high: float, elastic: bool, d_x: Tensor, x_hat: Tensor | None, sums: Tensor, isa: int = 0,
 ) -> None:  # fmt: skip
     """Write dL/dx, which may take grad's place, and x_hat; add d scale and d offset to float64 `sums` (2, n_groups)."""
-    n_groups = scale.numel()
-    layout = Layout.of(x.numel(), n_groups, inner)
-    down, across = layout.tiles
-    shape = (down, n_groups) if layout.per_column else (layout.rows, across)
-    partial = torch.empty(1 if offset is None else 2, *shape, dtype=torch.float32, device=x.device)
+    n_groups, kinds = scale.numel(), 1 if offset is None else 2
+    programs, n_partial, told = _told(x.numel(), n_groups, inner, TILE, STEPS)
+    partial = torch.empty(kinds * n_partial * n_groups, dtype=torch.float32, device=x.device)
     launch(
-        _backward, (down * across,), x=x, grad=grad, scale=scale, offset=offset, d_x=d_x, x_hat=x_hat, d_scale=partial[0],
-        d_offset=None if offset is None else partial[1], qmin=float(qmin), qmax=float(qmax), shift=float(shift),
-        low=float(low), high=float(high), HAS_OFFSET=offset is not None, HAS_IMAGE=x_hat is not None, ELASTIC=elastic,
-        ENDS_TOGETHER=shift == 0 and low == qmin, **layout.arguments(n_groups),
+        _backward, (programs,), OPTIONS, x=x, grad=grad, scale=scale, offset=offset, d_x=d_x, x_hat=x_hat, partial=partial,
+        n_partial=n_partial, qmin=float(qmin), qmax=float(qmax), low=float(low), high=float(high), SHIFT=float(shift),
+        ELASTIC=elastic, ENDS_TOGETHER=shift == 0 and low == qmin, **told,
     )  # fmt: skip
-    by_group = partial if layout.per_column else partial.view(len(partial), -1, n_groups, across)
-    sums[: len(partial)] += by_group.sum(dim=1 if layout.per_column else (1, 3), dtype=torch.float64)
+    groups, tile = _sum_tile(n_partial, n_groups)
+    counts = {"n_partial": n_partial, "n_groups": n_groups}
+    launch(_add_partial, (groups, kinds), SUM_OPTIONS, partial=partial, sums=sums, **counts, **tile)
 
 
 OPERATORS = (fake_quantize, fake_quantize_backward)
@@ -184,3 +313,8 @@ def samples() -> None:
                 fake_quantize(x, scale, offset, inner, -2, 1, 0.0)
                 fake_quantize_backward(x, x, scale, offset, inner, -2, 1, 0.0, -2.0, 1.0, False, x, image, sums)
         fake_quantize_backward(x, x, scale, None, 1, -1, 0, 0.5, -0.5, 0.5, True, x, None, sums)
+    whole = torch.zeros(64, 192, 192, dtype=dtype)  # tiles end where it does
+    for groups, inner in ((1, whole.numel()), (192, 192), (192, 1)):
+        scale, sums = torch.ones(groups), torch.zeros(2, groups, dtype=torch.float64)
+        fake_quantize(whole, scale, None, inner, -2, 1, 0.0)
+        fake_quantize_backward(whole, whole, scale, None, inner, -2, 1, 0.0, -2.0, 1.0, False, whole, None, sums)
