@@ -53,11 +53,11 @@ class Layout(NamedTuple):
             shape = 1, tile
         elif inner == 1:
             by, cols = "column", n_groups
-            shape = _fitting(triton.cdiv(numel, cols), cols, tile)
+            shape = fitting(triton.cdiv(numel, cols), cols, tile)
             period = shape[0]
         else:
             by, cols, period = "row", inner, n_groups
-            shape = _fitting(period, cols, tile)
+            shape = fitting(period, cols, tile)
         repeats = triton.cdiv(numel, cols * period)
         of_step = triton.cdiv(period, shape[0]) * triton.cdiv(cols, shape[1])
         return cls(by, cols, period, *shape, repeats, min(max(1, repeats * of_step // PROGRAMS), most_steps, repeats))
@@ -69,7 +69,7 @@ class Layout(NamedTuple):
         return turns, down, triton.cdiv(self.cols, self.block_cols)
 
 
-def _fitting(rows: int, cols: int, tile: int) -> tuple[int, int]:
+def fitting(rows: int, cols: int, tile: int) -> tuple[int, int]:
     """Return the shape of tiles, powers of two, of which the fewest elements lie beyond the matrix; rows as long as can be."""
     longest = min(tile, triton.next_power_of_2(cols))
     lengths = [longest >> i for i in range(longest.bit_length()) if longest >> i >= min(NARROWEST, longest)]

@@ -13,7 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsquant.ops.gpu.int8_product import InputGrid, multiply, quantize, quantized, scaled, store_tile
+from dsquant.ops.gpu.int8_product import (
+    InputGrid,
+    finish,
+    multiply,
+    quantize,
+    quantize_rows,
+    quantized,
+    quantizing,
+    scaled,
+    store_tile,
+)
 from dsquant.ops.gpu.launch import interpreted, launch
 from dsquant.ops.pack import packed_words
 
@@ -92,7 +102,7 @@ def _one_row(x, words, scale, bias, code_sums, in_scale, in_offset, y, outs, col
 
 
 @triton.jit
-def _tiles(x, words, scale, bias, code_sums, x_sum, nan, in_scale, in_offset, y, rows, outs, cols, row_words, x_level,
+def _tiles(x, words, scale, bias, code_sums, of_rows, in_scale, in_offset, y, rows, outs, cols, row_words, x_level,
            BITS: tl.constexpr, LANES: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, BLOCK_M: tl.constexpr,
            BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     down = tl.cdiv(rows, BLOCK_M)  # programs that follow each other share a part of the weight
@@ -108,23 +118,33 @@ def _tiles(x, words, scale, bias, code_sums, x_sum, nan, in_scale, in_offset, y,
         if code_sums is None:
             level = level.to(tl.float32) + 0.5 * (Q - 1)
         sums = tl.dot(a, tl.trans(level.to(a.dtype)), sums, input_precision="ieee", out_dtype=SUM)
-    row_sum, bad = m, m < 0
-    if code_sums is not None:
-        row_sum = tl.load(x_sum + m, mask=m < rows, other=0)
-        bad = tl.load(nan + m, mask=m < rows, other=0) > 0
-    _finish(y, sums, m, n, rows, outs, cols, scale, bias, code_sums, row_sum, bad, in_scale, in_offset, x_level, P, Q)
+    if code_sums is None:
+        out = sums * tl.load(scale + n, mask=n < outs, other=0.0)[None, :]
+        if bias is not None:
+            out = out + tl.load(bias + n, mask=n < outs, other=0.0).to(tl.float32)[None, :]
+        store_tile(y, out, m, n, rows, outs)
+    else:
+        finish(
+            y, sums, m, n, rows, outs, cols, scale, bias, code_sums, of_rows, in_scale, in_offset, x_level, P, Q, False
+        )
 
 
 @triton.jit
-def _unpack(words, codes, outs, cols, row_words, BITS: tl.constexpr, LANES: tl.constexpr, BLOCK_N: tl.constexpr,
-            BLOCK_K: tl.constexpr):  # fmt: skip
-    """Write the codes of a few rows of a weight as int8."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    for first in range(0, cols, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        code = _codes(words, n, first, outs, row_words, BITS, LANES, BLOCK_N, BLOCK_K)
-        where = n.to(tl.int64)[:, None] * cols + k[None, :]
-        tl.store(codes + where, code.to(tl.int8), mask=(n < outs)[:, None] & (k < cols)[None, :])
+def _both_codes(words, codes, outs, row_words, x, x_codes, of_rows, rows, cols, in_scale, in_offset, qmin, qmax, in_shift,
+                zero, BITS: tl.constexpr, LANES: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr,
+                BLOCK_K: tl.constexpr):  # fmt: skip
+    """Quantize rows of x, and after them write the codes of rows of a weight as int8."""
+    of_x = tl.cdiv(rows, BLOCK_M)
+    if tl.program_id(0) < of_x:
+        quantize_rows(tl.program_id(0), x, x_codes, of_rows, rows, cols, in_scale, in_offset, qmin, qmax, in_shift, zero, WHOLE,
+                      BLOCK_M, BLOCK_K)  # fmt: skip
+    else:
+        n = (tl.program_id(0) - of_x) * BLOCK_M + tl.arange(0, BLOCK_M)
+        for first in range(0, cols, BLOCK_K):
+            k = first + tl.arange(0, BLOCK_K)
+            code = _codes(words, n, first, outs, row_words, BITS, LANES, BLOCK_M, BLOCK_K)
+            where = n.to(tl.int64)[:, None] * cols + k[None, :]
+            tl.store(codes + where, code.to(tl.int8), mask=(n < outs)[:, None] & (k < cols)[None, :])
 
 
 def packed_linear(
@@ -157,20 +177,21 @@ def _multiply(x: Tensor, grid: InputGrid, n_bits: int, shift: float, **weight: T
     of_words = {"outs": outs, "cols": cols, "row_words": row_words, "BITS": n_bits, "LANES": 32 // math.gcd(32, n_bits)}
     if rows > MANY_ROWS and weight["code_sums"] is not None:
         codes = torch.empty(outs, cols, dtype=torch.int8, device=x.device)
-        programs = triton.cdiv(outs, ROW_TILE["BLOCK_N"])
-        launch(_unpack, (programs,), words=weight.pop("words"), codes=codes, **of_words, **ROW_TILE)
-        multiply(x, y, grid, codes, **weight, shift=shift)
+        programs, told = quantizing(x, rows, grid)
+        programs += triton.cdiv(outs, told["BLOCK_M"])
+        launch(_both_codes, (programs,), words=weight.pop("words"), codes=codes, **told | of_words)
+        multiply(told, y, grid, codes, **weight, shift=shift, reach=2 ** (n_bits - 1))
         return y.to(dtype)
     shared = {**weight, **of_words, "y": y, **grid.whole_levels(shift)}
     if rows == 1:
         launch(_one_row, (triton.cdiv(outs, ROW_TILE["BLOCK_N"]),), x=x, **shared, **grid._asdict(), **ROW_TILE)
         return y.to(dtype)
-    x_sum = nan = None
+    of_rows = None
     if weight["code_sums"] is not None:
-        x, x_sum, nan = quantize(x, rows, grid)
+        x, of_rows = quantize(x, rows, grid)
     tile, options = _tile(rows, x.dtype)
     programs = triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(outs, tile["BLOCK_N"])
-    of_x = {"x": x, "x_sum": x_sum, "nan": nan, "in_scale": grid.in_scale, "in_offset": grid.in_offset}
+    of_x = {"x": x, "of_rows": of_rows, "in_scale": grid.in_scale, "in_offset": grid.in_offset}
     launch(_tiles, (programs,), options, rows=rows, **of_x, **shared, **tile)
     return y.to(dtype)
 

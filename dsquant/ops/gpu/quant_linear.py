@@ -8,32 +8,48 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsquant.ops.gpu.fake_quantize import clip, round_half_even
-from dsquant.ops.gpu.int8_product import InputGrid, multiply
+from dsquant.ops.gpu.fake_quantize import clip, divisor, quotient, round_half_even
+from dsquant.ops.gpu.int8_product import InputGrid, multiply, quantize_rows, quantizing
 from dsquant.ops.gpu.launch import interpreted, launch
-
-BLOCK_K = 1024
 
 
 @triton.jit
-def _image_codes(image, image_scale, codes, code_sums, scale, cols, rows_a_scale, shift, least, most,
-                 TOLERANCE: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """Write the codes of a row of an image, their sum, and its scale: NaN where a value is no level, which the product shows."""
-    row = tl.program_id(0).to(tl.int64)
-    s = tl.load(image_scale + row // rows_a_scale)
-    total, wrong = tl.zeros((BLOCK_K,), tl.int32), tl.zeros((BLOCK_K,), tl.int32)
+def _image_codes(program, image, image_scale, codes, code_sums, scale, outs, cols, rows_a_scale, shift, least, most,
+                 TOLERANCE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Write the codes of rows of an image, their sums, and scales: NaN where a value is no level, which the product shows."""
+    n = program * BLOCK_M + tl.arange(0, BLOCK_M)
+    line = n.to(tl.int64)[:, None] * cols
+    s = tl.load(image_scale + n // rows_a_scale, mask=n < outs, other=1.0)[:, None]
+    by = divisor(s)
+    total, wrong = tl.zeros((BLOCK_M, BLOCK_K), tl.int32), tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
     for first in range(0, cols, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        w = tl.load(image + row * cols + k, mask=k < cols, other=0.0).to(tl.float32)
-        v = tl.math.div_rn(w, s + tl.zeros_like(w)) - shift
+        there = (n < outs)[:, None] & (k < cols)[None, :]
+        w = tl.load(image + line + k[None, :], mask=there, other=0.0).to(tl.float32)
+        v = quotient(w, by) - shift
         level = round_half_even(clip(tl.where(v == v, v, 0.0), least, most))  # a NaN has no integer
         right = tl.abs((level + shift) * s - w) <= TOLERANCE * tl.abs(w)
-        code = tl.where(k < cols, level.to(tl.int32), 0)
-        tl.store(codes + row * cols + k, code.to(tl.int8), mask=k < cols)
+        code = tl.where(there, level.to(tl.int32), 0)
+        tl.store(codes + line + k[None, :], code.to(tl.int8), mask=there)
         total += code
-        wrong |= (~right & (k < cols)).to(tl.int32)
-    tl.store(code_sums + row, tl.sum(total, axis=0))
-    tl.store(scale + row, tl.where(tl.max(wrong, axis=0) > 0, float("nan"), s))
+        wrong |= (~right & there).to(tl.int32)
+    tl.store(code_sums + n, tl.sum(total, axis=1), mask=n < outs)
+    s = tl.load(image_scale + n // rows_a_scale, mask=n < outs, other=1.0)
+    tl.store(scale + n, tl.where(tl.max(wrong, axis=1) > 0, float("nan"), s), mask=n < outs)
+
+
+@triton.jit
+def _both_codes(image, image_scale, codes, code_sums, scale, outs, rows_a_scale, shift, least, most, x, x_codes, of_rows, rows,
+                cols, in_scale, in_offset, qmin, qmax, in_shift, zero, TOLERANCE: tl.constexpr, WHOLE: tl.constexpr,
+                BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Quantize rows of x, and after them read rows of an image."""
+    of_x = tl.cdiv(rows, BLOCK_M)
+    if tl.program_id(0) < of_x:
+        quantize_rows(tl.program_id(0), x, x_codes, of_rows, rows, cols, in_scale, in_offset, qmin, qmax, in_shift, zero, WHOLE,
+                      BLOCK_M, BLOCK_K)  # fmt: skip
+    else:
+        _image_codes(tl.program_id(0) - of_x, image, image_scale, codes, code_sums, scale, outs, cols, rows_a_scale, shift,
+                     least, most, TOLERANCE, BLOCK_M, BLOCK_K)  # fmt: skip
 
 
 def image_linear_int(
@@ -56,13 +72,14 @@ def image_linear_int(
     codes = torch.empty(outs, cols, dtype=torch.int8, device=x.device)
     code_sums = torch.empty(outs, dtype=torch.int32, device=x.device)
     scale = torch.empty(outs, dtype=torch.float32, device=x.device)
-    launch(
-        _image_codes, (outs,), image=image.contiguous(), image_scale=image_scale, codes=codes, code_sums=code_sums, scale=scale,
-        cols=cols, rows_a_scale=outs // image_scale.numel(), shift=float(shift), least=float(least), most=float(most),
-        TOLERANCE=tolerance, BLOCK_K=BLOCK_K,
-    )  # fmt: skip
     grid = InputGrid.of(in_scale, in_offset, qmin, qmax, in_shift)
-    multiply(x.contiguous(), y, grid, codes, scale, code_sums, bias, shift)
+    programs, told = quantizing(x.contiguous(), y.numel() // outs, grid)
+    launch(
+        _both_codes, (programs + triton.cdiv(outs, told["BLOCK_M"]),), image=image.contiguous(), image_scale=image_scale,
+        codes=codes, code_sums=code_sums, scale=scale, outs=outs, rows_a_scale=outs // image_scale.numel(), shift=float(shift),
+        least=float(least), most=float(most), TOLERANCE=tolerance, **told,
+    )  # fmt: skip
+    multiply(told, y, grid, codes, scale, code_sums, bias, shift, max(abs(least + shift), abs(most + shift)))
     return y.to(dtype)
 
 

@@ -15,10 +15,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IN, OUT = 263, 67  # primes, behind the blocks of a tile
 
 
-def matrix(n_bits, shift):
+def matrix(n_bits, shift, cols=IN):
     generator, half = torch.Generator().manual_seed(n_bits), 2 ** (n_bits - 1)
-    codes = torch.randint(-half, half, (OUT, IN), generator=generator).to(torch.int8)
-    return packed_matrix(pack(codes, n_bits), 0.1 + torch.rand(OUT, generator=generator), n_bits, IN, shift)
+    codes = torch.randint(-half, half, (OUT, cols), generator=generator).to(torch.int8)
+    return packed_matrix(pack(codes, n_bits), 0.1 + torch.rand(OUT, generator=generator), n_bits, cols, shift)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -46,18 +46,38 @@ def test_integer_products_of_any_dtype_and_number_of_rows_are_the_definition_s(l
         assert torch.equal(run(backends.TRITON, x, weight, bias, quant), run(backends.TORCH, x, weight, bias, quant))
 
 
+@pytest.mark.parametrize("cols", [IN, 272])  # odd; of rows that begin at multiples of 16 bytes
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n_bits", "shift"), [(1, 0.5), (2, 0.0), (3, 0.5), (8, 0.0)])
-def test_a_weight_unpacked_for_very_many_rows_gives_the_definition_s_products(n_bits, shift, dtype, monkeypatch):
+def test_a_weight_unpacked_for_very_many_rows_gives_the_definition_s_products(n_bits, shift, dtype, cols, monkeypatch):
+    small = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "SHARED_M": 2}
     monkeypatch.setattr(gpu.packed_linear, "MANY_ROWS", 16)
-    monkeypatch.setattr(gpu.int8_product, "TILE", {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "SHARED_M": 2})
-    weight, quant = matrix(n_bits, shift), QuantArgs(torch.tensor([0.03]), torch.tensor([0.4]), Levels(0, 255))
+    monkeypatch.setattr(gpu.int8_product, "TILE", small)
+    monkeypatch.setattr(gpu.int8_product, "ODD", (small, {}))
+    weight, quant = matrix(n_bits, shift, cols), QuantArgs(torch.tensor([0.03]), torch.tensor([0.4]), Levels(0, 255))
     rows = 67  # five tiles: two bands and half of one
-    x = torch.randn(rows, IN, generator=torch.Generator().manual_seed(2)).to(dtype)
+    x = torch.randn(rows, cols, generator=torch.Generator().manual_seed(2)).to(dtype)
+    x[5, 7] = float("inf")
     with gpu.recorded() as launches:
         run(backends.TRITON, x, weight, None, quant)
-    assert len(launches) == 3
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names == ["_both_codes", "_product" if cols == IN else "_product_by_copies"]
     assert torch.equal(run(backends.TRITON, x, weight, None, quant), run(backends.TORCH, x, weight, None, quant))
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small sums", "large sums"])
+def test_a_nan_in_very_many_rows_is_its_row_s_alone(large, monkeypatch):
+    monkeypatch.setattr(gpu.packed_linear, "MANY_ROWS", 4)
+    weight, quant = (
+        matrix(8, 0.0, 272),
+        QuantArgs(torch.tensor([0.01]), None, Levels(-128, 127) if large else Levels(-2, 1)),
+    )
+    x = torch.randn(5, 272, generator=torch.Generator().manual_seed(3))
+    wanted = run(backends.TORCH, x, weight, None, quant)
+    x[3, 200] = float("nan")
+    found = run(backends.TRITON, x, weight, None, quant)
+    assert found[3].isnan().all()
+    assert torch.equal(found[[0, 1, 2, 4]], wanted[[0, 1, 2, 4]])
 
 
 def test_a_row_is_quantized_on_the_way_and_several_by_one_kernel_more():

@@ -30,12 +30,12 @@ def test_bfloat16_images_stand_for_their_levels_and_products_round_once(n_bits, 
     assert torch.equal(found, integer_definition(x.float(), matrix, bias.float(), quant).bfloat16())
 
 
-def test_a_product_is_three_launches():
+def test_a_product_is_two_launches():
     _, scale, levels, w_hat = image(2, "lsq", 3)
     with gpu.recorded() as launches:
         quant_linear(torch.zeros(5, 37), w_hat, None, torch.ones(1), None, Levels(0, 3), 1.0, WeightGrid(scale, levels))
     names = [launch.kernel.__name__ for launch in launches]
-    assert names == ["_image_codes", "_quantize_rows", "_product"]
+    assert names == ["_both_codes", "_product"]
 
 
 def test_auto_leaves_products_on_gpus_to_floats(monkeypatch):
