@@ -30,6 +30,11 @@ ORDINARY = tl.constexpr(2.0**64)  # `quotient` divides by scales between this an
 FAR = tl.constexpr(2.0**40)  # beyond any level
 
 
+def pieces(length: int, size: int) -> int:
+    """Return how many pieces of a size cover a length: `triton.cdiv` takes as long as a launch."""
+    return -(-length // size)
+
+
 class Layout(NamedTuple):
     """Say how an activation lies as a matrix of `cols` columns, and what part of it a program takes.
 
@@ -53,20 +58,20 @@ class Layout(NamedTuple):
             shape = 1, tile
         elif inner == 1:
             by, cols = "column", n_groups
-            shape = fitting(triton.cdiv(numel, cols), cols, tile)
+            shape = fitting(pieces(numel, cols), cols, tile)
             period = shape[0]
         else:
             by, cols, period = "row", inner, n_groups
             shape = fitting(period, cols, tile)
-        repeats = triton.cdiv(numel, cols * period)
-        of_step = triton.cdiv(period, shape[0]) * triton.cdiv(cols, shape[1])
+        repeats = pieces(numel, cols * period)
+        of_step = pieces(period, shape[0]) * pieces(cols, shape[1])
         return cls(by, cols, period, *shape, repeats, min(max(1, repeats * of_step // PROGRAMS), most_steps, repeats))
 
     @property
     def programs(self) -> tuple[int, int, int]:
         """Give how many programs there are down the whole matrix, within a period, and across."""
-        turns, down = triton.cdiv(self.repeats, self.steps), triton.cdiv(self.period, self.block_rows)
-        return turns, down, triton.cdiv(self.cols, self.block_cols)
+        turns, down = pieces(self.repeats, self.steps), pieces(self.period, self.block_rows)
+        return turns, down, pieces(self.cols, self.block_cols)
 
 
 def fitting(rows: int, cols: int, tile: int) -> tuple[int, int]:
@@ -74,7 +79,7 @@ def fitting(rows: int, cols: int, tile: int) -> tuple[int, int]:
     longest = min(tile, triton.next_power_of_2(cols))
     lengths = [longest >> i for i in range(longest.bit_length()) if longest >> i >= min(NARROWEST, longest)]
     shapes = [(min(tile // length, triton.next_power_of_2(rows)), length) for length in lengths]
-    return min(shapes, key=lambda shape: -(-rows // shape[0]) * -(-cols // shape[1]) * (shape[0] * shape[1] + 128))
+    return min(shapes, key=lambda shape: pieces(rows, shape[0]) * pieces(cols, shape[1]) * (shape[0] * shape[1] + 128))
 
 
 @cache
@@ -95,7 +100,7 @@ def _sum_tile(n_partial: int, n_groups: int) -> tuple[int, dict[str, int]]:
     """Return how many programs add up partial sums, and how many sums of how many groups each takes at a time."""
     groups = min(triton.next_power_of_2(n_groups), 16)
     tile = {"BLOCK_PARTIAL": min(triton.next_power_of_2(n_partial), SUM_TILE // groups), "BLOCK_GROUPS": groups}
-    return triton.cdiv(n_groups, groups), tile
+    return pieces(n_groups, groups), tile
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsquant.ops.gpu.fake_quantize import INTERPRETED, ROUND, divisor, fitting, quotient
+from dsquant.ops.gpu.fake_quantize import INTERPRETED, ROUND, divisor, fitting, pieces, quotient
 from dsquant.ops.gpu.launch import launch
 
 QUANTIZE_TILE = 2048  # elements
@@ -206,7 +206,7 @@ def quantizing(x: Tensor, rows: int, grid: InputGrid) -> tuple[int, dict[str, An
         "x_codes": torch.empty_like(x, dtype=torch.int8),
         "of_rows": torch.empty(2 * rows, dtype=torch.int32, device=x.device),
     }
-    return triton.cdiv(rows, tile["BLOCK_M"]), {"x": x, "rows": rows, "cols": cols, **found, **grid._asdict(), **tile}
+    return pieces(rows, tile["BLOCK_M"]), {"x": x, "rows": rows, "cols": cols, **found, **grid._asdict(), **tile}
 
 
 def quantize(x: Tensor, rows: int, grid: InputGrid) -> tuple[Tensor, Tensor]:
@@ -249,7 +249,7 @@ def multiply(
     }  # fmt: skip
     at_once = _copies(y.device) * RESIDENT if cols % 16 == 0 else 0
     tile, options = (TILE, OPTIONS) if at_once else ODD if cols % 16 else LOADED
-    tiles = -(-rows // tile["BLOCK_M"]) * -(-outs // tile["BLOCK_N"])
+    tiles = pieces(rows, tile["BLOCK_M"]) * pieces(outs, tile["BLOCK_N"])
     if at_once:
         triton.set_allocator(_scratch)
         launch(_product_by_copies, (min(tiles, at_once),), options, **told, **tile, FLAT=True)

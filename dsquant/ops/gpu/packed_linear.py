@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsquant.ops.gpu.fake_quantize import pieces
 from dsquant.ops.gpu.int8_product import (
     InputGrid,
     finish,
@@ -178,7 +179,7 @@ def _multiply(x: Tensor, grid: InputGrid, n_bits: int, shift: float, **weight: T
     if rows > MANY_ROWS and weight["code_sums"] is not None:
         codes = torch.empty(outs, cols, dtype=torch.int8, device=x.device)
         programs, told = quantizing(x, rows, grid)
-        programs += triton.cdiv(outs, told["BLOCK_M"])
+        programs += pieces(outs, told["BLOCK_M"])
         launch(_both_codes, (programs,), words=weight.pop("words"), codes=codes, **told | of_words)
         multiply(told, y, grid, codes, **weight, shift=shift, reach=2 ** (n_bits - 1))
         return y.to(dtype)

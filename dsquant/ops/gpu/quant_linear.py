@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsquant.ops.gpu.fake_quantize import clip, divisor, quotient, round_half_even
+from dsquant.ops.gpu.fake_quantize import clip, divisor, pieces, quotient, round_half_even
 from dsquant.ops.gpu.int8_product import InputGrid, multiply, quantize_rows, quantizing
 from dsquant.ops.gpu.launch import interpreted, launch
 
@@ -75,7 +75,7 @@ def image_linear_int(
     grid = InputGrid.of(in_scale, in_offset, qmin, qmax, in_shift)
     programs, told = quantizing(x.contiguous(), y.numel() // outs, grid)
     launch(
-        _both_codes, (programs + triton.cdiv(outs, told["BLOCK_M"]),), image=image.contiguous(), image_scale=image_scale,
+        _both_codes, (programs + pieces(outs, told["BLOCK_M"]),), image=image.contiguous(), image_scale=image_scale,
         codes=codes, code_sums=code_sums, scale=scale, outs=outs, rows_a_scale=outs // image_scale.numel(), shift=float(shift),
         least=float(least), most=float(most), TOLERANCE=tolerance, **told,
     )  # fmt: skip
