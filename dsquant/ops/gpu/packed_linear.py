@@ -33,6 +33,15 @@ ROW_TILE = {"BLOCK_N": 4, "BLOCK_K": 1024}
 MANY_ROWS = 1024  # of x beyond which the weight is unpacked once, not by every tile
 
 
+def _row_tile(cols: int, n_bits: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the tile of a program that multiplies one row in floats, and its warps: most rows of x in one go.
+
+    A thread takes four words of each of four rows of the weight, by 16-byte loads, so that four share their part of x.
+    """
+    outs, depth = 8, min(max(triton.next_power_of_2(cols), 512), 4096)
+    return {"BLOCK_N": outs, "BLOCK_K": depth}, {"num_warps": min(max(outs * depth * n_bits // 32 // 512, 1), 8)}
+
+
 def _tile(rows: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
     """Return the tile of a program that multiplies several rows, and its warps. float32 has no tensor cores: small ones."""
     few, cores = rows <= FEW_ROWS, dtype is not torch.float32
@@ -82,24 +91,91 @@ def _one_row(x, words, scale, bias, code_sums, in_scale, in_offset, y, outs, col
              x_level, BITS: tl.constexpr, LANES: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr,
              BLOCK_K: tl.constexpr):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    SUM: tl.constexpr = tl.float32 if code_sums is None else tl.int32
-    sums = tl.zeros((BLOCK_N, BLOCK_K), SUM)
+    sums = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
     total, found = tl.zeros((BLOCK_K,), tl.int32), tl.zeros((BLOCK_K,), tl.int32)
     for first in range(0, cols, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         v = tl.load(x + k, mask=k < cols, other=0.0)
         code = _codes(words, n, first, outs, row_words, BITS, LANES, BLOCK_N, BLOCK_K)
-        if code_sums is None:
-            sums += v.to(tl.float32)[None, :] * (code.to(tl.float32) + 0.5 * (Q - 1))
-        else:
-            a, bad = quantized(v, k < cols, in_scale, in_offset, qmin, qmax, in_shift, zero)
-            sums += a[None, :] * code
-            total += a
-            found |= bad.to(tl.int32)
+        a, bad = quantized(v, k < cols, in_scale, in_offset, qmin, qmax, in_shift, zero)
+        sums += a[None, :] * code
+        total += a
+        found |= bad.to(tl.int32)
     one = tl.zeros((1,), tl.int32)
     x_sum, nan = one + tl.sum(total, axis=0), one + tl.max(found, axis=0) > 0
     _finish(y, tl.sum(sums, axis=1)[None, :], one, n, 1, outs, cols, scale, bias, code_sums, x_sum, nan, in_scale, in_offset,
             x_level, P, Q)  # fmt: skip
+
+
+@triton.constexpr_function
+def _group(bits):
+    """Return how many codes a lane's group has: a power of two, at most 20 bits."""
+    return 1 << (20 // bits).bit_length() - 1
+
+
+@triton.constexpr_function
+def _reversed(place, count):
+    """Return the binary digits of `place` in reverse, of as many as `count` has places."""
+    return int(f"{place:0{count.bit_length() - 1}b}"[::-1], 2)
+
+
+@triton.jit
+def _lanes(x, COUNT: tl.constexpr):
+    """Return the COUNT columns of x (units, COUNT), those of even place first, and so within each half."""
+    even, odd = tl.split(x if COUNT == 2 else tl.reshape(x, (x.shape[0], COUNT // 2, 2)))
+    if COUNT == 2:
+        found = (even, odd)
+    else:
+        found = _lanes(even, COUNT // 2) + _lanes(odd, COUNT // 2)
+    return found
+
+
+@triton.jit
+def _add_lane(sums, x, unit, BITS: tl.constexpr, Q: tl.constexpr, LANE: tl.constexpr):
+    """Return sums (outs, units) plus a lane of x (units,) times its levels; `unit` holds words that begin and end with a code.
+
+    A code that stays where it is in its word, AT, is the float32 2^23 + code 2^AT once an exponent is put above it: there are
+    neither shifts nor conversions, and all of it is exact. A group of codes shares a shift.
+    """
+    GROUP: tl.constexpr = _group(BITS)
+    BEGIN: tl.constexpr = LANE // GROUP * GROUP * BITS
+    word = unit[BEGIN // 32]
+    if BEGIN % 32 > 0:
+        word = word >> BEGIN % 32
+    if BEGIN % 32 + GROUP * BITS > 32:
+        word |= unit[BEGIN // 32 + 1] << (32 - BEGIN % 32)
+    if Q == 2:
+        word = word << 1  # the least level, half an integer, takes a bit below the code
+    AT: tl.constexpr = LANE % GROUP * BITS + Q - 1
+    least: tl.constexpr = 2.0**23 + (2.0 ** (BITS - 1) - 0.5 * (Q - 1)) * 2.0**AT
+    level = ((word | 0x4B000000) & (0x4B000000 | (2**BITS - 1) << AT)).to(tl.float32, bitcast=True) - least
+    return tl.fma(level, (x * 2.0**-AT)[None, :], sums)
+
+
+@triton.jit
+def _one_row_of_floats(x, words, scale, bias, y, outs, cols, row_words, BITS: tl.constexpr, LANES: tl.constexpr,
+                       Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    UNITS: tl.constexpr = BLOCK_K // LANES  # of LANES codes in WORDS words
+    WORDS: tl.constexpr = BITS * LANES // 32
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = (n < outs)[:, None]
+    sums = tl.zeros((BLOCK_N, UNITS), tl.float32)
+    for first in range(0, cols, BLOCK_K):
+        k = (first + tl.arange(0, UNITS) * LANES)[:, None] + tl.arange(0, LANES)[None, :]
+        place = (first // LANES + tl.arange(0, UNITS)) * WORDS
+        begin = words + n.to(tl.int64)[:, None] * row_words + place[None, :]
+        unit = (tl.load(begin, mask=there & (place < row_words)[None, :], other=0).to(tl.uint32, bitcast=True),)
+        for i in tl.static_range(1, WORDS):
+            word = tl.load(begin + i, mask=there & (place < row_words - i)[None, :], other=0)
+            unit += (word.to(tl.uint32, bitcast=True),)
+        lanes = _lanes(tl.load(x + k, mask=k < cols, other=0.0).to(tl.float32), LANES)
+        for i in tl.static_range(LANES):
+            sums = _add_lane(sums, lanes[i], unit, BITS, Q, _reversed(i, LANES))
+    s = tl.load(scale + n, mask=n < outs, other=0.0)
+    out = tl.sum(sums, axis=1) * s
+    if bias is not None:
+        out = out + tl.load(bias + n, mask=n < outs, other=0.0).to(tl.float32)
+    tl.store(y + n, out.to(y.dtype.element_ty), mask=n < outs)
 
 
 @triton.jit
@@ -184,6 +260,11 @@ def _multiply(x: Tensor, grid: InputGrid, n_bits: int, shift: float, **weight: T
         multiply(told, y, grid, codes, **weight, shift=shift, reach=2 ** (n_bits - 1))
         return y.to(dtype)
     shared = {**weight, **of_words, "y": y, **grid.whole_levels(shift)}
+    if rows == 1 and weight["code_sums"] is None:
+        tile, options = _row_tile(cols, n_bits)
+        of_row = {"x": x, "y": y, "Q": shared["Q"], **{name: weight[name] for name in ("words", "scale", "bias")}}
+        launch(_one_row_of_floats, (triton.cdiv(outs, tile["BLOCK_N"]),), options, **of_row, **of_words, **tile)
+        return y.to(dtype)
     if rows == 1:
         launch(_one_row, (triton.cdiv(outs, ROW_TILE["BLOCK_N"]),), x=x, **shared, **grid._asdict(), **ROW_TILE)
         return y.to(dtype)
