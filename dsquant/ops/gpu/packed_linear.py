@@ -43,16 +43,19 @@ def _row_tile(cols: int, n_bits: int) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _tile(rows: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the tile of a program that multiplies several rows, and its warps. float32 has no tensor cores: small ones."""
-    few, cores = rows <= FEW_ROWS, dtype is not torch.float32
-    shape = ((16, 16, 256) if few else (64, 64, 64)) if cores else (16, 16, 32) if few else (32, 32, 32)
+    """Return the tile of a program that multiplies several rows, and its warps."""
+    few, wide = rows <= FEW_ROWS, dtype is torch.float32
+    shape = ((16, 16, 128) if wide else (16, 16, 256)) if few else (64, 64, 64)
     return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), shape, strict=True)), {"num_warps": 4 if few else 8}
 
 
 @triton.jit
-def _codes(words, n, first, outs, row_words, BITS: tl.constexpr, LANES: tl.constexpr, BLOCK_N: tl.constexpr,
-           BLOCK_K: tl.constexpr):  # fmt: skip
-    """Return int32 codes (BLOCK_N, BLOCK_K) of the rows n of a weight, from element `first` on: LANES codes fill whole words."""
+def _unsigned(words, n, first, outs, row_words, BITS: tl.constexpr, LANES: tl.constexpr, BLOCK_N: tl.constexpr,
+              BLOCK_K: tl.constexpr):  # fmt: skip
+    """Return codes (BLOCK_N, BLOCK_K) plus 2^(BITS - 1), uint32, of rows n of a weight from element `first` on.
+
+    LANES codes fill whole words.
+    """
     WORDS: tl.constexpr = BITS * LANES // 32
     place = (first // LANES + tl.arange(0, BLOCK_K // LANES)) * WORDS
     begin = words + n.to(tl.int64)[:, None] * row_words + place[None, :]
@@ -68,7 +71,27 @@ def _codes(words, n, first, outs, row_words, BITS: tl.constexpr, LANES: tl.const
             low = tl.where((at >= 0) & (at < 32), word >> (at & 31).to(tl.uint32), 0)
             high = tl.where((at < 0) & (at > -BITS), word << (-at & 31).to(tl.uint32), 0)
             unsigned = low if i == 0 else unsigned | low | high
-    return (tl.reshape(unsigned, (BLOCK_N, BLOCK_K)) & (2**BITS - 1)).to(tl.int32) - 2 ** (BITS - 1)
+    return tl.reshape(unsigned, (BLOCK_N, BLOCK_K)) & (2**BITS - 1)
+
+
+@triton.jit
+def _codes(words, n, first, outs, row_words, BITS: tl.constexpr, LANES: tl.constexpr, BLOCK_N: tl.constexpr,
+           BLOCK_K: tl.constexpr):  # fmt: skip
+    """Return the same codes as int32."""
+    return _unsigned(words, n, first, outs, row_words, BITS, LANES, BLOCK_N, BLOCK_K).to(tl.int32) - 2 ** (BITS - 1)
+
+
+@triton.jit
+def _levels(words, n, first, outs, row_words, BITS: tl.constexpr, LANES: tl.constexpr, Q: tl.constexpr,
+            BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Return the levels of the same codes, float32."""
+    code = _unsigned(words, n, first, outs, row_words, BITS, LANES, BLOCK_N, BLOCK_K)
+    least: tl.constexpr = 2.0 ** (BITS - 1) - 0.5 * (Q - 1)
+    if Q == 1:  # an exponent above the code makes it a float32 2^23 more, or 2^22 where there is a bit below
+        level = (code | 0x4B000000).to(tl.float32, bitcast=True) - (2.0**23 + least)
+    else:
+        level = (code << 1 | 0x4A800000).to(tl.float32, bitcast=True) - (2.0**22 + least)
+    return level
 
 
 @triton.jit
@@ -77,12 +100,16 @@ def _finish(y, sums, m, n, rows, outs, cols, scale, bias, code_sums, x_sum, nan,
     """Scale a tile of sums and write it."""
     there = n < outs
     s = tl.load(scale + n, mask=there, other=0.0)
-    if code_sums is None:
-        out = sums * s[None, :]
-        if bias is not None:
-            out = out + tl.load(bias + n, mask=there, other=0.0).to(tl.float32)[None, :]
-    else:
-        out = scaled(sums, n, there, cols, s, bias, code_sums, x_sum, nan, in_scale, in_offset, x_level, P, Q)
+    out = scaled(sums, n, there, cols, s, bias, code_sums, x_sum, nan, in_scale, in_offset, x_level, P, Q, False)
+    store_tile(y, out, m, n, rows, outs)
+
+
+@triton.jit
+def _finish_floats(y, sums, m, n, rows, outs, scale, bias):
+    """Do the same with a tile of float32 sums."""
+    out = sums * tl.load(scale + n, mask=n < outs, other=0.0)[None, :]
+    if bias is not None:
+        out = out + tl.load(bias + n, mask=n < outs, other=0.0).to(tl.float32)[None, :]
     store_tile(y, out, m, n, rows, outs)
 
 
@@ -171,11 +198,38 @@ def _one_row_of_floats(x, words, scale, bias, y, outs, cols, row_words, BITS: tl
         lanes = _lanes(tl.load(x + k, mask=k < cols, other=0.0).to(tl.float32), LANES)
         for i in tl.static_range(LANES):
             sums = _add_lane(sums, lanes[i], unit, BITS, Q, _reversed(i, LANES))
-    s = tl.load(scale + n, mask=n < outs, other=0.0)
-    out = tl.sum(sums, axis=1) * s
-    if bias is not None:
-        out = out + tl.load(bias + n, mask=n < outs, other=0.0).to(tl.float32)
-    tl.store(y + n, out.to(y.dtype.element_ty), mask=n < outs)
+    _finish_floats(y, tl.sum(sums, axis=1)[None, :], tl.zeros((1,), tl.int32), n, 1, outs, scale, bias)
+
+
+@triton.jit
+def _upper_half(x):
+    """Return float32 x cut to what a bfloat16 holds of it."""
+    return (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _tiles_of_floats(x, words, scale, bias, y, rows, outs, cols, row_words, PART: tl.constexpr, BITS: tl.constexpr,
+                     LANES: tl.constexpr, Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                     BLOCK_K: tl.constexpr):  # fmt: skip
+    down = tl.cdiv(rows, BLOCK_M)  # programs that follow each other share a part of the weight
+    m = (tl.program_id(0) % down) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (tl.program_id(0) // down) * BLOCK_N + tl.arange(0, BLOCK_N)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, cols, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        there = (m < rows)[:, None] & (k < cols)[None, :]
+        a = tl.load(x + m.to(tl.int64)[:, None] * cols + k[None, :], mask=there, other=0.0)
+        level = tl.trans(_levels(words, n, first, outs, row_words, BITS, LANES, Q, BLOCK_N, BLOCK_K).to(PART))
+        if a.dtype == tl.float32:
+            high = _upper_half(a)  # three bfloat16 hold a float32, which tensor cores do not take whole
+            rest = tl.where(a == high, 0.0, a - high)  # an infinity leaves none
+            middle = _upper_half(rest)
+            part = tl.dot((rest - middle).to(PART), level)
+            part = tl.dot(middle.to(PART), level, part)
+            sums += tl.dot(high.to(PART), level, part)
+        else:
+            sums = tl.dot(a, level, sums)
+    _finish_floats(y, sums, m, n, rows, outs, scale, bias)
 
 
 @triton.jit
@@ -185,25 +239,14 @@ def _tiles(x, words, scale, bias, code_sums, of_rows, in_scale, in_offset, y, ro
     down = tl.cdiv(rows, BLOCK_M)  # programs that follow each other share a part of the weight
     m = (tl.program_id(0) % down) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (tl.program_id(0) // down) * BLOCK_N + tl.arange(0, BLOCK_N)
-    SUM: tl.constexpr = tl.float32 if code_sums is None else tl.int32
-    sums = tl.zeros((BLOCK_M, BLOCK_N), SUM)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for first in range(0, cols, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         there = (m < rows)[:, None] & (k < cols)[None, :]
         a = tl.load(x + m.to(tl.int64)[:, None] * cols + k[None, :], mask=there, other=0)
-        level = _codes(words, n, first, outs, row_words, BITS, LANES, BLOCK_N, BLOCK_K)
-        if code_sums is None:
-            level = level.to(tl.float32) + 0.5 * (Q - 1)
-        sums = tl.dot(a, tl.trans(level.to(a.dtype)), sums, input_precision="ieee", out_dtype=SUM)
-    if code_sums is None:
-        out = sums * tl.load(scale + n, mask=n < outs, other=0.0)[None, :]
-        if bias is not None:
-            out = out + tl.load(bias + n, mask=n < outs, other=0.0).to(tl.float32)[None, :]
-        store_tile(y, out, m, n, rows, outs)
-    else:
-        finish(
-            y, sums, m, n, rows, outs, cols, scale, bias, code_sums, of_rows, in_scale, in_offset, x_level, P, Q, False
-        )
+        code = _codes(words, n, first, outs, row_words, BITS, LANES, BLOCK_N, BLOCK_K)
+        sums = tl.dot(a, tl.trans(code.to(tl.int8)), sums, out_dtype=tl.int32)
+    finish(y, sums, m, n, rows, outs, cols, scale, bias, code_sums, of_rows, in_scale, in_offset, x_level, P, Q, False)
 
 
 @triton.jit
@@ -228,54 +271,64 @@ def packed_linear(
     x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None, n_bits: int, shift: float, isa: int = 0
 ) -> Tensor:
     """Return `x @ w_hat.T + bias` in the dtype of x (..., in), float16, bfloat16 or float32, summed in float32."""
-    return _multiply(x, InputGrid(), n_bits, shift, words=words, scale=scale, bias=bias, code_sums=None)
+    dtype, (x, y, of_words) = x.dtype, _operands(x, words, n_bits)
+    if not y.numel():
+        return y.to(dtype)
+    outs = len(words)
+    rows, shared = y.numel() // outs, {"x": x, "y": y, "scale": scale, "bias": bias, "Q": 2 if shift else 1, **of_words}
+    if rows == 1:
+        tile, options = _row_tile(x.shape[-1], n_bits)
+        launch(_one_row_of_floats, (triton.cdiv(outs, tile["BLOCK_N"]),), options, **shared, **tile)
+        return y.to(dtype)
+    tile, options = _tile(rows, x.dtype)
+    programs = triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(outs, tile["BLOCK_N"])
+    part = tl.float16 if dtype is torch.float16 else tl.float32 if interpreted() else tl.bfloat16
+    launch(_tiles_of_floats, (programs,), options, rows=rows, PART=part, **shared, **tile)
+    return y.to(dtype)
 
 
 def packed_linear_int(
     x: Tensor, words: Tensor, scale: Tensor, code_sums: Tensor, bias: Tensor | None, in_scale: Tensor,
     in_offset: Tensor | None, n_bits: int, shift: float, qmin: int, qmax: int, in_shift: float, isa: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Return what `integer_definition` does, bit for bit, rounded once to the dtype of x."""
-    grid = InputGrid.of(in_scale, in_offset, qmin, qmax, in_shift)
-    return _multiply(x, grid, n_bits, shift, words=words, scale=scale, bias=bias, code_sums=code_sums)
+    """Return what `integer_definition` does, bit for bit, rounded once to the dtype of x.
 
-
-def _multiply(x: Tensor, grid: InputGrid, n_bits: int, shift: float, **weight: Tensor | None) -> Tensor:
-    """Launch the kernel that multiplies x by the weight, after those that quantize several rows and unpack for many."""
-    (outs, row_words), cols, dtype = weight["words"].shape, x.shape[-1], x.dtype
-    if row_words != packed_words(cols, n_bits):
-        raise ValueError(f"words do not hold rows of {cols} codes: {row_words} words of {n_bits} bits")
-    if dtype is torch.bfloat16 and interpreted():
-        x = x.float()  # the interpreter neither multiplies nor rounds bfloat16 as a GPU does
-    y = x.new_empty((*x.shape[:-1], outs))
+    Several rows are quantized by a kernel of their own, and the weight is unpacked by one for many.
+    """
+    dtype, (x, y, of_words) = x.dtype, _operands(x, words, n_bits)
     if not y.numel():
         return y.to(dtype)
-    x, rows = x.contiguous(), y.numel() // outs
-    of_words = {"outs": outs, "cols": cols, "row_words": row_words, "BITS": n_bits, "LANES": 32 // math.gcd(32, n_bits)}
-    if rows > MANY_ROWS and weight["code_sums"] is not None:
+    grid = InputGrid.of(in_scale, in_offset, qmin, qmax, in_shift)
+    (outs, cols), rows = (len(words), x.shape[-1]), y.numel() // len(words)
+    weight = {"scale": scale, "bias": bias, "code_sums": code_sums}
+    if rows > MANY_ROWS:
         codes = torch.empty(outs, cols, dtype=torch.int8, device=x.device)
         programs, told = quantizing(x, rows, grid)
         programs += pieces(outs, told["BLOCK_M"])
-        launch(_both_codes, (programs,), words=weight.pop("words"), codes=codes, **told | of_words)
+        launch(_both_codes, (programs,), codes=codes, **told | of_words)
         multiply(told, y, grid, codes, **weight, shift=shift, reach=2 ** (n_bits - 1))
         return y.to(dtype)
     shared = {**weight, **of_words, "y": y, **grid.whole_levels(shift)}
-    if rows == 1 and weight["code_sums"] is None:
-        tile, options = _row_tile(cols, n_bits)
-        of_row = {"x": x, "y": y, "Q": shared["Q"], **{name: weight[name] for name in ("words", "scale", "bias")}}
-        launch(_one_row_of_floats, (triton.cdiv(outs, tile["BLOCK_N"]),), options, **of_row, **of_words, **tile)
-        return y.to(dtype)
     if rows == 1:
         launch(_one_row, (triton.cdiv(outs, ROW_TILE["BLOCK_N"]),), x=x, **shared, **grid._asdict(), **ROW_TILE)
         return y.to(dtype)
-    of_rows = None
-    if weight["code_sums"] is not None:
-        x, of_rows = quantize(x, rows, grid)
+    x, of_rows = quantize(x, rows, grid)
     tile, options = _tile(rows, x.dtype)
     programs = triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(outs, tile["BLOCK_N"])
     of_x = {"x": x, "of_rows": of_rows, "in_scale": grid.in_scale, "in_offset": grid.in_offset}
     launch(_tiles, (programs,), options, rows=rows, **of_x, **shared, **tile)
     return y.to(dtype)
+
+
+def _operands(x: Tensor, words: Tensor, n_bits: int) -> tuple[Tensor, Tensor, dict[str, Tensor | int]]:
+    """Return x as kernels take it, an empty y, and words with what says how they lie. Raises ValueError where they do not fit."""
+    (outs, row_words), cols = words.shape, x.shape[-1]
+    if row_words != packed_words(cols, n_bits):
+        raise ValueError(f"words do not hold rows of {cols} codes: {row_words} words of {n_bits} bits")
+    if x.dtype is torch.bfloat16 and interpreted():
+        x = x.float()  # the interpreter neither multiplies nor rounds bfloat16 as a GPU does
+    lie = {"outs": outs, "cols": cols, "row_words": row_words, "BITS": n_bits, "LANES": 32 // math.gcd(32, n_bits)}
+    return x.contiguous(), x.new_empty((*x.shape[:-1], outs)), {"words": words, **lie}
 
 
 OPERATORS = (packed_linear, packed_linear_int)
@@ -289,7 +342,7 @@ def samples() -> None:
         words = torch.zeros(outs, cols * n_bits // 32, dtype=torch.int32)
         for rows in (1, 16, 197, 2048) if n_bits in (2, 3) else (1, 197):  # codes that straddle words, and that do not
             for dtype in (torch.bfloat16, torch.float32) if n_bits in (2, 3) else (torch.float16,):
-                packed_linear(torch.zeros(rows, cols, dtype=dtype), words, scale, scale, n_bits, 0.5)
+                packed_linear(torch.zeros(rows, cols, dtype=dtype), words, scale, scale, n_bits, n_bits % 2 / 2)
             x = torch.zeros(rows, cols)
             packed_linear_int(x, words, scale, sums, scale, one, one, n_bits, 0.0, -128, 127, 0.0)
     packed_linear_int(x.bfloat16(), words, scale, sums, None, one, None, n_bits, 0.5, -1, 0, 0.5)
