@@ -1,8 +1,10 @@
 """Ways to compute a linear layer, for `benchmarks/packed.py`: dsquant's packed weights and those of others, on CPU and GPU."""
 
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -149,10 +151,18 @@ def _onnx(weight: Tensor, bias: Tensor, n_bits: int | None, threads: int) -> Lay
 
 
 def _gemlite(weight: Tensor, bias: Tensor, n_bits: int) -> Layer:
-    """Make gemlite's layer of n-bit weights, one scale and zero for each 128 columns, and float16 inputs; weights are random."""
+    """Make gemlite's layer of n-bit weights, one scale and zero for each 128 columns, and float16 inputs; weights are random.
+
+    Its tiles are those it comes with for the GPU and shape, else its default ones. GEMLITE_AUTOTUNE=fast has it time some twenty
+    of them first, as it would by itself, for the best of it: a minute or more for each shape and number of rows.
+    """
     if importlib.util.find_spec("gemlite") is None:
         raise EngineError("gemlite is not installed")
-    from gemlite.core import DType, GemLiteLinear
+    try:
+        _choose_gemlite_tiles(os.environ.get("GEMLITE_AUTOTUNE", "default"))
+        from gemlite.core import DType, GemLiteLinear
+    except Exception as error:  # it asks for a GPU where it is imported
+        raise EngineError(f"gemlite: {str(error).splitlines()[0]}") from None
 
     n, k = weight.shape
     try:
@@ -164,3 +174,10 @@ def _gemlite(weight: Tensor, bias: Tensor, n_bits: int) -> Layer:
     except Exception as error:  # what it raises on a GPU or shape that it has no kernel for is no one class
         raise EngineError(f"gemlite: {str(error).splitlines()[0]}") from None
     return layer
+
+
+@cache
+def _choose_gemlite_tiles(mode: str) -> None:
+    import gemlite
+
+    gemlite.set_autotune(mode)
