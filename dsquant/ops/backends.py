@@ -9,7 +9,8 @@
     portable  native code in plain C++
     avx2      native code with AVX2, FMA and BMI2; AVX-512 where there is that, in all but activation quantizers
     triton    native code on GPUs; on CPU, for tests, in Triton's interpreter (TRITON_INTERPRET=1)
-    cuda      native code on GPUs in CUDA C++, which `packed_linear` has where weights and inputs have 1 or 2 bits
+    cuda      native code on GPUs in CUDA C++, which `packed_linear` has where weights and inputs have 1 or 2 bits, and for up
+              to 16 rows in bfloat16 or float16
 
 What is forced and cannot run is an error that says why. Under auto an op without native code for a device runs its
 definition; native code that should be there and cannot be built is warned of once.

@@ -17,6 +17,7 @@ from dsquant.ops.pack import unpack
 from dsquant.spec import Levels
 
 EXACT_FLOAT32, EXACT_INT32 = 1 << 24, 1 << 31
+FEW_ROWS = 16  # of x, in 16 bits, that CUDA C++ multiplies
 
 
 class PackedMatrix(NamedTuple):
@@ -137,13 +138,21 @@ def packed_linear(
     """
     if x.shape[-1] != weight.cols:
         raise ValueError(f"x has {x.shape[-1]} features, the packed weight {weight.cols}")
-    lacking = _beyond_bits(weight, quant)
+    lacking = _beyond_cuda(x, weight, quant)
     native = backends.NATIVE if lacking else (*backends.NATIVE, backends.CUDA)
     return run(backends.choose("packed_linear", x.device.type, native, lacking), x, weight, bias, quant)
 
 
-def _beyond_bits(weight: PackedMatrix, quant: QuantArgs | None) -> str:
-    """Name what the kernels in CUDA C++ do not take, which go by bits."""
+def _beyond_cuda(x: Tensor, weight: PackedMatrix, quant: QuantArgs | None) -> str:
+    """Name what the kernels in CUDA C++ do not take: those of integers go by bits, those of floats have few rows."""
+    if quant is None and x.dtype in (torch.bfloat16, torch.float16):
+        rows = x.numel() // max(x.shape[-1], 1)
+        if weight.n_bits in (1, 2, 4) and weight.cols * weight.n_bits % 128 == 0 and rows <= FEW_ROWS:
+            return ""
+        return (
+            f"{rows} rows of {weight.cols} weights of {weight.n_bits} bits: there must be at most {FEW_ROWS} rows, and rows of "
+            "weights of 1, 2 or 4 bits that fill 16 bytes"
+        )
     if quant is None or not is_integer(weight, quant):
         return f"weights of {weight.n_bits} bits and inputs without one scale for all: they must be integers"
     codes = quant.levels.qmax - quant.levels.qmin + 1
@@ -156,7 +165,8 @@ def run(backend: str, x: Tensor, weight: PackedMatrix, bias: Tensor | None, quan
     """Compute `packed_linear` by one backend that is available, with none chosen for it."""
     if backend != backends.TRITON:  # whose kernels read and write any float dtype
         bias = bias if bias is None or bias.dtype is torch.float32 else bias.float()
-    source = x if x.dtype is torch.float32 or backend == backends.TRITON else x.float()
+    any_dtype = backend == backends.TRITON or (backend == backends.CUDA and quant is None)
+    source = x if x.dtype is torch.float32 or any_dtype else x.float()
     plain = backend == backends.TORCH
     if quant is None or not is_integer(weight, quant):
         if quant is not None:
@@ -191,11 +201,12 @@ def _fake(x: Tensor, words: Tensor, *_) -> Tensor:
 # The schemas are here, their kernels in csrc/ and gpu/, attached when these are loaded: tracing needs no compiler.
 _LIBRARY = torch.library.Library("dsquant", "FRAGMENT")
 _INPUT, _GRID = "Tensor x, Tensor words, Tensor scale", "int n_bits, float shift"
-_LIBRARY.define(f"packed_linear({_INPUT}, Tensor? bias, {_GRID}, int isa) -> Tensor")
+for _name in ("packed_linear", "packed_linear_cuda"):
+    _LIBRARY.define(f"{_name}({_INPUT}, Tensor? bias, {_GRID}, int isa) -> Tensor")
 for _name in ("packed_linear_int", "packed_linear_int_cuda"):
     _LIBRARY.define(
         f"{_name}({_INPUT}, Tensor code_sums, Tensor? bias, Tensor in_scale, Tensor? in_offset, {_GRID}, int qmin, "
         "int qmax, float in_shift, int isa) -> Tensor"
     )
-for _name in ("packed_linear", "packed_linear_int", "packed_linear_int_cuda"):
+for _name in ("packed_linear", "packed_linear_cuda", "packed_linear_int", "packed_linear_int_cuda"):
     torch.library.register_fake(f"dsquant::{_name}", _fake, lib=_LIBRARY)
