@@ -35,6 +35,29 @@ def test_products_of_any_dtype_are_those_of_float64_rounded_once(n_bits, shift, 
         assert ((y.double() - oracle).abs() <= rounding + 1e-6 * oracle.abs().max()).all()
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+@pytest.mark.parametrize("n_bits", range(1, 9))
+def test_one_row_of_floats_takes_every_code_where_it_lies(n_bits, shift):
+    """Powers of two, and what they are times levels of few bits, have exact sums; a word's place or a shift too few shows."""
+    weight = matrix(n_bits, shift)._replace(scale=torch.ones(OUT))
+    for first in (0, 97, IN - 13):
+        x = torch.zeros(1, IN)
+        x[0, first : first + 13] = 2.0 ** torch.arange(13)
+        assert torch.equal(run(backends.TRITON, x, weight, None, None), F.linear(x, image(weight)))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 67])
+def test_float32_of_any_size_keeps_its_24_bits_and_infinities_and_nans(rows):
+    weight, generator = matrix(2, 0.5), torch.Generator().manual_seed(3)
+    x = torch.randn(rows, IN, generator=generator) * 10.0 ** torch.randint(-30, 30, (rows, 1), generator=generator)
+    found, oracle = run(backends.TRITON, x, weight, None, None), F.linear(x.double(), image(weight).double())
+    assert ((found - oracle).abs() <= 1e-6 * oracle.abs().amax(1, keepdim=True)).all()
+    x[0, 3], x[-1, 5] = torch.inf, torch.nan
+    found, expected = run(backends.TRITON, x, weight, None, None), F.linear(x, image(weight))
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.isinf(), expected.isinf())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("levels", [Levels(-128, 127), Levels(0, 255, 0.5), Levels(-1, 0, 0.5)], ids=str)
 def test_integer_products_of_any_dtype_and_number_of_rows_are_the_definition_s(levels, dtype):
