@@ -47,17 +47,39 @@ template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocks) run(const FewRows p) {
   __shared__ typename Kernel::Shared shared;
   Together<Kernel> phase;
+#if __CUDA_ARCH__ >= 900
+  // Blocks may be here before the kernels that came earlier are done, and those of the next before this one is. Until they are
+  // no block reads or writes anything: it has words brought into the L2 cache, which is right whatever they still become.
+  asm volatile("griddepcontrol.launch_dependents;");
+  Kernel::each_load(p, blockIdx.x, 0, threadIdx.x, [](bool there, const uint32_t* words, int, int) {
+    if (there) asm volatile("prefetch.global.L2 [%0];" ::"l"(words));
+  });
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
   Kernel::run(p, blockIdx.x, shared, phase);
 }
 
 }  // namespace
 
 cudaError_t launch(const FewRows& p, int64_t n_bits, bool halves, bool brain, cudaStream_t stream) {
+  int device = 0, capability = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
   with_kernel(p, n_bits, halves, brain, [&](auto kernel) {
     using Kernel = decltype(kernel);
-    run<Kernel><<<static_cast<unsigned>(Kernel::blocks(p)), Kernel::kThreads, 0, stream>>>(p);
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(Kernel::blocks(p)));
+    config.blockDim = dim3(Kernel::kThreads);
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = capability >= 9;
+    error = cudaLaunchKernelEx(&config, run<Kernel>, p);
   });
-  return cudaGetLastError();
+  return error;
 }
 
 }  // namespace dsq

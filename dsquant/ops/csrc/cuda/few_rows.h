@@ -139,6 +139,11 @@ struct FewRowsProduct {
 
   static int64_t blocks(const FewRows& p) { return (p.outs + kOuts - 1) / kOuts; }
 
+  // Which of a row's words a thread takes, from word `first` of all on.
+  static DSQ_INLINE int begin(int first, int thread, int ahead) {
+    return first + (thread / 32 * kAhead + ahead) * kSpan + thread % 4 * kWide;
+  }
+
   // Loads 16 bytes that lie at a multiple of 16, or none: zeros.
   static DSQ_INLINE void load(bool there, const void* from, uint32_t* four) {
 #if defined(__CUDA_ARCH__)
@@ -185,27 +190,31 @@ struct FewRowsProduct {
     }
   }
 
+  // Call visit(there, words, ahead, half) with where words lie that a thread loads, from word `first` of rows on.
+  template <class Visit>
+  static DSQ_INLINE void each_load(const FewRows& p, int64_t block, int first, int thread, const Visit& visit) {
+    for (int ahead = 0; ahead < kAhead; ++ahead)
+      for (int half = 0; half < 2; ++half) {
+        const int out = static_cast<int>(block) * kOuts + thread % 32 / 4 + half * 8, at = begin(first, thread, ahead);
+        const uint32_t* row = p.words + static_cast<int64_t>(out) * p.row_words;
+        visit(out < p.outs && at < p.row_words, row + at, ahead, half);
+      }
+  }
+
   template <class Phase>
   static DSQ_INLINE void run(const FewRows& p, int64_t block, Shared& shared, Phase& phase) {
-    const int n = static_cast<int>(block) * kOuts;
     phase.alone([&](int, Own& own) {
       for (int group = 0; group < kGroups; ++group)
         for (float& sum : own.sums[group]) sum = 0;
     });
     for (int first = 0; first < p.row_words; first += kWarps * kAhead * kSpan) {
-      const auto begin = [&](int thread, int ahead) {
-        return first + (thread / 32 * kAhead + ahead) * kSpan + thread % 4 * kWide;
-      };
       phase([&](int thread, Own& own) {  // the barrier after it has the compiler begin all loads before it waits for one
-        for (int ahead = 0; ahead < kAhead; ++ahead) {
-          for (int half = 0; half < 2; ++half) {
-            const int out = n + thread % 32 / 4 + half * 8, at = begin(thread, ahead);
-            const uint32_t* row = p.words + static_cast<int64_t>(out) * p.row_words;
-            load(out < p.outs && at < p.row_words, row + at, own.words[ahead][half]);
-          }
+        each_load(p, block, first, thread, [&](bool there, const uint32_t* words, int ahead, int half) {
+          load(there, words, own.words[ahead][half]);
+        });
+        for (int ahead = 0; ahead < kAhead; ++ahead)
           for (int group = 0; group < kGroups; ++group)
-            load_x(p, group * 8 + thread % 32 / 4, begin(thread, ahead), own.x[ahead][group]);
-        }
+            load_x(p, group * 8 + thread % 32 / 4, begin(first, thread, ahead), own.x[ahead][group]);
       });
 #pragma unroll
       for (int ahead = 0; ahead < kAhead; ++ahead)
@@ -229,7 +238,7 @@ struct FewRowsProduct {
           shared.sums[thread / 32][at.row][group * 8 + at.column] = own.sums[group][i];
         }
     });
-    phase([&](int thread, Own&) { finish(p, n, thread, shared); });
+    phase([&](int thread, Own&) { finish(p, static_cast<int>(block) * kOuts, thread, shared); });
   }
 };
 
