@@ -38,7 +38,8 @@ CHOICES = ("auto", TORCH, "cpu", *ON_CPU, *ON_GPU)
 # What takes plain C++ under auto, where there is no AVX2: the former is faster so, and the latter gives the same bits however
 # ZeRO cuts a weight, which torch's fused AdamW does not. Of products torch's own are faster.
 ELEMENTWISE = ("fake_quantize", "shard_step")
-# What takes CUDA C++ under auto, where Triton has code too: ops that `make gpu` timed faster so. No GPU has timed any yet.
+# What takes CUDA C++ under auto, where Triton has code too: operators that `make gpu` timed faster so, of `packed_linear`, which
+# is that of floats, and `packed_linear_int`. No GPU has timed any yet.
 FASTER_IN_CUDA = ()
 # What runs its definition on GPUs under auto until `make gpu` times its kernels faster: products in int8 while training.
 UNTIMED = ("quant_linear",)
@@ -158,22 +159,24 @@ def _level() -> int:
 
 
 @torch.compiler.assume_constant_result
-def choose(op: str, device: str, native: tuple[str, ...] = NATIVE, lacking: str = "") -> str:
+def choose(op: str, device: str, native: tuple[str, ...] = NATIVE, lacking: str = "", operator: str = "") -> str:
     """Return the backend that runs `op` on a device type; `native` are those with code for it.
 
-    Where others have none for these inputs alone, `lacking` says why, for the error.
+    Where others have none for these inputs alone, `lacking` says why, for the error. `operator` is which one these inputs take,
+    where the op has several.
     Raises ConfigError where DSQ_BACKEND forces one that is missing or cannot run.
     """
-    return _choose(op, device, native, requested(op), lacking)
+    return _choose(op, device, native, requested(op), lacking, operator or op)
 
 
 @cache
-def _choose(op: str, device: str, native: tuple[str, ...], wanted: str, lacking: str) -> str:
+def _choose(op: str, device: str, native: tuple[str, ...], wanted: str, lacking: str, operator: str) -> str:
     if wanted == TORCH:
         return TORCH
     if wanted != "auto":
         return _forced(op, device, native, wanted, lacking)
-    on_gpu = () if op in UNTIMED else ON_GPU if op in FASTER_IN_CUDA and availability(CUDA).available else (TRITON,)
+    cuda = operator in FASTER_IN_CUDA and availability(CUDA).available
+    on_gpu = () if op in UNTIMED else ON_GPU if cuda else (TRITON,)
     kinds = {"cpu": ON_CPU, "cuda": on_gpu}
     here = [name for name in native if name in kinds.get(device, ())]
     best = here[-1] if here else TORCH

@@ -140,19 +140,18 @@ def packed_linear(
         raise ValueError(f"x has {x.shape[-1]} features, the packed weight {weight.cols}")
     lacking = _beyond_cuda(x, weight, quant)
     native = backends.NATIVE if lacking else (*backends.NATIVE, backends.CUDA)
-    return run(backends.choose("packed_linear", x.device.type, native, lacking), x, weight, bias, quant)
+    operator = "packed_linear" if quant is None else "packed_linear_int"
+    return run(backends.choose("packed_linear", x.device.type, native, lacking, operator), x, weight, bias, quant)
 
 
 def _beyond_cuda(x: Tensor, weight: PackedMatrix, quant: QuantArgs | None) -> str:
     """Name what the kernels in CUDA C++ do not take: those of integers go by bits, those of floats have few rows."""
     if quant is None and x.dtype in (torch.bfloat16, torch.float16):
-        rows = x.numel() // max(x.shape[-1], 1)
-        if weight.n_bits in (1, 2, 4) and weight.cols * weight.n_bits % 128 == 0 and rows <= FEW_ROWS:
+        if x.numel() > FEW_ROWS * x.shape[-1]:
+            return f"inputs of more than {FEW_ROWS} rows"
+        if weight.n_bits in (1, 2, 4) and weight.cols * weight.n_bits % 128 == 0:
             return ""
-        return (
-            f"{rows} rows of {weight.cols} weights of {weight.n_bits} bits: there must be at most {FEW_ROWS} rows, and rows of "
-            "weights of 1, 2 or 4 bits that fill 16 bytes"
-        )
+        return f"weights of {weight.n_bits} bits and {weight.cols} columns: rows must fill 16 bytes with 1, 2 or 4 bits"
     if quant is None or not is_integer(weight, quant):
         return f"weights of {weight.n_bits} bits and inputs without one scale for all: they must be integers"
     codes = quant.levels.qmax - quant.levels.qmin + 1

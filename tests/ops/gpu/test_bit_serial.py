@@ -181,10 +181,16 @@ def test_under_auto_a_gpu_takes_triton_until_cuda_was_timed_faster(as_on_gpu):
     as_on_gpu.setattr(torch.cuda, "is_available", lambda: True)
     as_on_gpu.setattr(build, "load_cuda", lambda: None)
     assert chosen(*low()) == backends.TRITON
-    as_on_gpu.setattr(backends, "FASTER_IN_CUDA", ("packed_linear",))
+    as_on_gpu.setattr(backends, "FASTER_IN_CUDA", ("packed_linear_int",))
     backends._choose.cache_clear()
     assert chosen(*low()) == backends.CUDA
     assert chosen(*low(n_bits=4)) == chosen(*low(codes=256)) == chosen(*low(scales=3)) == backends.TRITON
+    x, weight = torch.empty(3, 128, dtype=torch.half, device="cuda"), low()[1]._replace(cols=128)
+    assert chosen(x, weight, None) == backends.TRITON
+    as_on_gpu.setattr(backends, "FASTER_IN_CUDA", ("packed_linear",))
+    backends._choose.cache_clear()
+    assert chosen(x, weight, None) == backends.CUDA
+    assert chosen(*low()) == chosen(x.float(), weight, None) == chosen(x.repeat(6, 1), weight, None) == backends.TRITON
 
 
 def test_cuda_that_is_forced_runs_or_says_what_it_lacks(as_on_gpu):

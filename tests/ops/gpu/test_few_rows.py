@@ -123,10 +123,8 @@ def test_the_operator_passes_opcheck_and_refuses_what_it_has_no_code_for(kernels
 def test_what_cuda_has_no_code_for_is_named():
     weight, x = matrix(128, 9, 2, 0.0), torch.zeros(16, 128, dtype=torch.float16)
     assert _beyond_cuda(x, weight, None) == ""
-    assert "17 rows of 128 weights of 2 bits: there must be at most 16" in _beyond_cuda(
-        x.new_zeros(17, 128), weight, None
-    )
-    assert "that fill 16 bytes" in _beyond_cuda(x[:, :96], matrix(96, 9, 2, 0.0), None)
+    assert _beyond_cuda(x.new_zeros(17, 128), weight, None) == "inputs of more than 16 rows"
+    assert "2 bits and 96 columns: rows must fill 16 bytes" in _beyond_cuda(x[:, :96], matrix(96, 9, 2, 0.0), None)
     assert "weights of 3 bits" in _beyond_cuda(x, matrix(128, 9, 3, 0.0), None)
     assert "they must be integers" in _beyond_cuda(x.float(), weight, None)
 
