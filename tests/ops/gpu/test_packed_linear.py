@@ -46,6 +46,7 @@ def test_one_row_of_floats_takes_every_code_where_it_lies(n_bits, shift):
         assert torch.equal(run(backends.TRITON, x, weight, None, None), F.linear(x, image(weight)))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter says so of infinities
 @pytest.mark.parametrize("rows", [1, 5, 67])
 def test_float32_of_any_size_keeps_its_24_bits_and_infinities_and_nans(rows):
     weight, generator = matrix(2, 0.5), torch.Generator().manual_seed(3)
