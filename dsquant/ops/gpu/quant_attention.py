@@ -2,6 +2,7 @@
 
 A program takes a block of queries of one head of one image (row `image * heads + head`). Where a block of keys holds the whole
 sequence, scores are formed once; else it goes over the keys twice, first for the maximum and the sum of each row of scores.
+Where several programs share a head, q, k and v are quantized by a kernel of their own first, once, to operands (READY).
 Backward is in `quant_attention_backward.py`.
 
 Operands of products are levels, small integers or halves of them, exact in bfloat16 as in float32, and sums of products get
@@ -15,13 +16,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import libdevice
 
 from dsquant.ops.gpu.fake_quantize import round_half_even
 from dsquant.ops.gpu.launch import interpreted, launch
 
 INTERPRETED = tl.constexpr(interpreted())
+LOG2E = tl.constexpr(1.4426950408889634)
 ALL = tl.constexpr(tl.PropagateNan.ALL)
 WINDOW = 64  # tokens that one block of bfloat16 takes whole, where features are few
+OPERAND_ROWS = 64  # of a program that makes operands
 WHOLE = 256  # tokens of which a block of queries holds all scores, likewise
 
 
@@ -135,7 +139,21 @@ def in_units(x, s, offset, head, EACH: tl.constexpr):
 
 @triton.jit
 def level_of(v, GRID: tl.constexpr):
-    return round_half_even(clip(v - GRID[2], GRID[0], GRID[1])) + GRID[2]
+    if GRID[2] == 0:  # adding 0 would turn a -0.0 and is not left out by compilers
+        level = round_half_even(clip(v, GRID[0], GRID[1]))
+    else:
+        level = round_half_even(clip(v - GRID[2], GRID[0], GRID[1])) + GRID[2]
+    return level
+
+
+@triton.jit
+def exp(x):
+    """Return exp(x), to two last bits or so; below the least normal float32 it is 0."""
+    if INTERPRETED:
+        found = tl.exp(x)
+    else:
+        found = libdevice.exp2(x * LOG2E)
+    return found
 
 
 @triton.jit
@@ -149,10 +167,13 @@ def unit_of(scale, offset, head, GRID: tl.constexpr):
 
 
 @triton.jit
-def operand(x, row, length, scale, offset, head, GRID: tl.constexpr):
-    """Return what enters a product for rows of a site, in the dtype of x: levels, with an offset images, or x itself."""
+def operand(x, row, length, scale, offset, head, GRID: tl.constexpr, READY: tl.constexpr):
+    """Return what enters a product for rows of a site, in the dtype of x: levels, with an offset images, or x itself.
+
+    READY: x is that already.
+    """
     found = x
-    if GRID is not None:
+    if GRID is not None and not READY:
         s = scale_of(scale, head, GRID[6])
         level = level_of(in_units(x, s, offset, head, GRID[6]), GRID)
         if offset is not None:
@@ -196,24 +217,24 @@ def scores(queries, keys, factor, query, key, length, bias, mask, bias_q, bias_k
 def statistics(s):
     """Return the maximum of each row of scores, exp(s - maximum), and 1 over its sum."""
     top = tl.max(s, axis=1)
-    e = tl.exp(s - top[:, None])
+    e = exp(s - top[:, None])
     total = tl.sum(e, axis=1)
     return top, e, tl.math.div_rn(tl.zeros_like(total) + 1.0, total)
 
 
 @triton.jit
 def running_statistics(queries, k, k_n, k_scale, k_offset, head, factor, query, length, bias, mask, bias_q, bias_k, mask_q,
-                       mask_k, K_GRID: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr):  # fmt: skip
+                       mask_k, K_GRID: tl.constexpr, READY: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr):  # fmt: skip
     """Return maximum, and 1 over the sum, of rows of scores against all keys, block by block."""
     top = tl.zeros_like(factor) - float("inf")
     total = tl.zeros_like(factor)
     for start in range(0, length, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
-        keys = operand(load_rows(k, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID)
+        keys = operand(load_rows(k, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID, READY)
         s = scores(queries, keys, factor, query, key, length, bias, mask, bias_q, bias_k, mask_q, mask_k)
         higher = tl.maximum(top, tl.max(s, axis=1))
         at = tl.where(higher == float("-inf"), 0.0, higher)  # of keys that are all masked: -inf less -inf is NaN
-        total = total * tl.exp(top - at) + tl.sum(tl.exp(s - at[:, None]), axis=1)
+        total = total * exp(top - at) + tl.sum(exp(s - at[:, None]), axis=1)
         top = higher
     return top, tl.math.div_rn(tl.zeros_like(total) + 1.0, total)
 
@@ -231,7 +252,7 @@ def probs_in_units(e, inverse, scale, offset):
 def _forward(q, k, v, out, bias, mask, factor, q_scale, q_offset, k_scale, k_offset, p_scale, p_offset, v_scale, v_offset,
              heads, length, mask_rows, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, factor_h, factor_n, p_h, p_n,
              bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k, Q_GRID: tl.constexpr, K_GRID: tl.constexpr,
-             P_GRID: tl.constexpr, V_GRID: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr,
+             P_GRID: tl.constexpr, V_GRID: tl.constexpr, READY: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr,
              BLOCK_K: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(length, BLOCK_Q)
     row = tl.program_id(0) // blocks
@@ -243,7 +264,7 @@ def _forward(q, k, v, out, bias, mask, factor, q_scale, q_offset, k_scale, k_off
         mask += (image % mask_rows) * mask_b + head * mask_h
     k, v = k + image * k_b + head * k_h, v + image * v_b + head * v_h
     queries = load_rows(q + image * q_b + head * q_h, query, q_n, length, DIM)
-    queries = operand(queries, query, length, q_scale, q_offset, head, Q_GRID)
+    queries = operand(queries, query, length, q_scale, q_offset, head, Q_GRID, READY)
     units = unit_of(q_scale, q_offset, head, Q_GRID) * unit_of(k_scale, k_offset, head, K_GRID)
     by = of_queries(factor, head, query, length, factor_h, factor_n) * units
     if P_GRID is not None:
@@ -253,18 +274,18 @@ def _forward(q, k, v, out, bias, mask, factor, q_scale, q_offset, k_scale, k_off
     if not ONE_BLOCK:
         top, inverse = running_statistics(
             queries, k, k_n, k_scale, k_offset, head, by, query, length, bias, mask, bias_q, bias_k, mask_q, mask_k, K_GRID,
-            BLOCK_K, DIM,
+            READY, BLOCK_K, DIM,
         )  # fmt: skip
     found = tl.zeros([BLOCK_Q, padded(DIM_V)], tl.float32)
     for start in range(0, BLOCK_K if ONE_BLOCK else length, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
-        keys = operand(load_rows(k, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID)
-        values = operand(load_rows(v, key, v_n, length, DIM_V), key, length, v_scale, v_offset, head, V_GRID)
+        keys = operand(load_rows(k, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID, READY)
+        values = operand(load_rows(v, key, v_n, length, DIM_V), key, length, v_scale, v_offset, head, V_GRID, READY)
         s = scores(queries, keys, by, query, key, length, bias, mask, bias_q, bias_k, mask_q, mask_k)
         if ONE_BLOCK:
             top, e, inverse = statistics(s)
         else:
-            e = tl.exp(s - top[:, None])
+            e = exp(s - top[:, None])
         if P_GRID is None:
             p = e * inverse[:, None]
         elif p_offset is None:
@@ -277,6 +298,19 @@ def _forward(q, k, v, out, bias, mask, factor, q_scale, q_offset, k_scale, k_off
     if P_GRID is not None and p_offset is None:
         found = found * scale[:, None]
     store_rows(out + image * o_b + head * o_h, found, query, o_n, length, DIM_V)
+
+
+@triton.jit
+def _operand(x, found, scale, offset, heads, length, x_b, x_h, x_n, GRID: tl.constexpr, BLOCK: tl.constexpr,
+             DIM: tl.constexpr):  # fmt: skip
+    """Write the operands of a block of rows of a head."""
+    blocks = tl.cdiv(length, BLOCK)
+    row = tl.program_id(0) // blocks
+    token = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    image, head = (row // heads).to(tl.int64), row % heads
+    values = load_rows(x + image * x_b + head * x_h, token, x_n, length, DIM)
+    values = operand(values, token, length, scale, offset, head, GRID, False)
+    store_rows(found + row.to(tl.int64) * length * DIM, values, token, DIM, length, DIM)
 
 
 SITES = ("q", "k", "p", "v")
@@ -330,6 +364,25 @@ def _strides(x: Tensor | None, names: tuple[str, ...], shape: tuple[int, ...], l
     return dict(zip(names, strides[len(strides) - last - len(names) : len(strides) - last], strict=True))
 
 
+def made_ready(told: dict[str, Any]) -> dict[str, Any]:
+    """Return what kernels are told where several programs share a head: q, k and v as operands, each made once."""
+    ready = {"READY": True}
+    for name in ("q", "k", "v"):
+        x, grid = told[name], told[f"{name.upper()}_GRID"]
+        if grid is None:
+            continue
+        batch, heads, length, dim = x.shape
+        found = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        block = min(OPERAND_ROWS, max(16, 1 << (length - 1).bit_length()))
+        launch(
+            _operand, (batch * heads * -(-length // block),), x=x, found=found, scale=told[f"{name}_scale"],
+            offset=told[f"{name}_offset"], heads=heads, length=length, x_b=told[f"{name}_b"], x_h=told[f"{name}_h"],
+            x_n=told[f"{name}_n"], GRID=grid, BLOCK=block, DIM=dim,
+        )  # fmt: skip
+        ready |= {name: found, f"{name}_b": heads * length * dim, f"{name}_h": length * dim, f"{name}_n": dim}
+    return told | ready
+
+
 def by_tokens(like: Tensor) -> Tensor:
     """Return a new (B, H, N, D) in which a token's heads lie one after another, as the layer behind it reads them."""
     batch, heads, length, dim = like.shape
@@ -345,7 +398,9 @@ def quant_attention(
     length = q.shape[2]
     tiles = tiles_of(length, max(q.shape[-1], v.shape[-1]), q.dtype, not bias is mask is None)
     tile = tiles.forward.arguments(length)
-    programs = q.shape[0] * q.shape[1] * triton.cdiv(length, tile["BLOCK_Q"])
+    blocks = -(-length // tile["BLOCK_Q"])
+    told = made_ready(told) if blocks > 1 else told | {"READY": False}
+    programs = q.shape[0] * q.shape[1] * blocks
     told |= zip(("o_b", "o_h", "o_n"), out.stride(), strict=False)
     launch(_forward, (programs,), out=out, ONE_BLOCK=length <= tile["BLOCK_K"], **tile, **told)
     return out

@@ -24,9 +24,11 @@ from dsquant.ops.gpu.quant_attention import (
     arguments,
     cast,
     dot,
+    exp,
     in_units,
     level_of,
     load_rows,
+    made_ready,
     of_queries,
     operand,
     padded,
@@ -124,9 +126,9 @@ def _of_window(q, k, v, grad, d_q, d_k, d_v, d_scale, d_offset, d_factor, d_bias
         raw_q = load_rows(q + image * q_b + head * q_h, token, q_n, length, DIM)
         raw_k = load_rows(k + image * k_b + head * k_h, token, k_n, length, DIM)
         raw_v = load_rows(v + image * v_b + head * v_h, token, v_n, length, DIM_V)
-        queries = operand(raw_q, token, length, q_scale, q_offset, head, Q_GRID)
-        keys = operand(raw_k, token, length, k_scale, k_offset, head, K_GRID)
-        values = operand(raw_v, token, length, v_scale, v_offset, head, V_GRID)
+        queries = operand(raw_q, token, length, q_scale, q_offset, head, Q_GRID, False)
+        keys = operand(raw_k, token, length, k_scale, k_offset, head, K_GRID, False)
+        values = operand(raw_v, token, length, v_scale, v_offset, head, V_GRID, False)
         g = load_rows(grad + image * g_b + head * g_h, token, g_n, length, DIM_V)
         if mask is None:
             s = scores(queries, keys, by, token, token, length, bias, mask, bias_q, bias_k, mask_q, mask_k)
@@ -171,11 +173,11 @@ def _of_window(q, k, v, grad, d_q, d_k, d_v, d_scale, d_offset, d_factor, d_bias
 
 
 @triton.jit
-def _of_queries(q, k, v, grad, d_q, top_of, inverse_of, delta_of, d_scale, d_offset, d_factor, sums, bias, mask, factor,
+def _of_queries(q, k, v, raw_q, grad, d_q, top_of, inverse_of, delta_of, d_scale, d_offset, d_factor, sums, bias, mask, factor,
                 q_scale, q_offset, k_scale, k_offset, p_scale, p_offset, v_scale, v_offset, heads, length, mask_rows, q_b, q_h,
-                q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, dq_b, dq_h, dq_n, factor_h, factor_n, p_h, p_n, bias_h,
+                q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, dq_b, dq_h, dq_n, rq_b, rq_h, rq_n, factor_h, factor_n, p_h, p_n, bias_h,
                 bias_q, bias_k, mask_b, mask_h, mask_q, mask_k, Q_GRID: tl.constexpr, K_GRID: tl.constexpr,
-                P_GRID: tl.constexpr, V_GRID: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr,
+                P_GRID: tl.constexpr, V_GRID: tl.constexpr, READY: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr,
                 BLOCK_K: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(length, BLOCK_Q)
     row = tl.program_id(0) // blocks
@@ -186,8 +188,8 @@ def _of_queries(q, k, v, grad, d_q, top_of, inverse_of, delta_of, d_scale, d_off
     if mask is not None:
         mask += (image % mask_rows) * mask_b + head * mask_h
     k, v = k + image * k_b + head * k_h, v + image * v_b + head * v_h
-    raw = load_rows(q + image * q_b + head * q_h, query, q_n, length, DIM)
-    queries = operand(raw, query, length, q_scale, q_offset, head, Q_GRID)
+    queries = load_rows(q + image * q_b + head * q_h, query, q_n, length, DIM)
+    queries = operand(queries, query, length, q_scale, q_offset, head, Q_GRID, READY)
     g = load_rows(grad + image * g_b + head * g_h, query, g_n, length, DIM_V)
     unit_v = unit_of(v_scale, v_offset, head, V_GRID)
     unit_q, unit_k = unit_of(q_scale, q_offset, head, Q_GRID), unit_of(k_scale, k_offset, head, K_GRID)
@@ -205,17 +207,17 @@ def _of_queries(q, k, v, grad, d_q, top_of, inverse_of, delta_of, d_scale, d_off
     else:
         top, inverse = running_statistics(
             queries, k, k_n, k_scale, k_offset, head, by, query, length, bias, mask, bias_q, bias_k, mask_q, mask_k, K_GRID,
-            BLOCK_K, DIM,
+            READY, BLOCK_K, DIM,
         )  # fmt: skip
     for start in range(0, BLOCK_K if ONE_BLOCK else length, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
-        keys = operand(load_rows(k, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID)
-        values = operand(load_rows(v, key, v_n, length, DIM_V), key, length, v_scale, v_offset, head, V_GRID)
+        keys = operand(load_rows(k, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID, READY)
+        values = operand(load_rows(v, key, v_n, length, DIM_V), key, length, v_scale, v_offset, head, V_GRID, READY)
         s = scores(queries, keys, by, query, key, length, bias, mask, bias_q, bias_k, mask_q, mask_k)
         if ONE_BLOCK:
             top, e, inverse = statistics(s)
         else:
-            e = tl.exp(s - top[:, None])
+            e = exp(s - top[:, None])
         if p_offset is None:
             p, d_p, _, of_scale, of_offset = _through(e, inverse[:, None], g, values, scale[:, None], None, P_GRID)
         else:
@@ -232,10 +234,10 @@ def _of_queries(q, k, v, grad, d_q, top_of, inverse_of, delta_of, d_scale, d_off
     if not ONE_BLOCK:
         for start in range(0, length, BLOCK_K):
             key = start + tl.arange(0, BLOCK_K)
-            keys = operand(load_rows(k, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID)
-            values = operand(load_rows(v, key, v_n, length, DIM_V), key, length, v_scale, v_offset, head, V_GRID)
+            keys = operand(load_rows(k, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID, READY)
+            values = operand(load_rows(v, key, v_n, length, DIM_V), key, length, v_scale, v_offset, head, V_GRID, READY)
             s = scores(queries, keys, by, query, key, length, bias, mask, bias_q, bias_k, mask_q, mask_k)
-            e = tl.exp(s - top[:, None])
+            e = exp(s - top[:, None])
             if p_offset is None:
                 p, d_p, _, _, _ = _through(e, inverse[:, None], g, values, scale[:, None], None, P_GRID)
             else:
@@ -253,6 +255,7 @@ def _of_queries(q, k, v, grad, d_q, top_of, inverse_of, delta_of, d_scale, d_off
     if d_factor is not None:
         tl.store(d_factor + at, tl.sum(of_product * queries.to(tl.float32), axis=1) * unit_q, mask=there)
     of_product = of_product * of_softmax[:, None]
+    raw = load_rows(raw_q + image * rq_b + head * rq_h, query, rq_n, length, DIM)
     of_product = _through_site(
         raw, of_product, sums + tl.program_id(0).to(tl.int64) * 2, query, length, q_scale, q_offset, head, Q_GRID
     )
@@ -260,11 +263,11 @@ def _of_queries(q, k, v, grad, d_q, top_of, inverse_of, delta_of, d_scale, d_off
 
 
 @triton.jit
-def _of_keys(q, k, v, grad, d_k, d_v, top_of, inverse_of, delta_of, sums, bias, mask, factor, q_scale, q_offset, k_scale,
+def _of_keys(q, k, v, raw_k, raw_v, grad, d_k, d_v, top_of, inverse_of, delta_of, sums, bias, mask, factor, q_scale, q_offset, k_scale,
              k_offset, p_scale, p_offset, v_scale, v_offset, heads, length, mask_rows, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h,
-             v_n, g_b, g_h, g_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n, factor_h, factor_n, p_h, p_n, bias_h, bias_q, bias_k,
+             v_n, g_b, g_h, g_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n, rk_b, rk_h, rk_n, rv_b, rv_h, rv_n, factor_h, factor_n, p_h, p_n, bias_h, bias_q, bias_k,
              mask_b, mask_h, mask_q, mask_k, Q_GRID: tl.constexpr, K_GRID: tl.constexpr, P_GRID: tl.constexpr,
-             V_GRID: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr,
+             V_GRID: tl.constexpr, READY: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr,
              DIM_V: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(length, BLOCK_K)
     row = tl.program_id(0) // blocks
@@ -275,10 +278,10 @@ def _of_keys(q, k, v, grad, d_k, d_v, top_of, inverse_of, delta_of, sums, bias, 
     if mask is not None:
         mask += (image % mask_rows) * mask_b + head * mask_h
     q, grad = q + image * q_b + head * q_h, grad + image * g_b + head * g_h
-    raw_k = load_rows(k + image * k_b + head * k_h, key, k_n, length, DIM)
-    raw_v = load_rows(v + image * v_b + head * v_h, key, v_n, length, DIM_V)
-    keys = operand(raw_k, key, length, k_scale, k_offset, head, K_GRID)
-    values = operand(raw_v, key, length, v_scale, v_offset, head, V_GRID)
+    keys = load_rows(k + image * k_b + head * k_h, key, k_n, length, DIM)
+    values = load_rows(v + image * v_b + head * v_h, key, v_n, length, DIM_V)
+    keys = operand(keys, key, length, k_scale, k_offset, head, K_GRID, READY)
+    values = operand(values, key, length, v_scale, v_offset, head, V_GRID, READY)
     unit_v = unit_of(v_scale, v_offset, head, V_GRID)
     unit_q, unit_k = unit_of(q_scale, q_offset, head, Q_GRID), unit_of(k_scale, k_offset, head, K_GRID)
     of_keys = tl.zeros([BLOCK_K, padded(DIM)], tl.float32)
@@ -286,13 +289,13 @@ def _of_keys(q, k, v, grad, d_k, d_v, top_of, inverse_of, delta_of, sums, bias, 
     for start in range(0, length, BLOCK_Q):
         query = start + tl.arange(0, BLOCK_Q)
         at, there = row.to(tl.int64) * length + query, query < length
-        queries = operand(load_rows(q, query, q_n, length, DIM), query, length, q_scale, q_offset, head, Q_GRID)
+        queries = operand(load_rows(q, query, q_n, length, DIM), query, length, q_scale, q_offset, head, Q_GRID, READY)
         g = load_rows(grad, query, g_n, length, DIM_V)
         of_softmax = of_queries(factor, head, query, length, factor_h, factor_n)
         top, inverse = tl.load(top_of + at, mask=there, other=0.0), tl.load(inverse_of + at, mask=there, other=0.0)
         s = dot(keys, tl.trans(queries)) * (of_softmax * (unit_q * unit_k))[None, :]
         s = add_to_scores(s, bias, mask, query[None, :], key[:, None], length, bias_q, bias_k, mask_q, mask_k)
-        e = tl.exp(s - top[None, :])
+        e = exp(s - top[None, :])
         if P_GRID is None:
             p, d_p, image_p, _, _ = _through(e, inverse[None, :], values, g, top, None, P_GRID)
         else:
@@ -311,11 +314,13 @@ def _of_keys(q, k, v, grad, d_k, d_v, top_of, inverse_of, delta_of, sums, bias, 
         of_keys += dot(cast(d_s * of_softmax[None, :], queries.dtype), queries)
     at_sums = sums + tl.program_id(0).to(tl.int64) * 4
     of_keys = of_keys * (unit_v * unit_q)
-    of_keys = _through_site(raw_k, of_keys, at_sums, key, length, k_scale, k_offset, head, K_GRID)
+    raw = load_rows(raw_k + image * rk_b + head * rk_h, key, rk_n, length, DIM)
+    of_keys = _through_site(raw, of_keys, at_sums, key, length, k_scale, k_offset, head, K_GRID)
     store_rows(d_k + image * dk_b + head * dk_h, of_keys, key, dk_n, length, DIM)
     if (P_GRID is not None) and (p_offset is None and p_n is None):
         of_values = of_values * tl.load(p_scale + head * p_h)
-    of_values = _through_site(raw_v, of_values, at_sums + 2, key, length, v_scale, v_offset, head, V_GRID)
+    raw = load_rows(raw_v + image * rv_b + head * rv_h, key, rv_n, length, DIM_V)
+    of_values = _through_site(raw, of_values, at_sums + 2, key, length, v_scale, v_offset, head, V_GRID)
     store_rows(d_v + image * dv_b + head * dv_h, of_values, key, dv_n, length, DIM_V)
 
 
@@ -323,7 +328,7 @@ def _of_keys(q, k, v, grad, d_k, d_v, top_of, inverse_of, delta_of, sums, bias, 
 def _of_bias(q, k, v, grad, d_bias, top_of, inverse_of, delta_of, batch, run, bias, mask, factor, q_scale, q_offset, k_scale,
              k_offset, p_scale, p_offset, v_scale, v_offset, heads, length, mask_rows, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h,
              v_n, g_b, g_h, g_n, factor_h, factor_n, p_h, p_n, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k,
-             Q_GRID: tl.constexpr, K_GRID: tl.constexpr, P_GRID: tl.constexpr, V_GRID: tl.constexpr, BLOCK_Q: tl.constexpr,
+             Q_GRID: tl.constexpr, K_GRID: tl.constexpr, P_GRID: tl.constexpr, V_GRID: tl.constexpr, READY: tl.constexpr, BLOCK_Q: tl.constexpr,
              BLOCK_K: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
     """Sum dL/ds over the images [part * run, (part + 1) * run) of the batch, into d_bias (parts, heads, length, length)."""
     across = tl.cdiv(length, BLOCK_K)
@@ -344,10 +349,12 @@ def _of_bias(q, k, v, grad, d_bias, top_of, inverse_of, delta_of, batch, run, bi
     for image in range(first, tl.minimum(first + run, batch)):
         at = (image * heads + head) * length + query
         queries, keys = q + image * q_b + head * q_h, k + image * k_b + head * k_h
-        queries = operand(load_rows(queries, query, q_n, length, DIM), query, length, q_scale, q_offset, head, Q_GRID)
-        keys = operand(load_rows(keys, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID)
+        queries = operand(
+            load_rows(queries, query, q_n, length, DIM), query, length, q_scale, q_offset, head, Q_GRID, READY
+        )
+        keys = operand(load_rows(keys, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID, READY)
         values = load_rows(v + image * v_b + head * v_h, key, v_n, length, DIM_V)
-        values = operand(values, key, length, v_scale, v_offset, head, V_GRID)
+        values = operand(values, key, length, v_scale, v_offset, head, V_GRID, READY)
         g = load_rows(grad + image * g_b + head * g_h, query, g_n, length, DIM_V)
         top, inverse = tl.load(top_of + at, mask=there, other=0.0), tl.load(inverse_of + at, mask=there, other=0.0)
         if mask is None:
@@ -355,7 +362,7 @@ def _of_bias(q, k, v, grad, d_bias, top_of, inverse_of, delta_of, batch, run, bi
         else:
             own = mask + (image % mask_rows) * mask_b + head * mask_h
             s = scores(queries, keys, by, query, key, length, bias, own, bias_q, bias_k, mask_q, mask_k)
-        e = tl.exp(s - top[:, None])
+        e = exp(s - top[:, None])
         if p_offset is None:
             p, d_p, _, _, _ = _through(e, inverse[:, None], g, values, scale[:, None], None, P_GRID)
         else:
@@ -404,12 +411,14 @@ def quant_attention_backward(
     else:
         kept, of_q, of_kv = new(3, batch, heads, length), new(batch, heads, down, 2), new(batch, heads, across, 4)
         told |= {"top_of": kept[0], "inverse_of": kept[1], "delta_of": kept[2]}
+        told |= _strides_of("rq", q) | _strides_of("rk", k) | _strides_of("rv", v)
+        told = made_ready(told)
         launch(
             _of_queries, (batch * heads * down,), d_q=d_q, d_factor=d_factor, sums=of_q,
-            ONE_BLOCK=length <= by_queries["BLOCK_K"], **of_probs, **by_queries, **_without(told, "dk", "dv"),
+            ONE_BLOCK=length <= by_queries["BLOCK_K"], **of_probs, **by_queries, **_without(told, "dk", "dv", "rk", "rv"), raw_q=q,
         )  # fmt: skip
         launch(
-            _of_keys, (batch * heads * across,), d_k=d_k, d_v=d_v, sums=of_kv, **by_keys, **_without(told, "dq")
+            _of_keys, (batch * heads * across,), d_k=d_k, d_v=d_v, sums=of_kv, **by_keys, raw_k=k, raw_v=v, **_without(told, "dq", "rq")
         )  # fmt: skip
         _sum_sites(((0, 2, of_q), (2, 6, of_kv)), scales, d_sites)
         if d_bias is not None:
@@ -419,7 +428,7 @@ def quant_attention_backward(
             of_bias = new(triton.cdiv(batch, run), heads, length, length)
             launch(
                 _of_bias, (len(of_bias) * heads * down * across,), d_bias=of_bias, batch=batch, run=run, **tile,
-                **_without(told, "dq", "dk", "dv"),
+                **_without(told, "dq", "dk", "dv", "rq", "rk", "rv"),
             )  # fmt: skip
     if d_bias is not None:
         torch.sum(of_bias, 0, dtype=torch.float64, out=d_bias)
