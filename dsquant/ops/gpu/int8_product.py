@@ -19,7 +19,7 @@ QUANTIZE_TILE = 2048  # elements
 TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "SHARED_M": 8}
 OPTIONS = {"num_warps": 4, "num_stages": 3}
 RESIDENT = 2  # programs of the above that a multiprocessor runs at once: one multiplies while the other ends its tile
-LOADED = TILE, {"num_warps": 8, "num_stages": 3}  # on GPUs that do not copy whole tiles
+LOADED = TILE, {"num_warps": 8, "num_stages": 3}  # on GPUs that do not copy whole tiles, and of float32 outputs
 ODD = (
     {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SHARED_M": 8},
     {"num_warps": 4, "num_stages": 2},
@@ -176,7 +176,10 @@ def _product(x_codes, codes, scale, bias, code_sums, of_rows, in_scale, in_offse
 def _product_by_copies(x_codes, codes, scale, bias, code_sums, of_rows, in_scale, in_offset, y, rows, outs, cols, x_level,
                        P: tl.constexpr, Q: tl.constexpr, SMALL: tl.constexpr, FLAT: tl.constexpr, BLOCK_M: tl.constexpr,
                        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SHARED_M: tl.constexpr):  # fmt: skip
-    """Do what `_product` does for tile after tile, which the GPU copies whole."""
+    """Do what `_product` does for tile after tile, which the GPU copies whole.
+
+    FLAT makes one loop of the parts of all tiles: copies for the next are under way where one ends, at the cost of registers.
+    """
     of_x = tl.make_tensor_descriptor(x_codes, [rows, cols], [cols, 1], [BLOCK_M, BLOCK_K])
     of_w = tl.make_tensor_descriptor(codes, [outs, cols], [cols, 1], [BLOCK_N, BLOCK_K])
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(outs, BLOCK_N)
@@ -247,11 +250,12 @@ def multiply(
         "rows": rows, "outs": outs, "cols": cols, "SMALL": levels["P"] * levels["Q"] * furthest * reach * cols < EXACT,
         **levels,
     }  # fmt: skip
-    at_once = _copies(y.device) * RESIDENT if cols % 16 == 0 else 0
+    # The end of a float32 tile takes the registers that this needs.
+    at_once = _copies(y.device) * RESIDENT if cols % 16 == 0 and y.element_size() < 4 else 0
     tile, options = (TILE, OPTIONS) if at_once else ODD if cols % 16 else LOADED
     tiles = pieces(rows, tile["BLOCK_M"]) * pieces(outs, tile["BLOCK_N"])
     if at_once:
         triton.set_allocator(_scratch)
-        launch(_product_by_copies, (min(tiles, at_once),), options, **told, **tile, FLAT=True)
+        launch(_product_by_copies, (min(tiles, at_once),), options, **told, **tile, FLAT=told["SMALL"])
     else:
         launch(_product, (tiles,), options, **told, **tile, WHOLE=cols % tile["BLOCK_K"] == 0)
