@@ -21,6 +21,7 @@ from dsquant.ops.gpu.launch import interpreted, launch
 TILE = 2048  # elements of a program, or of its step
 FORWARD_TILE = 4096
 STEPS, PROGRAMS = 8, 2048  # the most steps of a program backward; programs below which there are fewer steps
+STAGES = 1  # steps whose loads are under way at once
 NARROWEST = 64  # columns of a tile, where there are as many: whole sectors of memory
 SUM_TILE = 4096  # partial sums that are added up at a time
 OPTIONS, SUM_OPTIONS = {"num_warps": 4}, {"num_warps": 8}
@@ -91,7 +92,7 @@ def _told(numel: int, n_groups: int, inner: int, tile: int, steps: int) -> tuple
     told = {"numel": numel, "cols": layout.cols, "period": layout.period, "BY": layout.by, "WHOLE": not any(beyond),
             "BLOCK_ROWS": layout.block_rows, "BLOCK_COLS": layout.block_cols}  # fmt: skip
     if steps > 1:
-        told |= {"repeats": layout.repeats, "n_groups": n_groups, "STEPS": layout.steps}
+        told |= {"repeats": layout.repeats, "n_groups": n_groups, "STEPS": layout.steps, "STAGES": STAGES}
     return turns * down * across, turns * (1 if layout.by == "column" else across), told
 
 
@@ -214,14 +215,15 @@ def _forward(x, out, scale, offset, numel, cols, period, qmin, qmax, SHIFT: tl.c
 @triton.jit
 def _backward(x, grad, scale, offset, d_x, x_hat, partial, numel, cols, period, repeats, n_groups, n_partial, qmin, qmax, low,
               high, SHIFT: tl.constexpr, ELASTIC: tl.constexpr, ENDS_TOGETHER: tl.constexpr, BY: tl.constexpr,
-              WHOLE: tl.constexpr, STEPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):  # fmt: skip
+              WHOLE: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+              BLOCK_COLS: tl.constexpr):  # fmt: skip
     row, col, begin, where = _place(cols, period, STEPS, BLOCK_ROWS, BLOCK_COLS)
     s = _of_groups(scale, row, col, cols, period, BY)
     by = divisor(s)
     if offset is not None:
         o = _of_groups(offset, row, col, cols, period, BY)
     d_scale, d_offset = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32), tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    for _ in range(begin, tl.minimum(begin + STEPS, repeats)):
+    for _ in tl.range(begin, tl.minimum(begin + STEPS, repeats), num_stages=STAGES):
         there = _exist(row, col, where, numel, cols, period, BY, WHOLE)
         v = tl.load(x + where, mask=there, other=0.0).to(tl.float32)
         g = tl.load(grad + where, mask=there, other=0.0).to(tl.float32)
