@@ -76,7 +76,9 @@ class PackedWeight(nn.Module):
         if self.fast or args is None or after is not None:
             return self.fast
         levels = None if self.weight_grid is None else self.weight_grid.levels  # what training knows of the weight
-        backend = integer_backend(x, self._like.dtype, self.matrix.cols, args.scale, args.levels, levels)
+        backend = integer_backend(
+            x, self._like.dtype, (len(self.matrix.words), self.matrix.cols), args.scale, args.levels, levels
+        )
         return backend != backends.TORCH
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -38,11 +38,10 @@ CHOICES = ("auto", TORCH, "cpu", *ON_CPU, *ON_GPU)
 # What takes plain C++ under auto, where there is no AVX2: the former is faster so, and the latter gives the same bits however
 # ZeRO cuts a weight, which torch's fused AdamW does not. Of products torch's own are faster.
 ELEMENTWISE = ("fake_quantize", "shard_step")
-# What takes CUDA C++ under auto, where Triton has code too: operators that `make gpu` timed faster so, of `packed_linear`, which
-# is that of floats, and `packed_linear_int`. No GPU has timed any yet.
+# What takes CUDA C++ under auto, where Triton has code too: operators that are faster so, of `packed_linear`, which is that of
+# floats, and `packed_linear_int`. On an H200 Triton's int8 tiles are faster than products by bits, and of floats each wins at
+# some sizes.
 FASTER_IN_CUDA = ()
-# What runs its definition on GPUs under auto until `make gpu` times its kernels faster: products in int8 while training.
-UNTIMED = ("quant_linear",)
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ def _choose(op: str, device: str, native: tuple[str, ...], wanted: str, lacking:
     if wanted != "auto":
         return _forced(op, device, native, wanted, lacking)
     cuda = operator in FASTER_IN_CUDA and availability(CUDA).available
-    on_gpu = () if op in UNTIMED else ON_GPU if cuda else (TRITON,)
+    on_gpu = ON_GPU if cuda else (TRITON,)
     kinds = {"cpu": ON_CPU, "cuda": on_gpu}
     here = [name for name in native if name in kinds.get(device, ())]
     best = here[-1] if here else TORCH

@@ -99,20 +99,22 @@ def through_site(x: Tensor, grad: Tensor, args: QuantArgs | None, sums: ScaleGra
         backward_into(x, grad, args.scale, args.offset, args.levels, sums, d_x)
 
 
-def forward(of: Attention, backend: str) -> Tensor:
-    """Do what the definition does."""
+def forward(of: Attention, backend: str) -> tuple[Tensor, Tensor | None]:
+    """Do what the definition does; return the output, and what `backward` is given of it."""
     if backend == backends.TRITON:
         return backends.operator("quant_attention", backend, of.q.device.type)(*_on_gpu(of))
     batch, heads, queries, _ = of.q.shape
     out = torch.empty(batch, queries, heads, of.v.shape[-1])
     torch.ops.dsquant.quant_attention_cpu(*_on_cpu(of), out, backends.isa(backend))
-    return out.transpose(1, 2).to(of.v.dtype)
+    return out.transpose(1, 2).to(of.v.dtype), None
 
 
-def backward(of: Attention, backend: str, grad: Tensor, sums: Gradients) -> list[Tensor]:
+def backward(of: Attention, backend: str, kept: Tensor | None, grad: Tensor, sums: Gradients) -> list[Tensor]:
     """Return dL/dq, dL/dk and dL/dv, and add to what is summed over the batch."""
-    run = _backward_on_gpu if backend == backends.TRITON else _backward_on_cpu
-    d_qkv, by_head, of_probs, of_softmax, of_bias = run(of, backend, grad, sums)
+    if backend == backends.TRITON:
+        d_qkv, by_head, of_probs, of_softmax, of_bias = _backward_on_gpu(of, backend, kept, grad, sums)
+    else:
+        d_qkv, by_head, of_probs, of_softmax, of_bias = _backward_on_cpu(of, backend, grad, sums)
     for total, part in ((sums.softmax_scale, of_softmax), (sums.bias, of_bias)):
         if total is not None:
             total += _sum_to(part, total.shape)
@@ -221,8 +223,8 @@ def _by_head(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.contiguous().view(value.shape[-3:])
 
 
-def _backward_on_gpu(of: Attention, backend: str, grad: Tensor, sums: Gradients) -> tuple:
-    """Do as `_backward_on_cpu`."""
+def _backward_on_gpu(of: Attention, backend: str, kept: Tensor, grad: Tensor, sums: Gradients) -> tuple:
+    """Do as `_backward_on_cpu`, given what forward kept."""
     told, (batch, heads, length, _) = _on_gpu(of), of.q.shape
     new = lambda *size, dtype=torch.float32: torch.empty(size, dtype=dtype, device=of.q.device)  # noqa: E731
     d_qkv = gradients_of_qkv(of.q, of.k, of.v)
@@ -232,7 +234,7 @@ def _backward_on_gpu(of: Attention, backend: str, grad: Tensor, sums: Gradients)
     of_bias = None if sums.bias is None else new(heads, length, length, dtype=torch.float64)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     run = backends.operator("quant_attention_backward", backend, of.q.device.type)
-    run(*told, grad, *d_qkv, by_head, of_probs, of_softmax, of_bias)
+    run(*told, kept, grad, *d_qkv, by_head, of_probs, of_softmax, of_bias)
     return d_qkv, by_head, of_probs, of_softmax, of_bias
 
 
@@ -251,10 +253,10 @@ _ON_GPU = (
     "float[] grids"
 )
 _ON_CPU = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor heads, Tensor queries, Tensor grids"
-_LIBRARY.define(f"quant_attention({_ON_GPU}) -> Tensor")
+_LIBRARY.define(f"quant_attention({_ON_GPU}) -> (Tensor, Tensor)")
 _LIBRARY.define(
-    f"quant_attention_backward({_ON_GPU}, Tensor grad, Tensor(a!) d_q, Tensor(b!) d_k, Tensor(c!) d_v, Tensor(d!) d_sites, "
-    "Tensor(e!)? d_probs, Tensor(f!)? d_factor, Tensor(g!)? d_bias) -> ()"
+    f"quant_attention_backward({_ON_GPU}, Tensor kept, Tensor grad, Tensor(a!) d_q, Tensor(b!) d_k, Tensor(c!) d_v, "
+    "Tensor(d!) d_sites, Tensor(e!)? d_probs, Tensor(f!)? d_factor, Tensor(g!)? d_bias) -> ()"
 )
 _LIBRARY.define(f"quant_attention_cpu({_ON_CPU}, Tensor(a!) out, int isa) -> ()")
 _LIBRARY.define(
@@ -266,7 +268,8 @@ _LIBRARY.define(
 @torch.library.register_fake("dsquant::quant_attention", lib=_LIBRARY)
 def _(q, k, v, *_):
     batch, heads, length, dim = v.shape
-    return v.new_empty(batch, length, heads, dim).transpose(1, 2)
+    kept = v.new_empty(2, batch, heads, length, dtype=torch.float32)
+    return v.new_empty(batch, length, heads, dim).transpose(1, 2), kept
 
 
 def _nothing(*_):

@@ -42,12 +42,15 @@ class _QuantAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, softmax_scale, bias, mask, specs, *tensors):
         learned = isinstance(softmax_scale, Tensor)
-        ctx.save_for_backward(q, k, v, softmax_scale if learned else None, bias, mask, *tensors)
+        saved = q, k, v, softmax_scale if learned else None, bias, mask
         ctx.softmax_scale, ctx.specs = None if learned else softmax_scale, specs
         args = _assemble(specs, tensors)
         of = native_attention.Attention(q, k, v, softmax_scale, bias, mask, args)
         if (backend := native_attention.choose(of)) != backends.TORCH:
-            return native_attention.forward(of, backend)
+            out, kept = native_attention.forward(of, backend)
+            ctx.save_for_backward(*saved, kept, *tensors)
+            return out
+        ctx.save_for_backward(*saved, None, *tensors)
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
         for block in _image_blocks(q, k):
             q_scaled = _apply(q[block], args[0]) * softmax_scale
@@ -57,14 +60,16 @@ class _QuantAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, scale, bias, mask, *tensors = ctx.saved_tensors
+        q, k, v, scale, bias, mask, kept, *tensors = ctx.saved_tensors
         args = _assemble(ctx.specs, tensors)
         sums = [None if a is None else ScaleGradient(a.scale, a.offset) for a in args]
         softmax_scale = ctx.softmax_scale if scale is None else scale
         d_scale, d_bias = (None if t is None else torch.zeros_like(t, dtype=torch.float64) for t in (scale, bias))
         of = native_attention.Attention(q, k, v, softmax_scale, bias, mask, args)
         if (backend := native_attention.choose(of)) != backends.TORCH:
-            d_qkv = native_attention.backward(of, backend, grad, native_attention.Gradients(sums, d_scale, d_bias))
+            d_qkv = native_attention.backward(
+                of, backend, kept, grad, native_attention.Gradients(sums, d_scale, d_bias)
+            )
         else:
             d_qkv = _backward_by_blocks(of, grad, sums, d_scale, d_bias)
         d_scale, d_bias = (None if d is None else d.to(t.dtype) for d, t in ((d_scale, scale), (d_bias, bias)))

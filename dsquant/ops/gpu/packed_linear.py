@@ -38,15 +38,15 @@ def _row_tile(cols: int, n_bits: int) -> tuple[dict[str, int], dict[str, int]]:
 
     A thread takes four words of each of four rows of the weight, by 16-byte loads, so that four share their part of x.
     """
-    outs, depth = 8, min(max(triton.next_power_of_2(cols), 512), 4096)
-    return {"BLOCK_N": outs, "BLOCK_K": depth}, {"num_warps": min(max(outs * depth * n_bits // 32 // 512, 1), 8)}
+    depth = 2048 if cols % 2048 == 0 else min(max(triton.next_power_of_2(cols), 512), 4096)
+    return {"BLOCK_N": 8, "BLOCK_K": depth}, {"num_warps": min(depth // 512, 4)}
 
 
 def _tile(rows: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
     """Return the tile of a program that multiplies several rows, and its warps."""
     few, wide = rows <= FEW_ROWS, dtype is torch.float32
     shape = ((16, 16, 128) if wide else (16, 16, 256)) if few else (64, 64, 64)
-    return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), shape, strict=True)), {"num_warps": 4 if few else 8}
+    return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), shape, strict=True)), {"num_warps": 4 if few or wide else 8}
 
 
 @triton.jit

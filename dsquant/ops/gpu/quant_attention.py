@@ -56,21 +56,18 @@ TILES = {  # by the most features that rows have
         32: Tiles(*[Tile(16, 16, 8, 1)] * 3), 64: Tiles(*[Tile(16, 16, 4, 2)] * 3), 128: Tiles(*[Tile(16, 16, 8, 1)] * 3),
     },
     torch.bfloat16: {
-        64: Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)), 128: Tiles(*[Tile(16, 32, 8, 2)] * 3),
+        64: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)), 128: Tiles(*[Tile(16, 32, 8, 2)] * 3),
         256: Tiles(*[Tile(16, 16, 8, 1)] * 3),
     },
 }  # fmt: skip
 OF_WINDOWS = {32: Tiles(*[Tile(64, WINDOW, 4, 2)] * 3), 64: Tiles(*[Tile(64, WINDOW, 8, 2)] * 3)}
-OF_WHOLE = {  # by whether something is added to scores
-    False: Tiles(Tile(64, WHOLE, 8, 1), Tile(32, WHOLE, 8, 1), Tile(64, 64, 8, 2)),
-    True: Tiles(Tile(32, WHOLE, 8, 1), Tile(16, WHOLE, 8, 1), Tile(64, 64, 8, 2)),
-}
+OF_WHOLE = Tiles(Tile(64, WHOLE, 4, 1), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
 
 
 def tiles_of(length: int, dim: int, dtype: torch.dtype, added: bool) -> Tiles:
     """Return the tiles for sequences of a length, rows of at most `dim` features, and whether a bias or a mask is added."""
-    if dtype is torch.bfloat16 and dim <= 64 and WINDOW < length <= WHOLE:
-        return OF_WHOLE[added]
+    if dtype is torch.bfloat16 and dim <= 64 and WINDOW < length <= WHOLE and not added:
+        return OF_WHOLE
     known = OF_WINDOWS if dtype is torch.bfloat16 and dim <= 64 and length <= WINDOW else TILES[dtype]
     return next(tiles for most, tiles in known.items() if dim <= most)
 
@@ -147,13 +144,39 @@ def level_of(v, GRID: tl.constexpr):
 
 
 @triton.jit
-def exp(x):
-    """Return exp(x), to two last bits or so; below the least normal float32 it is 0."""
+def exp2(x):
+    """Return 2^x, to two last bits or so; below the least normal float32 it is 0."""
     if INTERPRETED:
-        found = tl.exp(x)
+        found = tl.exp2(x)
     else:
-        found = libdevice.exp2(x * LOG2E)
+        found = libdevice.exp2(x)
     return found
+
+
+@triton.jit
+def exp(x):
+    return exp2(x * LOG2E)
+
+
+@triton.jit
+def probabilities(product, by, top, total, bias, mask, query, key, length, bias_q, bias_k, mask_q, mask_k):
+    """Return p = exp(product * by + bias + mask - top) / total of products of queries and keys; by, top and total are of queries.
+
+    All these, query and key are shaped to broadcast. Keys that do not exist get values, too: their operands are 0.
+    """
+    if bias is None and mask is None:
+        of_rows, less = tl.broadcast_to(by * LOG2E, product.shape), -tl.log2(total) - top * LOG2E
+        p = exp2(at_most_0(tl.fma(product, of_rows, tl.broadcast_to(less, product.shape))))
+    else:  # a mask may be the lowest number, which would swallow the logarithm of a total
+        s = add_to_scores(product * by, bias, mask, query, key, length, bias_q, bias_k, mask_q, mask_k)
+        p = exp(at_most_0(s - top)) * inverse_of(total)
+    return p
+
+
+@triton.jit
+def at_most_0(x):
+    """Return x, a logarithm that only a key may have above 0 which does not exist; an infinity would meet its 0."""
+    return tl.minimum(x, 0.0, propagate_nan=ALL)
 
 
 @triton.jit
@@ -215,17 +238,17 @@ def scores(queries, keys, factor, query, key, length, bias, mask, bias_q, bias_k
 
 @triton.jit
 def statistics(s):
-    """Return the maximum of each row of scores, exp(s - maximum), and 1 over its sum."""
+    """Return the maximum of each row of scores, exp(s - maximum), and its sum."""
     top = tl.max(s, axis=1)
     e = exp(s - top[:, None])
     total = tl.sum(e, axis=1)
-    return top, e, tl.math.div_rn(tl.zeros_like(total) + 1.0, total)
+    return top, e, total
 
 
 @triton.jit
 def running_statistics(queries, k, k_n, k_scale, k_offset, head, factor, query, length, bias, mask, bias_q, bias_k, mask_q,
                        mask_k, K_GRID: tl.constexpr, READY: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr):  # fmt: skip
-    """Return maximum, and 1 over the sum, of rows of scores against all keys, block by block."""
+    """Return the same of rows of scores against all keys, block by block, but for the exponentials."""
     top = tl.zeros_like(factor) - float("inf")
     total = tl.zeros_like(factor)
     for start in range(0, length, BLOCK_K):
@@ -236,24 +259,30 @@ def running_statistics(queries, k, k_n, k_scale, k_offset, head, factor, query, 
         at = tl.where(higher == float("-inf"), 0.0, higher)  # of keys that are all masked: -inf less -inf is NaN
         total = total * exp(top - at) + tl.sum(exp(s - at[:, None]), axis=1)
         top = higher
-    return top, tl.math.div_rn(tl.zeros_like(total) + 1.0, total)
+    return top, total
 
 
 @triton.jit
-def probs_in_units(e, inverse, scale, offset):
-    """Return v = (p - offset) / scale of probabilities p = e * inverse, to rounding; what rows have is shaped to broadcast."""
-    v = e * tl.math.div_rn(inverse, scale)
-    if offset is not None:
-        v = v - tl.math.div_rn(offset, scale)
-    return v
+def inverse_of(total):
+    return tl.math.div_rn(tl.full(total.shape, 1.0, tl.float32), total)
 
 
 @triton.jit
-def _forward(q, k, v, out, bias, mask, factor, q_scale, q_offset, k_scale, k_offset, p_scale, p_offset, v_scale, v_offset,
-             heads, length, mask_rows, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, factor_h, factor_n, p_h, p_n,
-             bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k, Q_GRID: tl.constexpr, K_GRID: tl.constexpr,
-             P_GRID: tl.constexpr, V_GRID: tl.constexpr, READY: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr,
-             BLOCK_K: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
+def level_of_probs(v, GRID: tl.constexpr):
+    """Return the level of v = p / scale, which is not negative."""
+    if GRID[0] == 0 and GRID[2] == 0:
+        level = round_half_even(tl.minimum(v, GRID[1], propagate_nan=ALL))
+    else:
+        level = level_of(v, GRID)
+    return level
+
+
+@triton.jit
+def _forward(q, k, v, out, top_of, total_of, bias, mask, factor, q_scale, q_offset, k_scale, k_offset, p_scale, p_offset,
+             v_scale, v_offset, heads, length, mask_rows, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
+             factor_h, factor_n, p_h, p_n, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k, Q_GRID: tl.constexpr,
+             K_GRID: tl.constexpr, P_GRID: tl.constexpr, V_GRID: tl.constexpr, READY: tl.constexpr, ONE_BLOCK: tl.constexpr,
+             BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(length, BLOCK_Q)
     row = tl.program_id(0) // blocks
     query = (tl.program_id(0) % blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -272,31 +301,36 @@ def _forward(q, k, v, out, bias, mask, factor, q_scale, q_offset, k_scale, k_off
         if p_offset is not None:
             offset = of_queries(p_offset, head, query, length, p_h, p_n)
     if not ONE_BLOCK:
-        top, inverse = running_statistics(
+        top, total = running_statistics(
             queries, k, k_n, k_scale, k_offset, head, by, query, length, bias, mask, bias_q, bias_k, mask_q, mask_k, K_GRID,
             READY, BLOCK_K, DIM,
         )  # fmt: skip
     found = tl.zeros([BLOCK_Q, padded(DIM_V)], tl.float32)
+    if ONE_BLOCK:
+        top, total = by, by
     for start in range(0, BLOCK_K if ONE_BLOCK else length, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
         keys = operand(load_rows(k, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID, READY)
         values = operand(load_rows(v, key, v_n, length, DIM_V), key, length, v_scale, v_offset, head, V_GRID, READY)
         s = scores(queries, keys, by, query, key, length, bias, mask, bias_q, bias_k, mask_q, mask_k)
         if ONE_BLOCK:
-            top, e, inverse = statistics(s)
+            top, e, total = statistics(s)
         else:
             e = exp(s - top[:, None])
         if P_GRID is None:
-            p = e * inverse[:, None]
+            p = e * inverse_of(total)[:, None]
         elif p_offset is None:
-            p = level_of(probs_in_units(e, inverse[:, None], scale[:, None], None), P_GRID)
+            p = level_of_probs(e * tl.math.div_rn(inverse_of(total), scale)[:, None], P_GRID)
         else:
-            p = level_of(probs_in_units(e, inverse[:, None], scale[:, None], offset[:, None]), P_GRID)
-            p = p * scale[:, None] + offset[:, None]
+            p = e * tl.math.div_rn(inverse_of(total), scale)[:, None] - tl.math.div_rn(offset, scale)[:, None]
+            p = level_of(p, P_GRID) * scale[:, None] + offset[:, None]
         found += dot(cast(p, values.dtype), values)
     found = found * unit_of(v_scale, v_offset, head, V_GRID)
     if P_GRID is not None and p_offset is None:
         found = found * scale[:, None]
+    at, there = row.to(tl.int64) * length + query, query < length
+    tl.store(top_of + at, top, mask=there)
+    tl.store(total_of + at, total, mask=there)
     store_rows(out + image * o_b + head * o_h, found, query, o_n, length, DIM_V)
 
 
@@ -392,8 +426,11 @@ def by_tokens(like: Tensor) -> Tensor:
 def quant_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, factor: Tensor | None, softmax_scale: float,
     scales: list[Tensor | None], grids: list[float],
-) -> Tensor:  # fmt: skip
-    """Return the output (B, H, N, D_v) in the dtype of v, by tokens."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the output (B, H, N, D_v) in the dtype of v, by tokens.
+
+    And of each row of scores the maximum, and the sum of exp(s - maximum), float32 (2, B, H, N).
+    """
     out, told = by_tokens(v), arguments(q, k, v, bias, mask, factor, softmax_scale, scales, grids)
     length = q.shape[2]
     tiles = tiles_of(length, max(q.shape[-1], v.shape[-1]), q.dtype, not bias is mask is None)
@@ -402,8 +439,18 @@ def quant_attention(
     told = made_ready(told) if blocks > 1 else told | {"READY": False}
     programs = q.shape[0] * q.shape[1] * blocks
     told |= zip(("o_b", "o_h", "o_n"), out.stride(), strict=False)
-    launch(_forward, (programs,), out=out, ONE_BLOCK=length <= tile["BLOCK_K"], **tile, **told)
-    return out
+    kept = torch.empty(2, *q.shape[:3], dtype=torch.float32, device=q.device)
+    launch(
+        _forward,
+        (programs,),
+        out=out,
+        top_of=kept[0],
+        total_of=kept[1],
+        ONE_BLOCK=length <= tile["BLOCK_K"],
+        **tile,
+        **told,
+    )
+    return out, kept
 
 
 OPERATORS = (quant_attention,)

@@ -3,12 +3,12 @@
 With s the scores, p = softmax(s), p_hat its image and G = g v_hat^T the image's gradient: dL/dp = G where p lies on the grid,
 else 0; dL/ds = p (dL/dp - delta), delta = sum_j p_j dL/dp_j over the whole row. (It is not g . out: that takes p_hat = p.)
 
-`_of_queries` has the gradients of queries and all sums of their rows; `_of_keys`, which turns scores round, those of keys and
-values with these sums at hand. Each forms its scores once where a block holds the whole sequence; else `_of_queries` goes over
-the keys three times. A sequence of one block has `_of_window` for both, and for the gradient of the bias, of a run of images;
-longer ones have `_of_bias`. What passes a site's grid is decided where its gradient is summed, and the gradients of a scale
-and an offset are one sum a program. Each sum is of one program; what programs leave is added up in float64: no atomics, no
-result depends on their order.
+Forward has left the maximum and the sum of each row of scores, so that probabilities come of a product at once. `_of_queries`
+goes over the keys twice, for the sums of its rows and for the gradients of queries; `_of_keys`, which turns scores round, has
+those of keys and values with these sums at hand. A sequence of one block has `_of_window` for both, and for the gradient of
+the bias, of a run of images; longer ones have `_of_bias`. What passes a site's grid is decided where its gradient is summed,
+and the gradients of a scale and an offset are one sum a program. Each sum is of one program; what programs leave is added up
+in float64: no atomics, no result depends on their order.
 """
 
 from typing import Any
@@ -20,21 +20,20 @@ from torch import Tensor
 
 from dsquant.ops.gpu.launch import launch
 from dsquant.ops.gpu.quant_attention import (
-    add_to_scores,
     arguments,
     cast,
     dot,
-    exp,
     in_units,
+    inverse_of,
     level_of,
+    level_of_probs,
     load_rows,
     made_ready,
     of_queries,
     operand,
     padded,
-    probs_in_units,
+    probabilities,
     quant_attention,
-    running_statistics,
     scale_of,
     scores,
     statistics,
@@ -47,17 +46,36 @@ PROGRAMS = 1024  # into which the gradient of the bias is cut by runs of the bat
 
 
 @triton.jit
-def _through_probs(v, g, GRID: tl.constexpr):
-    """Return dL/dp of the image's gradient g, the level of v = (p - offset) / scale, and what each entry adds to d scale."""
-    inside = v <= GRID[4]
-    if GRID[3] > 0 or GRID[7]:  # a probability is never below 0, but an offset may move it there
-        inside = inside & (v >= GRID[3])
-    level = level_of(v, GRID)
-    if GRID[5]:
-        of_scale = g * level
-    else:
-        of_scale = g * (level - tl.where(inside, v, 0.0))
-    return tl.where(inside, g, 0.0), level, of_scale
+def _through_probs(p, g, scale, offset, GRID: tl.constexpr):
+    """Return dL/dp of the gradient g of the image of p, and the level of p, or p itself where it is not quantized.
+
+    scale and offset, of queries, are shaped to broadcast.
+    """
+    d_p, level = g, p
+    if GRID is not None:
+        v = p * tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+        inside = v <= GRID[4]
+        if offset is not None:
+            v = v - tl.math.div_rn(offset, scale)
+            inside = (v >= GRID[3]) & (v <= GRID[4])
+            level = level_of(v, GRID)
+        else:
+            if GRID[3] > 0:  # a probability is never below 0
+                inside = inside & (v >= GRID[3])
+            level = level_of_probs(v, GRID)
+        d_p = tl.where(inside, g, 0.0)
+    return d_p, level
+
+
+@triton.jit
+def _of_probs(p, d_p, g, level, scale, offset, axis: tl.constexpr, GRID: tl.constexpr):
+    """Return the sums over keys of p dL/dp, and of what is added to d scale: G level, less dL/dp v unless the grid is elastic."""
+    delta, of_scale = tl.sum(p * d_p, axis=axis), tl.sum(g * level, axis=axis)
+    if GRID is not None and not GRID[5]:
+        of_scale -= tl.math.div_rn(delta, scale)
+        if offset is not None:
+            of_scale += tl.math.div_rn(offset, scale) * tl.sum(d_p, axis=axis)
+    return delta, of_scale
 
 
 @triton.jit
@@ -77,25 +95,6 @@ def _through_site(x, d_hat, sums, row, length, scale, offset, head, GRID: tl.con
         if offset is not None:
             tl.store(sums + 1, tl.sum(tl.where(there, d_hat - found, 0.0)))
     return found
-
-
-@triton.jit
-def _through(e, inverse, g, values, scale, offset, GRID: tl.constexpr):
-    """Return p = e * inverse, dL/dp, the image of p or, without an offset, its level, and what each entry adds to d scale and d
-    offset. All gradients are in units of the operand `values`; rows' values are shaped to broadcast.
-    """
-    of_image = dot(g, tl.trans(values))
-    p = e * inverse
-    if GRID is None:
-        d_p, image, of_scale, of_offset = of_image, p, p, p
-    else:
-        v = probs_in_units(e, inverse, scale, offset)
-        d_p, level, of_scale = _through_probs(v, of_image, GRID)
-        if offset is None:
-            image, of_offset = level, p
-        else:
-            image, of_offset = level * scale + offset, of_image - d_p
-    return p, d_p, image, of_scale, of_offset
 
 
 @triton.jit
@@ -135,27 +134,26 @@ def _of_window(q, k, v, grad, d_q, d_k, d_v, d_scale, d_offset, d_factor, d_bias
         else:
             own = mask + (image % mask_rows) * mask_b + head * mask_h
             s = scores(queries, keys, by, token, token, length, bias, own, bias_q, bias_k, mask_q, mask_k)
-        _, e, inverse = statistics(s)
-        if p_offset is None:
-            p, d_p, image_p, of_scale, of_offset = _through(
-                e, inverse[:, None], g, values, scale[:, None], None, P_GRID
-            )
-        else:
-            p, d_p, image_p, of_scale, of_offset = _through(
-                e, inverse[:, None], g, values, scale[:, None], offset[:, None], P_GRID
-            )
+        _, e, total = statistics(s)
+        p, of_image = e * inverse_of(total)[:, None], dot(g, tl.trans(values))
         at = row * length + token
-        if P_GRID is not None:
-            tl.store(d_scale + at, tl.sum(of_scale, axis=1) * unit_v, mask=there)
-            if p_offset is not None:
-                tl.store(d_offset + at, tl.sum(of_offset, axis=1) * unit_v, mask=there)
-            else:
+        if p_offset is None:
+            d_p, image_p = _through_probs(p, of_image, scale[:, None], None, P_GRID)
+            delta, of_scale = _of_probs(p, d_p, of_image, image_p, scale, None, 1, P_GRID)
+            if P_GRID is not None:
                 image_p = image_p * scale[:, None]
+        else:
+            d_p, level = _through_probs(p, of_image, scale[:, None], offset[:, None], P_GRID)
+            delta, of_scale = _of_probs(p, d_p, of_image, level, scale, offset, 1, P_GRID)
+            image_p = level * scale[:, None] + offset[:, None]
+            tl.store(d_offset + at, tl.sum(of_image - d_p, axis=1) * unit_v, mask=there)
+        if P_GRID is not None:
+            tl.store(d_scale + at, of_scale * unit_v, mask=there)
         at_sums = sums + row * 6
         of_values = dot(tl.trans(cast(image_p, g.dtype)), g)
         of_values = _through_site(raw_v, of_values, at_sums + 4, token, length, v_scale, v_offset, head, V_GRID)
         store_rows(d_v + image * dv_b + head * dv_h, of_values, token, dv_n, length, DIM_V)
-        d_s = p * (d_p - tl.sum(p * d_p, axis=1)[:, None])
+        d_s = p * (d_p - delta[:, None])
         if d_bias is not None:
             of_bias += d_s * unit_v
         of_keys = dot(tl.trans(cast(d_s * of_softmax[:, None], queries.dtype)), queries) * (unit_v * unit_q)
@@ -173,12 +171,12 @@ def _of_window(q, k, v, grad, d_q, d_k, d_v, d_scale, d_offset, d_factor, d_bias
 
 
 @triton.jit
-def _of_queries(q, k, v, raw_q, grad, d_q, top_of, inverse_of, delta_of, d_scale, d_offset, d_factor, sums, bias, mask, factor,
-                q_scale, q_offset, k_scale, k_offset, p_scale, p_offset, v_scale, v_offset, heads, length, mask_rows, q_b, q_h,
-                q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, dq_b, dq_h, dq_n, rq_b, rq_h, rq_n, factor_h, factor_n, p_h, p_n, bias_h,
-                bias_q, bias_k, mask_b, mask_h, mask_q, mask_k, Q_GRID: tl.constexpr, K_GRID: tl.constexpr,
-                P_GRID: tl.constexpr, V_GRID: tl.constexpr, READY: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr,
-                BLOCK_K: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
+def _of_queries(q, k, v, raw_q, grad, d_q, top_of, total_of, delta_of, d_scale, d_offset, d_factor, sums, bias, mask, factor,
+                q_scale, q_offset, k_scale, k_offset, p_scale, p_offset, v_scale, v_offset, heads, length, mask_rows, q_b,
+                q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, dq_b, dq_h, dq_n, rq_b, rq_h, rq_n, factor_h, factor_n,
+                p_h, p_n, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k, Q_GRID: tl.constexpr, K_GRID: tl.constexpr,
+                P_GRID: tl.constexpr, V_GRID: tl.constexpr, READY: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+                DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(length, BLOCK_Q)
     row = tl.program_id(0) // blocks
     query = (tl.program_id(0) % blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -200,52 +198,42 @@ def _of_queries(q, k, v, raw_q, grad, d_q, top_of, inverse_of, delta_of, d_scale
         scale = of_queries(p_scale, head, query, length, p_h, p_n)
         if p_offset is not None:
             offset = of_queries(p_offset, head, query, length, p_h, p_n)
-    of_product = tl.zeros([BLOCK_Q, padded(DIM)], tl.float32)
+    at, there = row.to(tl.int64) * length + query, query < length
+    top, total = tl.load(top_of + at, mask=there, other=0.0), tl.load(total_of + at, mask=there, other=1.0)
     delta, sum_scale, sum_offset = tl.zeros_like(by), tl.zeros_like(by), tl.zeros_like(by)
-    if ONE_BLOCK:
-        top, inverse = delta, delta
-    else:
-        top, inverse = running_statistics(
-            queries, k, k_n, k_scale, k_offset, head, by, query, length, bias, mask, bias_q, bias_k, mask_q, mask_k, K_GRID,
-            READY, BLOCK_K, DIM,
-        )  # fmt: skip
-    for start in range(0, BLOCK_K if ONE_BLOCK else length, BLOCK_K):
+    for start in range(0, length, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
         keys = operand(load_rows(k, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID, READY)
         values = operand(load_rows(v, key, v_n, length, DIM_V), key, length, v_scale, v_offset, head, V_GRID, READY)
-        s = scores(queries, keys, by, query, key, length, bias, mask, bias_q, bias_k, mask_q, mask_k)
-        if ONE_BLOCK:
-            top, e, inverse = statistics(s)
-        else:
-            e = exp(s - top[:, None])
+        p = probabilities(
+            dot(queries, tl.trans(keys)), by[:, None], top[:, None], total[:, None], bias, mask, query[:, None], key[None, :],
+            length, bias_q, bias_k, mask_q, mask_k,
+        )  # fmt: skip
+        of_image = dot(g, tl.trans(values))
         if p_offset is None:
-            p, d_p, _, of_scale, of_offset = _through(e, inverse[:, None], g, values, scale[:, None], None, P_GRID)
+            d_p, level = _through_probs(p, of_image, scale[:, None], None, P_GRID)
+            of_keys, of_scale = _of_probs(p, d_p, of_image, level, scale, None, 1, P_GRID)
         else:
-            p, d_p, _, of_scale, of_offset = _through(
-                e, inverse[:, None], g, values, scale[:, None], offset[:, None], P_GRID
-            )
-        delta += tl.sum(p * d_p, axis=1)
-        if P_GRID is not None:
-            sum_scale += tl.sum(of_scale, axis=1)
-            if p_offset is not None:
-                sum_offset += tl.sum(of_offset, axis=1)
-        if ONE_BLOCK:
-            of_product += dot(cast(p * (d_p - delta[:, None]), keys.dtype), keys)
-    if not ONE_BLOCK:
-        for start in range(0, length, BLOCK_K):
-            key = start + tl.arange(0, BLOCK_K)
-            keys = operand(load_rows(k, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID, READY)
-            values = operand(load_rows(v, key, v_n, length, DIM_V), key, length, v_scale, v_offset, head, V_GRID, READY)
-            s = scores(queries, keys, by, query, key, length, bias, mask, bias_q, bias_k, mask_q, mask_k)
-            e = exp(s - top[:, None])
-            if p_offset is None:
-                p, d_p, _, _, _ = _through(e, inverse[:, None], g, values, scale[:, None], None, P_GRID)
-            else:
-                p, d_p, _, _, _ = _through(e, inverse[:, None], g, values, scale[:, None], offset[:, None], P_GRID)
-            of_product += dot(cast(p * (d_p - delta[:, None]), keys.dtype), keys)
-    at, there = row.to(tl.int64) * length + query, query < length
-    tl.store(top_of + at, top, mask=there)
-    tl.store(inverse_of + at, inverse, mask=there)
+            d_p, level = _through_probs(p, of_image, scale[:, None], offset[:, None], P_GRID)
+            of_keys, of_scale = _of_probs(p, d_p, of_image, level, scale, offset, 1, P_GRID)
+            sum_offset += tl.sum(of_image - d_p, axis=1)
+        delta += of_keys
+        sum_scale += of_scale
+    of_product = tl.zeros([BLOCK_Q, padded(DIM)], tl.float32)
+    for start in range(0, length, BLOCK_K):
+        key = start + tl.arange(0, BLOCK_K)
+        keys = operand(load_rows(k, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID, READY)
+        values = operand(load_rows(v, key, v_n, length, DIM_V), key, length, v_scale, v_offset, head, V_GRID, READY)
+        p = probabilities(
+            dot(queries, tl.trans(keys)), by[:, None], top[:, None], total[:, None], bias, mask, query[:, None], key[None, :],
+            length, bias_q, bias_k, mask_q, mask_k,
+        )  # fmt: skip
+        of_image = dot(g, tl.trans(values))
+        if p_offset is None:
+            d_p, _ = _through_probs(p, of_image, scale[:, None], None, P_GRID)
+        else:
+            d_p, _ = _through_probs(p, of_image, scale[:, None], offset[:, None], P_GRID)
+        of_product += dot(cast(p * (d_p - delta[:, None]), keys.dtype), keys)
     tl.store(delta_of + at, delta, mask=there)
     if P_GRID is not None:
         tl.store(d_scale + at, sum_scale * unit_v, mask=there)
@@ -263,12 +251,12 @@ def _of_queries(q, k, v, raw_q, grad, d_q, top_of, inverse_of, delta_of, d_scale
 
 
 @triton.jit
-def _of_keys(q, k, v, raw_k, raw_v, grad, d_k, d_v, top_of, inverse_of, delta_of, sums, bias, mask, factor, q_scale, q_offset, k_scale,
-             k_offset, p_scale, p_offset, v_scale, v_offset, heads, length, mask_rows, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h,
-             v_n, g_b, g_h, g_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n, rk_b, rk_h, rk_n, rv_b, rv_h, rv_n, factor_h, factor_n, p_h, p_n, bias_h, bias_q, bias_k,
-             mask_b, mask_h, mask_q, mask_k, Q_GRID: tl.constexpr, K_GRID: tl.constexpr, P_GRID: tl.constexpr,
-             V_GRID: tl.constexpr, READY: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr,
-             DIM_V: tl.constexpr):  # fmt: skip
+def _of_keys(q, k, v, raw_k, raw_v, grad, d_k, d_v, top_of, total_of, delta_of, sums, bias, mask, factor, q_scale, q_offset,
+             k_scale, k_offset, p_scale, p_offset, v_scale, v_offset, heads, length, mask_rows, q_b, q_h, q_n, k_b, k_h, k_n,
+             v_b, v_h, v_n, g_b, g_h, g_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n, rk_b, rk_h, rk_n, rv_b, rv_h, rv_n, factor_h,
+             factor_n, p_h, p_n, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k, Q_GRID: tl.constexpr,
+             K_GRID: tl.constexpr, P_GRID: tl.constexpr, V_GRID: tl.constexpr, READY: tl.constexpr, BLOCK_Q: tl.constexpr,
+             BLOCK_K: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(length, BLOCK_K)
     row = tl.program_id(0) // blocks
     key = (tl.program_id(0) % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -292,28 +280,35 @@ def _of_keys(q, k, v, raw_k, raw_v, grad, d_k, d_v, top_of, inverse_of, delta_of
         queries = operand(load_rows(q, query, q_n, length, DIM), query, length, q_scale, q_offset, head, Q_GRID, READY)
         g = load_rows(grad, query, g_n, length, DIM_V)
         of_softmax = of_queries(factor, head, query, length, factor_h, factor_n)
-        top, inverse = tl.load(top_of + at, mask=there, other=0.0), tl.load(inverse_of + at, mask=there, other=0.0)
-        s = dot(keys, tl.trans(queries)) * (of_softmax * (unit_q * unit_k))[None, :]
-        s = add_to_scores(s, bias, mask, query[None, :], key[:, None], length, bias_q, bias_k, mask_q, mask_k)
-        e = exp(s - top[None, :])
+        top, total = tl.load(top_of + at, mask=there, other=0.0), tl.load(total_of + at, mask=there, other=1.0)
+        p = probabilities(
+            dot(keys, tl.trans(queries)), (of_softmax * (unit_q * unit_k))[None, :], top[None, :], total[None, :], bias, mask,
+            query[None, :], key[:, None], length, bias_q, bias_k, mask_q, mask_k,
+        )  # fmt: skip
+        of_image = dot(values, tl.trans(g))
         if P_GRID is None:
-            p, d_p, image_p, _, _ = _through(e, inverse[None, :], values, g, top, None, P_GRID)
+            d_p, image_p = of_image, p
         else:
             scale = of_queries(p_scale, head, query, length, p_h, p_n)
             if p_offset is None:
-                p, d_p, image_p, _, _ = _through(e, inverse[None, :], values, g, scale[None, :], None, P_GRID)
+                d_p, image_p = _through_probs(p, of_image, scale[None, :], None, P_GRID)
                 if p_n is not None:  # else once, at the end
                     image_p = image_p * scale[None, :]
             else:
                 offset = of_queries(p_offset, head, query, length, p_h, p_n)
-                p, d_p, image_p, _, _ = _through(
-                    e, inverse[None, :], values, g, scale[None, :], offset[None, :], P_GRID
-                )
+                d_p, image_p = _through_probs(p, of_image, scale[None, :], offset[None, :], P_GRID)
+                image_p = image_p * scale[None, :] + offset[None, :]
         of_values += dot(cast(image_p, g.dtype), g)
         d_s = p * (d_p - tl.load(delta_of + at, mask=there, other=0.0)[None, :])
-        of_keys += dot(cast(d_s * of_softmax[None, :], queries.dtype), queries)
+        if factor_n is not None:  # else once, at the end
+            d_s = d_s * of_softmax[None, :]
+        of_keys += dot(cast(d_s, queries.dtype), queries)
     at_sums = sums + tl.program_id(0).to(tl.int64) * 4
     of_keys = of_keys * (unit_v * unit_q)
+    if factor_h is None:
+        of_keys = of_keys * factor
+    elif factor_n is None:
+        of_keys = of_keys * tl.load(factor + head * factor_h)
     raw = load_rows(raw_k + image * rk_b + head * rk_h, key, rk_n, length, DIM)
     of_keys = _through_site(raw, of_keys, at_sums, key, length, k_scale, k_offset, head, K_GRID)
     store_rows(d_k + image * dk_b + head * dk_h, of_keys, key, dk_n, length, DIM)
@@ -325,11 +320,11 @@ def _of_keys(q, k, v, raw_k, raw_v, grad, d_k, d_v, top_of, inverse_of, delta_of
 
 
 @triton.jit
-def _of_bias(q, k, v, grad, d_bias, top_of, inverse_of, delta_of, batch, run, bias, mask, factor, q_scale, q_offset, k_scale,
+def _of_bias(q, k, v, grad, d_bias, top_of, total_of, delta_of, batch, run, bias, mask, factor, q_scale, q_offset, k_scale,
              k_offset, p_scale, p_offset, v_scale, v_offset, heads, length, mask_rows, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h,
              v_n, g_b, g_h, g_n, factor_h, factor_n, p_h, p_n, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k,
-             Q_GRID: tl.constexpr, K_GRID: tl.constexpr, P_GRID: tl.constexpr, V_GRID: tl.constexpr, READY: tl.constexpr, BLOCK_Q: tl.constexpr,
-             BLOCK_K: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
+             Q_GRID: tl.constexpr, K_GRID: tl.constexpr, P_GRID: tl.constexpr, V_GRID: tl.constexpr, READY: tl.constexpr,
+             BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
     """Sum dL/ds over the images [part * run, (part + 1) * run) of the batch, into d_bias (parts, heads, length, length)."""
     across = tl.cdiv(length, BLOCK_K)
     tiles = tl.cdiv(length, BLOCK_Q) * across
@@ -356,26 +351,33 @@ def _of_bias(q, k, v, grad, d_bias, top_of, inverse_of, delta_of, batch, run, bi
         values = load_rows(v + image * v_b + head * v_h, key, v_n, length, DIM_V)
         values = operand(values, key, length, v_scale, v_offset, head, V_GRID, READY)
         g = load_rows(grad + image * g_b + head * g_h, query, g_n, length, DIM_V)
-        top, inverse = tl.load(top_of + at, mask=there, other=0.0), tl.load(inverse_of + at, mask=there, other=0.0)
+        top, total = tl.load(top_of + at, mask=there, other=0.0), tl.load(total_of + at, mask=there, other=1.0)
+        of_row = tl.load(delta_of + at, mask=there, other=0.0)
+        product = dot(queries, tl.trans(keys))
         if mask is None:
-            s = scores(queries, keys, by, query, key, length, bias, mask, bias_q, bias_k, mask_q, mask_k)
+            p = probabilities(
+                product, by[:, None], top[:, None], total[:, None], bias, mask, query[:, None], key[None, :], length, bias_q,
+                bias_k, mask_q, mask_k,
+            )  # fmt: skip
         else:
             own = mask + (image % mask_rows) * mask_b + head * mask_h
-            s = scores(queries, keys, by, query, key, length, bias, own, bias_q, bias_k, mask_q, mask_k)
-        e = exp(s - top[:, None])
+            p = probabilities(
+                product, by[:, None], top[:, None], total[:, None], bias, own, query[:, None], key[None, :], length, bias_q,
+                bias_k, mask_q, mask_k,
+            )  # fmt: skip
         if p_offset is None:
-            p, d_p, _, _, _ = _through(e, inverse[:, None], g, values, scale[:, None], None, P_GRID)
+            d_p, _ = _through_probs(p, dot(g, tl.trans(values)), scale[:, None], None, P_GRID)
         else:
-            p, d_p, _, _, _ = _through(e, inverse[:, None], g, values, scale[:, None], offset[:, None], P_GRID)
-        found += p * (d_p - tl.load(delta_of + at, mask=there, other=0.0)[:, None])
+            d_p, _ = _through_probs(p, dot(g, tl.trans(values)), scale[:, None], offset[:, None], P_GRID)
+        found += p * (d_p - of_row[:, None])
     where = plane.to(tl.int64) * length * length + query[:, None] * length + key[None, :]
     tl.store(d_bias + where, found * unit_v, mask=there[:, None] & (key < length)[None, :])
 
 
 def quant_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, factor: Tensor | None, softmax_scale: float,
-    scales: list[Tensor | None], grids: list[float], grad: Tensor, d_q: Tensor, d_k: Tensor, d_v: Tensor, d_sites: Tensor,
-    d_probs: Tensor | None, d_factor: Tensor | None, d_bias: Tensor | None,
+    scales: list[Tensor | None], grids: list[float], kept: Tensor, grad: Tensor, d_q: Tensor, d_k: Tensor, d_v: Tensor,
+    d_sites: Tensor, d_probs: Tensor | None, d_factor: Tensor | None, d_bias: Tensor | None,
 ) -> None:  # fmt: skip
     """Write the gradients of q, k and v (B, H, N, D), whose features lie one after another, and sums over their parts in float64.
 
@@ -391,7 +393,6 @@ def quant_attention_backward(
         | _strides_of("dk", d_k)
         | _strides_of("dv", d_v)
     )
-    told["P_GRID"] = None if told["P_GRID"] is None else (*told["P_GRID"], told["p_offset"] is not None)
     of_probs = (
         dict.fromkeys(("d_scale", "d_offset")) if d_probs is None else {"d_scale": d_probs[0], "d_offset": d_probs[1]}
     )
@@ -409,16 +410,17 @@ def quant_attention_backward(
         )  # fmt: skip
         _sum_sites(((0, 6, sums),), scales, d_sites)
     else:
-        kept, of_q, of_kv = new(3, batch, heads, length), new(batch, heads, down, 2), new(batch, heads, across, 4)
-        told |= {"top_of": kept[0], "inverse_of": kept[1], "delta_of": kept[2]}
+        delta, of_q, of_kv = new(batch, heads, length), new(batch, heads, down, 2), new(batch, heads, across, 4)
+        told |= {"top_of": kept[0], "total_of": kept[1], "delta_of": delta}
         told |= _strides_of("rq", q) | _strides_of("rk", k) | _strides_of("rv", v)
         told = made_ready(told)
         launch(
             _of_queries, (batch * heads * down,), d_q=d_q, d_factor=d_factor, sums=of_q,
-            ONE_BLOCK=length <= by_queries["BLOCK_K"], **of_probs, **by_queries, **_without(told, "dk", "dv", "rk", "rv"), raw_q=q,
+            **of_probs, **by_queries, **_without(told, "dk", "dv", "rk", "rv"), raw_q=q,
         )  # fmt: skip
         launch(
-            _of_keys, (batch * heads * across,), d_k=d_k, d_v=d_v, sums=of_kv, **by_keys, raw_k=k, raw_v=v, **_without(told, "dq", "rq")
+            _of_keys, (batch * heads * across,), d_k=d_k, d_v=d_v, sums=of_kv, raw_k=k, raw_v=v, **by_keys,
+            **_without(told, "dq", "rq"),
         )  # fmt: skip
         _sum_sites(((0, 2, of_q), (2, 6, of_kv)), scales, d_sites)
         if d_bias is not None:
@@ -475,7 +477,7 @@ def samples() -> None:
             grids = [*signed, *signed, *(probs or ()), *signed]
             factor = torch.ones(3, length, 1) if everything and probs is elastic else None
             told = *x, bias, mask, factor, 0.125, scales, grids
-            out = quant_attention(*told)
+            out, kept = quant_attention(*told)
             of_probs, of_factor = (
                 torch.zeros(2, 2, 3, length, 1),
                 None if factor is None else torch.zeros(2, 3, length, 1),
@@ -483,5 +485,5 @@ def samples() -> None:
             d_bias = None if bias is None else torch.zeros(3, length, length, dtype=torch.float64)
             d_sites = torch.zeros(6, 3, dtype=torch.float64)
             quant_attention_backward(
-                *told, out, *torch.zeros_like(x), d_sites, None if probs is None else of_probs, of_factor, d_bias
+                *told, kept, out, *torch.zeros_like(x), d_sites, None if probs is None else of_probs, of_factor, d_bias
             )

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsquant.ops import backends, gpu
 from dsquant.ops.fake_quantize import QuantArgs
 from dsquant.ops.pack import pack
 from dsquant.ops.packed_linear import integer_definition, packed_matrix
-from dsquant.ops.quant_linear import WeightGrid, quant_linear
+from dsquant.ops.quant_linear import WeightGrid, integer_backend, quant_linear
 from dsquant.spec import Levels
 from tests.ops.conftest import require
 from tests.ops.test_quant_linear import WEIGHTS, image
@@ -38,8 +39,11 @@ def test_a_product_is_two_launches():
     assert names == ["_both_codes", "_product"]
 
 
-def test_auto_leaves_products_on_gpus_to_floats(monkeypatch):
-    """Until a GPU has timed them: those of other ops are taken there."""
-    monkeypatch.setenv("DSQ_BACKEND", "auto")
-    assert backends.choose("quant_linear", "cuda") == backends.TORCH
-    assert backends.choose("fake_quantize", "cuda") == backends.TRITON
+@pytest.mark.parametrize(("asked", "outs", "taken"), [("auto", 768, backends.TORCH), ("auto", 3072, backends.TRITON),
+                                                      ("triton", 768, backends.TRITON)])  # fmt: skip
+def test_auto_leaves_products_with_small_weights_on_gpus_to_floats(asked, outs, taken, monkeypatch):
+    monkeypatch.setenv("DSQ_BACKEND", asked)
+    with FakeTensorMode():
+        x, weight = (torch.empty(rows, 768, dtype=torch.bfloat16, device="cuda") for rows in (197, outs))
+        scale = torch.empty(1, device="cuda")
+    assert integer_backend(x, weight.dtype, weight.shape, scale, Levels(-2, 1), Levels(-2, 1)) == taken
