@@ -92,6 +92,18 @@ def _unlink_shared_buffer() -> None:
     Path("/dev/shm", name).unlink(missing_ok=True)
 
 
+def _cast_constants(model: nn.Module) -> None:
+    """Cast what a model adds to, or multiplies by, bf16 and no checkpoint holds: masks and coordinates of Swin's windows.
+
+    DeepSpeed casts parameters alone; statistics of BatchNorm, which checkpoints hold, stay float32.
+    """
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.bfloat16()
+
+
 def micro_batch_size(stage: StageConfig, world_size: int) -> int:
     """Return images per rank and accumulation step. Raises ConfigError where the global batch does not divide."""
     parts = world_size * stage.gradient_accumulation
@@ -167,6 +179,8 @@ class Engine:
         self.ds, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=self.ds_config, dist_init_required=False
         )
+        if world.bf16:
+            _cast_constants(self.module)
         _unlink_shared_buffer()
         self.shards: ShardMap = map_shards(self.ds)
         self.optimizer.checks_finite = self.shards.in_place

@@ -56,7 +56,7 @@ class AttentionSites:
             scores = scores + bias
         if mask is not None:  # image or window i takes row i % len(mask)
             scores = (scores.unflatten(0, (-1, len(mask))) + mask).flatten(0, 1)
-        return _through(self.probs_quantizer, scores.softmax(dim=-1)) @ v
+        return _through(self.probs_quantizer, scores.softmax(dim=-1)).to(v.dtype) @ v
 
 
 def split_heads(projected: Tensor | tuple[Tensor, Tensor, Tensor], heads: int, rows: int) -> tuple[Tensor, ...]:

@@ -124,8 +124,8 @@ def ptxas_report(arch: int) -> str:
     Raises BuildError where there is no nvcc, or it cannot compile them.
     """
     with tempfile.TemporaryDirectory() as folder:
-        source, options = SOURCES / "cuda" / "bit_serial.cu", ["-Xptxas=-v", f"-arch=sm_{arch}", "-cubin"]
-        return _run([*_nvcc_command(), *options, str(source), "-o", f"{folder}/cubin"], FIX_CUDA)
+        command = [*_nvcc_command(), "-Xptxas=-v", f"-arch=sm_{arch}", "-cubin", "-o", f"{folder}/cubin"]
+        return "".join(_run([*command, str(source)], FIX_CUDA) for source in sorted((SOURCES / "cuda").glob("*.cu")))
 
 
 def _nvcc_command() -> list[str]:

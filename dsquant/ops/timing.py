@@ -38,7 +38,11 @@ def captured(run: Callable[[], Any], warmup: int = 3, times: int = 1) -> Callabl
     with torch.cuda.graph(graph):
         for _ in range(times):
             run()
-    return graph.replay
+
+    def replay(keeping: Callable[[], Any] = run) -> None:  # what the graph reads lives as long as it does
+        graph.replay()
+
+    return replay
 
 
 def synchronize() -> None:

@@ -22,7 +22,9 @@ from dsquant.ops.gpu.launch import Launch
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}  # bytes a program may have
 SPILLED = r"(\d+) bytes spill loads"
 USED = r"Used (\d+) registers"
-ENTRY = rf"entry function '\w*?(Quantize|Product)I((?:Li\d+E)+)(?s:.*?){SPILLED}(?s:.*?){USED}.*?(\d+) bytes smem"
+FORMATS = {"": "", "NS_5Brain": "bfloat16,", "NS_4Half": "float16,"}  # of x, as the compiler writes them into names
+NAME = r"entry function '\w*?_\d+_(\w+?)_cu_\w*?(Quantize|Product)I(\w*?)E?((?:Li\d+E)+)"
+ENTRY = rf"{NAME}(?s:.*?){SPILLED}(?s:.*?){USED}.*?(\d+) bytes smem"
 
 
 def resources(kernel: CompiledKernel, arch: int) -> tuple[int, int]:
@@ -39,7 +41,7 @@ def resources(kernel: CompiledKernel, arch: int) -> tuple[int, int]:
 def compiled(arch: int) -> Iterator[tuple[Launch, CompiledKernel]]:
     """Compile each launch that the operators make of their sample inputs."""
     for sample in gpu.SAMPLES:
-        with gpu.recorded() as launches:
+        with gpu.recorded(arch) as launches:
             sample()
         for launch in launches:
             yield launch, launch.compile(arch)
@@ -54,8 +56,9 @@ def of_triton(arch: int) -> Iterator[tuple[str, int, int, int]]:
 
 def of_cuda(arch: int) -> Iterator[tuple[str, int, int, int]]:
     """Yield the same of each kernel in CUDA C++. Raises BuildError where there is no nvcc, or it cannot compile them."""
-    for name, sizes, spilled, registers, shared in re.findall(ENTRY, build.ptxas_report(arch)):
-        yield f"bit_serial.{name}<{','.join(re.findall('[0-9]+', sizes))}>", int(shared), int(registers), int(spilled)
+    for source, name, of_x, sizes, spilled, registers, shared in re.findall(ENTRY, build.ptxas_report(arch)):
+        kind = FORMATS.get(of_x, f"{of_x},") + ",".join(re.findall("[0-9]+", sizes))
+        yield f"{source}.{name}<{kind}>", int(shared), int(registers), int(spilled)
 
 
 KINDS = {backends.TRITON: of_triton, backends.CUDA: of_cuda}

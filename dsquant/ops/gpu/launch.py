@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,12 +23,28 @@ POINTERS = {
     torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1",
 }  # fmt: skip
 
+HOPPER = 90  # compute capability from which on a product is a group's of four warps, 64 rows at least
+
 _recorded: "list[Launch] | None" = None
+_arch: int | None = None  # that tiles are chosen for in place of a device's
 
 
 def interpreted() -> bool:
     """Say whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 since before they were imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def architecture(device: torch.device) -> int:
+    """Return the compute capability that tiles are chosen for (80, 90, ...); without a GPU Hopper's, as its tests are to see."""
+    if _arch is not None or device.type != "cuda":
+        return _arch or HOPPER
+    return _capability(device.index)
+
+
+@cache
+def _capability(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
 
 
 @dataclass(frozen=True)
@@ -92,11 +109,11 @@ def launch(kernel: Any, grid: tuple[int, ...], options: dict[str, Any] | None = 
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Have launches written to a list in place of running them."""
-    global _recorded
-    before, _recorded = _recorded, []
+def recorded(arch: int | None = None) -> Iterator[list[Launch]]:
+    """Have launches written to a list in place of running them; with tiles for a compute capability, where that is given."""
+    global _recorded, _arch
+    before, _recorded, _arch = (_recorded, _arch), [], arch
     try:
         yield _recorded
     finally:
-        _recorded = before
+        _recorded, _arch = before

@@ -25,7 +25,7 @@ from dsquant.ops.gpu.int8_product import (
     scaled,
     store_tile,
 )
-from dsquant.ops.gpu.launch import interpreted, launch
+from dsquant.ops.gpu.launch import HOPPER, architecture, interpreted, launch
 from dsquant.ops.pack import packed_words
 
 FEW_ROWS = 16
@@ -42,11 +42,12 @@ def _row_tile(cols: int, n_bits: int) -> tuple[dict[str, int], dict[str, int]]:
     return {"BLOCK_N": 8, "BLOCK_K": depth}, {"num_warps": min(depth // 512, 4)}
 
 
-def _tile(rows: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
+def _tile(rows: int, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, int], dict[str, int]]:
     """Return the tile of a program that multiplies several rows, and its warps."""
     few, wide = rows <= FEW_ROWS, dtype is torch.float32
+    by_four = wide and architecture(device) >= HOPPER  # 13 us for 21 at 197 x 768 x 768 on an H200
     shape = ((16, 16, 128) if wide else (16, 16, 256)) if few else (64, 64, 64)
-    return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), shape, strict=True)), {"num_warps": 4 if few or wide else 8}
+    return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), shape, strict=True)), {"num_warps": 4 if few or by_four else 8}
 
 
 @triton.jit
@@ -280,7 +281,7 @@ def packed_linear(
         tile, options = _row_tile(x.shape[-1], n_bits)
         launch(_one_row_of_floats, (triton.cdiv(outs, tile["BLOCK_N"]),), options, **shared, **tile)
         return y.to(dtype)
-    tile, options = _tile(rows, x.dtype)
+    tile, options = _tile(rows, x.dtype, x.device)
     programs = triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(outs, tile["BLOCK_N"])
     part = tl.float16 if dtype is torch.float16 else tl.float32 if interpreted() else tl.bfloat16
     launch(_tiles_of_floats, (programs,), options, rows=rows, PART=part, **shared, **tile)
@@ -313,7 +314,7 @@ def packed_linear_int(
         launch(_one_row, (triton.cdiv(outs, ROW_TILE["BLOCK_N"]),), x=x, **shared, **grid._asdict(), **ROW_TILE)
         return y.to(dtype)
     x, of_rows = quantize(x, rows, grid)
-    tile, options = _tile(rows, x.dtype)
+    tile, options = _tile(rows, x.dtype, x.device)
     programs = triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(outs, tile["BLOCK_N"])
     of_x = {"x": x, "of_rows": of_rows, "in_scale": grid.in_scale, "in_offset": grid.in_offset}
     launch(_tiles, (programs,), options, rows=rows, **of_x, **shared, **tile)

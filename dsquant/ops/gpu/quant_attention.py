@@ -19,14 +19,13 @@ from torch import Tensor
 from triton.language.extra.cuda import libdevice
 
 from dsquant.ops.gpu.fake_quantize import round_half_even
-from dsquant.ops.gpu.launch import interpreted, launch
+from dsquant.ops.gpu.launch import HOPPER, architecture, interpreted, launch
 
 INTERPRETED = tl.constexpr(interpreted())
 LOG2E = tl.constexpr(1.4426950408889634)
 ALL = tl.constexpr(tl.PropagateNan.ALL)
 WINDOW = 64  # tokens that one block of bfloat16 takes whole, where features are few
 OPERAND_ROWS = 64  # of a program that makes operands
-WHOLE = 256  # tokens of which a block of queries holds all scores, likewise
 
 
 class Tile(NamedTuple):
@@ -53,22 +52,27 @@ class Tiles(NamedTuple):
 
 TILES = {  # by the most features that rows have
     torch.float32: {
-        32: Tiles(*[Tile(16, 16, 8, 1)] * 3), 64: Tiles(*[Tile(16, 16, 4, 2)] * 3), 128: Tiles(*[Tile(16, 16, 8, 1)] * 3),
+        32: Tiles(*[Tile(16, 16, 8, 1)] * 3), 64: Tiles(*[Tile(16, 16, 4, 2)] * 3), 
+        128: Tiles(Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(16, 16, 4, 2)),
     },
     torch.bfloat16: {
-        64: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)), 128: Tiles(*[Tile(16, 32, 8, 2)] * 3),
+        64: Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 32, 4, 3)), 128: Tiles(*[Tile(16, 32, 8, 2)] * 3),
         256: Tiles(*[Tile(16, 16, 8, 1)] * 3),
     },
 }  # fmt: skip
 OF_WINDOWS = {32: Tiles(*[Tile(64, WINDOW, 4, 2)] * 3), 64: Tiles(*[Tile(64, WINDOW, 8, 2)] * 3)}
-OF_WHOLE = Tiles(Tile(64, WHOLE, 4, 1), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
+# Before Hopper a product's rows are shared out among all warps.
+BEFORE_HOPPER = {64: Tiles(*[Tile(32, 32, 4, 2)] * 3)}
+OF_WINDOWS_BEFORE_HOPPER = {32: Tiles(*[Tile(64, WINDOW, 8, 1)] * 3)}
 
 
-def tiles_of(length: int, dim: int, dtype: torch.dtype, added: bool) -> Tiles:
-    """Return the tiles for sequences of a length, rows of at most `dim` features, and whether a bias or a mask is added."""
-    if dtype is torch.bfloat16 and dim <= 64 and WINDOW < length <= WHOLE and not added:
-        return OF_WHOLE
-    known = OF_WINDOWS if dtype is torch.bfloat16 and dim <= 64 and length <= WINDOW else TILES[dtype]
+def tiles_of(length: int, dim: int, dtype: torch.dtype, arch: int) -> Tiles:
+    """Return the tiles for sequences of a length and rows of at most `dim` features on a compute capability."""
+    known, windows = TILES[dtype], OF_WINDOWS
+    if arch < HOPPER and dtype is torch.bfloat16:
+        known, windows = known | BEFORE_HOPPER, OF_WINDOWS_BEFORE_HOPPER
+    if dtype is torch.bfloat16 and dim <= max(windows) and length <= WINDOW:
+        known = windows
     return next(tiles for most, tiles in known.items() if dim <= most)
 
 
@@ -306,8 +310,6 @@ def _forward(q, k, v, out, top_of, total_of, bias, mask, factor, q_scale, q_offs
             READY, BLOCK_K, DIM,
         )  # fmt: skip
     found = tl.zeros([BLOCK_Q, padded(DIM_V)], tl.float32)
-    if ONE_BLOCK:
-        top, total = by, by
     for start in range(0, BLOCK_K if ONE_BLOCK else length, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
         keys = operand(load_rows(k, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID, READY)
@@ -328,9 +330,10 @@ def _forward(q, k, v, out, top_of, total_of, bias, mask, factor, q_scale, q_offs
     found = found * unit_of(v_scale, v_offset, head, V_GRID)
     if P_GRID is not None and p_offset is None:
         found = found * scale[:, None]
-    at, there = row.to(tl.int64) * length + query, query < length
-    tl.store(top_of + at, top, mask=there)
-    tl.store(total_of + at, total, mask=there)
+    if not ONE_BLOCK:  # of one block they are formed again: storing them would have the compiler form scores twice here
+        at, there = row.to(tl.int64) * length + query, query < length
+        tl.store(top_of + at, top, mask=there)
+        tl.store(total_of + at, total, mask=there)
     store_rows(out + image * o_b + head * o_h, found, query, o_n, length, DIM_V)
 
 
@@ -429,11 +432,11 @@ def quant_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the output (B, H, N, D_v) in the dtype of v, by tokens.
 
-    And of each row of scores the maximum, and the sum of exp(s - maximum), float32 (2, B, H, N).
+    And of each row of scores the maximum, and the sum of exp(s - maximum), float32 (2, B, H, N), unless one block holds all.
     """
     out, told = by_tokens(v), arguments(q, k, v, bias, mask, factor, softmax_scale, scales, grids)
     length = q.shape[2]
-    tiles = tiles_of(length, max(q.shape[-1], v.shape[-1]), q.dtype, not bias is mask is None)
+    tiles = tiles_of(length, max(q.shape[-1], v.shape[-1]), q.dtype, architecture(q.device))
     tile = tiles.forward.arguments(length)
     blocks = -(-length // tile["BLOCK_Q"])
     told = made_ready(told) if blocks > 1 else told | {"READY": False}

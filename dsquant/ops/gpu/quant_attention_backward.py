@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsquant.ops.gpu.launch import launch
+from dsquant.ops.gpu.launch import architecture, launch
 from dsquant.ops.gpu.quant_attention import (
     arguments,
     cast,
@@ -396,7 +396,7 @@ def quant_attention_backward(
     of_probs = (
         dict.fromkeys(("d_scale", "d_offset")) if d_probs is None else {"d_scale": d_probs[0], "d_offset": d_probs[1]}
     )
-    tiles = tiles_of(length, max(dim, v.shape[-1]), q.dtype, not bias is mask is None)
+    tiles = tiles_of(length, max(dim, v.shape[-1]), q.dtype, architecture(q.device))
     by_queries, by_keys = tiles.queries.arguments(length), tiles.keys.arguments(length)
     down, across = triton.cdiv(length, by_queries["BLOCK_Q"]), triton.cdiv(length, by_keys["BLOCK_K"])
     new = lambda *size: torch.empty(size, dtype=torch.float32, device=q.device)  # noqa: E731

@@ -1,0 +1,32 @@
+"""Models whose masks and coordinates are buffers train in bf16, float and quantized: DeepSpeed casts parameters alone."""
+
+import pytest
+
+from dsquant.benchmarks import step
+from dsquant.engine import init_world
+
+WINDOWED = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256")
+
+
+def losses(model, quantized):
+    """Return the loss of two steps on one batch, and the dtypes of buffers."""
+    world = init_world()
+    world.use_precision("bf16")
+    engine = step._engine(model, 1, step.full_method(2) if quantized else None, world)
+    images, labels = step._images(engine.module, 1, world)
+    if quantized:
+        step._calibrate(engine, images)
+    found = []
+    for _ in range(2):
+        logits = engine.forward(images)
+        found.append(float(logits.float().log_softmax(-1)[0, labels[0]]))
+        step.train_step(engine, images, labels)
+    return found, [str(buffer.dtype) for buffer in engine.module.buffers()]
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "W2A2"])
+@pytest.mark.parametrize("model", WINDOWED)
+def test_windows_train_in_bf16(model, quantized, run_ranks):
+    [(found, dtypes)] = run_ranks(1, "tests.models.test_bf16:losses", model=model, quantized=quantized)
+    assert found[1] > found[0]
+    assert set(dtypes) == {"torch.bfloat16", "torch.int64"}
