@@ -46,11 +46,11 @@ bench: venv  ## time float against quantized training (BENCH="..." for other arg
 
 gpu: venv  ## on a machine with a GPU: check its kernels, and time them into docs/results/gpu-*.json
 	$(IN_VENV) python -m dsquant.ops
-	$(IN_VENV) DSQ_TEST_DEVICE=cuda python -m pytest -q tests/ops/gpu
+	$(IN_VENV) DSQ_TEST_DEVICE=cuda python -m pytest -q -n 8 tests/ops/gpu
 	$(IN_VENV) python tools/bench.py ops --device=cuda --out=docs/results/gpu-ops.json
-	$(IN_VENV) python tools/bench.py packed --device=cuda --shapes=768x3072,4096x4096 --m=1,197,12608 --out=docs/results/gpu-packed.json
+	$(IN_VENV) python tools/bench.py packed --device=cuda --shapes=768x3072,4096x4096 --m=1,12608 --out=docs/results/gpu-packed.json
 	for model in deit_small_patch16_224 swin_tiny_patch4_window7_224; do for product in torch triton; do \
-	  $(IN_VENV) DSQ_BACKEND=quant_linear=$$product python tools/bench.py step --model $$model --batch 64 \
+	  $(IN_VENV) DSQ_BACKEND=quant_linear=$$product python tools/bench.py step --model $$model --batch 256 \
 	    --out=docs/results/gpu-step-$$model-$$product.json || exit 1; done; done
 
 clean:  ## remove caches and build output; .venv and runs stay

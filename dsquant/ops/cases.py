@@ -69,7 +69,7 @@ class Case:
         given = {name: self.fresh() for name in names}
         runs = {name: (lambda name=name: self.run(name, *given[name])) for name in names} | dict(self.peers)
         if device != "cpu":
-            times = 1 if self.bytes_moved > SHORT else 20  # in a graph, whose start takes microseconds
+            times = 4 if self.bytes_moved > SHORT else 20  # in a graph, whose start takes microseconds
             seconds = interleaved({name: captured(run, times=times) for name, run in runs.items()}, repeats)
             return {name: taken / times for name, taken in seconds.items()}
         before = {name: (lambda name=name: given.update({name: self.fresh()})) for name in names}

@@ -12,6 +12,7 @@ from dsquant.ops.quant_attention import quant_attention
 from dsquant.spec import Levels
 
 FEW = 4
+FLOAT32 = 3e-6  # what rounding alone may make of float32: a GPU's powers of 2 err by two last bits
 GRIDS = {"q": Levels(-2, 1), "k": Levels(-4, 3), "probs": Levels(0, 3), "v": Levels(-2, 1)}
 SHAPES = {  # B, H, N, D, D of v
     "one token": (2, 2, 1, 16, 16), "windows": (2, 2, 49, 32, 32), "windows of 24 features": (2, 1, 49, 24, 24),
@@ -139,7 +140,7 @@ def everything(shape):
 
 @pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if shape[3] <= 128 and name != "ViT"])
 def test_float32_errs_at_most_twice_as_much_as_plain_operations(name):
-    check(case(SHAPES[name], **everything(SHAPES[name])), 2e-6)
+    check(case(SHAPES[name], **everything(SHAPES[name])), FLOAT32)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -161,7 +162,7 @@ OPTIONS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_errs_at_most_twice_as_much_as_plain_operations(name, dtype):
-    check(case((2, 2, 35, 16, 16), dtype, **OPTIONS[name]), 2e-6 if dtype is torch.float32 else 2.0**-8)
+    check(case((2, 2, 35, 16, 16), dtype, **OPTIONS[name]), FLOAT32 if dtype is torch.float32 else 2.0**-8)
 
 
 def test_kernels_run_forward_and_backward_and_a_window_takes_one_of_each():
