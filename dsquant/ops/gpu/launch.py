@@ -6,7 +6,7 @@ kernel says `tl.fma`.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -62,7 +62,8 @@ class Launch:
         if device.type == "cpu":
             self.kernel[self.grid](**self.arguments)
             return
-        with torch.cuda.device(device):
+        here = device.index in (None, torch.cuda.current_device())  # to choose one takes as long as a launch
+        with nullcontext() if here else torch.cuda.device(device):
             self.kernel[self.grid](**self.arguments, **OPTIONS, **self.options)
 
     def compile(self, arch: int) -> CompiledKernel:

@@ -338,8 +338,8 @@ def _forward(q, k, v, out, top_of, total_of, bias, mask, factor, q_scale, q_offs
 
 
 @triton.jit
-def _operand(x, found, scale, offset, heads, length, x_b, x_h, x_n, GRID: tl.constexpr, BLOCK: tl.constexpr,
-             DIM: tl.constexpr):  # fmt: skip
+def _write_operand(x, found, scale, offset, heads, length, x_b, x_h, x_n, GRID: tl.constexpr, BLOCK: tl.constexpr,
+                   DIM: tl.constexpr):  # fmt: skip
     """Write the operands of a block of rows of a head."""
     blocks = tl.cdiv(length, BLOCK)
     row = tl.program_id(0) // blocks
@@ -348,6 +348,23 @@ def _operand(x, found, scale, offset, heads, length, x_b, x_h, x_n, GRID: tl.con
     values = load_rows(x + image * x_b + head * x_h, token, x_n, length, DIM)
     values = operand(values, token, length, scale, offset, head, GRID, False)
     store_rows(found + row.to(tl.int64) * length * DIM, values, token, DIM, length, DIM)
+
+
+@triton.jit
+def _operands(q, k, v, found_q, found_k, found_v, q_scale, q_offset, k_scale, k_offset, v_scale, v_offset, heads, length, q_b,
+              q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, Q_GRID: tl.constexpr, K_GRID: tl.constexpr, V_GRID: tl.constexpr,
+              BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
+    """Write those of q, k and v, each by a row of programs; a site that is not quantized has nothing to be written."""
+    site = tl.program_id(1)
+    if Q_GRID is not None:  # noqa: SIM102 - decided when compiled
+        if site == 0:
+            _write_operand(q, found_q, q_scale, q_offset, heads, length, q_b, q_h, q_n, Q_GRID, BLOCK, DIM)
+    if K_GRID is not None:  # noqa: SIM102 - decided when compiled
+        if site == 1:
+            _write_operand(k, found_k, k_scale, k_offset, heads, length, k_b, k_h, k_n, K_GRID, BLOCK, DIM)
+    if V_GRID is not None:  # noqa: SIM102 - decided when compiled
+        if site == 2:
+            _write_operand(v, found_v, v_scale, v_offset, heads, length, v_b, v_h, v_n, V_GRID, BLOCK, DIM_V)
 
 
 SITES = ("q", "k", "p", "v")
@@ -403,20 +420,24 @@ def _strides(x: Tensor | None, names: tuple[str, ...], shape: tuple[int, ...], l
 
 def made_ready(told: dict[str, Any]) -> dict[str, Any]:
     """Return what kernels are told where several programs share a head: q, k and v as operands, each made once."""
-    ready = {"READY": True}
-    for name in ("q", "k", "v"):
-        x, grid = told[name], told[f"{name.upper()}_GRID"]
-        if grid is None:
-            continue
-        batch, heads, length, dim = x.shape
-        found = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    batch, heads, length, _ = told["q"].shape
+    ready: dict[str, Any] = {"READY": True}
+    for name, grid in (("q", "Q_GRID"), ("k", "K_GRID"), ("v", "V_GRID")):
+        if told[grid] is not None:
+            x = told[name]
+            dim = x.shape[-1]
+            ready[name] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            ready |= {f"{name}_b": heads * length * dim, f"{name}_h": length * dim, f"{name}_n": dim}
+    if len(ready) > 1:
         block = min(OPERAND_ROWS, max(16, 1 << (length - 1).bit_length()))
-        launch(
-            _operand, (batch * heads * -(-length // block),), x=x, found=found, scale=told[f"{name}_scale"],
-            offset=told[f"{name}_offset"], heads=heads, length=length, x_b=told[f"{name}_b"], x_h=told[f"{name}_h"],
-            x_n=told[f"{name}_n"], GRID=grid, BLOCK=block, DIM=dim,
-        )  # fmt: skip
-        ready |= {name: found, f"{name}_b": heads * length * dim, f"{name}_h": length * dim, f"{name}_n": dim}
+        names = ("scale", "offset", "b", "h", "n")
+        of_sites = {f"{site}_{name}": told[f"{site}_{name}"] for site in "qkv" for name in names}
+        found = {f"found_{name}": ready.get(name) for name in "qkv"}
+        same = {
+            name: told[name]
+            for name in ("q", "k", "v", "heads", "length", "Q_GRID", "K_GRID", "V_GRID", "DIM", "DIM_V")
+        }
+        launch(_operands, (batch * heads * -(-length // block), 3), BLOCK=block, **same, **of_sites, **found)
     return told | ready
 
 
