@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import libdevice
 
-from dsquant.ops.gpu.fake_quantize import round_half_even
+from dsquant.ops.gpu.fake_quantize import clip, round_half_even
 from dsquant.ops.gpu.launch import HOPPER, architecture, interpreted, launch
 
 INTERPRETED = tl.constexpr(interpreted())
@@ -112,12 +112,6 @@ def store_rows(x, value, row, step, length, DIM: tl.constexpr):
     col = tl.arange(0, padded(DIM))[None, :]
     value = cast(value, x.dtype.element_ty)
     tl.store(x + row[:, None] * step + col, value, mask=(row < length)[:, None] & (col < DIM))
-
-
-@triton.jit
-def clip(v, low, high):
-    """Clip v, and let a NaN through."""
-    return tl.minimum(tl.maximum(v, low, propagate_nan=ALL), high, propagate_nan=ALL)
 
 
 @triton.jit
