@@ -49,10 +49,14 @@ class Tiles(NamedTuple):
     queries: Tile
     keys: Tile
 
+    def whole(self, length: int) -> bool:
+        """Say whether one block of each kernel holds a sequence: then backward, too, is one kernel, which needs no sums kept."""
+        return all(length <= min(tile.queries, tile.keys) for tile in self)
+
 
 TILES = {  # by the most features that rows have
     torch.float32: {
-        32: Tiles(*[Tile(16, 16, 8, 1)] * 3), 64: Tiles(*[Tile(16, 16, 4, 2)] * 3), 
+        32: Tiles(*[Tile(16, 16, 8, 1)] * 3), 64: Tiles(*[Tile(16, 16, 4, 2)] * 3),
         128: Tiles(Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(16, 16, 4, 2)),
     },
     torch.bfloat16: {
@@ -382,13 +386,8 @@ def arguments(
     told |= _strides(bias, ("bias_h", "bias_q", "bias_k"), (1, heads, length, length))
     batch = 1 if mask is None else mask.shape[0]
     told |= _strides(mask, ("mask_b", "mask_h", "mask_q", "mask_k"), (batch, heads, length, length))
-    told |= {
-        "factor": softmax_scale if factor is None else factor,
-        "factor_h": None,
-        "factor_n": None,
-        "p_h": None,
-        "p_n": None,
-    }
+    told |= dict.fromkeys(("factor_h", "factor_n", "p_h", "p_n"))
+    told["factor"] = softmax_scale if factor is None else factor
     for name, x in (("factor", factor), ("p", scales[4])):
         if x is not None:
             told |= _strides(x, (f"{name}_h", f"{name}_n"), (heads, length, 1), last=1)
@@ -458,16 +457,8 @@ def quant_attention(
     programs = q.shape[0] * q.shape[1] * blocks
     told |= zip(("o_b", "o_h", "o_n"), out.stride(), strict=False)
     kept = torch.empty(2, *q.shape[:3], dtype=torch.float32, device=q.device)
-    launch(
-        _forward,
-        (programs,),
-        out=out,
-        top_of=kept[0],
-        total_of=kept[1],
-        ONE_BLOCK=length <= tile["BLOCK_K"],
-        **tile,
-        **told,
-    )
+    told |= {"out": out, "top_of": kept[0], "total_of": kept[1], "ONE_BLOCK": tiles.whole(length)}
+    launch(_forward, (programs,), **tile, **told)
     return out, kept
 
 

@@ -400,7 +400,7 @@ def quant_attention_backward(
     by_queries, by_keys = tiles.queries.arguments(length), tiles.keys.arguments(length)
     down, across = triton.cdiv(length, by_queries["BLOCK_Q"]), triton.cdiv(length, by_keys["BLOCK_K"])
     new = lambda *size: torch.empty(size, dtype=torch.float32, device=q.device)  # noqa: E731
-    if length <= by_keys["BLOCK_K"] == by_keys["BLOCK_Q"]:
+    if tiles.whole(length):
         run = 1 if d_bias is None else triton.cdiv(batch, max(1, PROGRAMS // heads))
         parts = triton.cdiv(batch, run)
         of_bias, sums = None if d_bias is None else new(parts, heads, length, length), new(batch, heads, 6)

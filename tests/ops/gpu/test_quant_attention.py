@@ -18,6 +18,7 @@ SHAPES = {  # B, H, N, D, D of v
     "one token": (2, 2, 1, 16, 16), "windows": (2, 2, 49, 32, 32), "windows of 24 features": (2, 1, 49, 24, 24),
     "a block to the last token": (1, 2, 64, 16, 16), "a token more": (1, 1, 65, 16, 16), "a prime": (1, 1, 53, 48, 48),
     "ViT": (1, 1, 197, 64, 64), "72 features": (1, 1, 35, 72, 72), "128 features": (1, 1, 35, 128, 128),
+    "a block of keys for two of queries": (1, 2, 24, 128, 128),
     "keys wider than values": (1, 2, 50, 192, 64), "256 features": (1, 1, 33, 256, 80),
 }  # fmt: skip
 
