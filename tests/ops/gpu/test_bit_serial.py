@@ -1,6 +1,5 @@
 """Products of 1- and 2-bit codes in CUDA C++: the kernels' own source, run thread by thread on CPU, and compiled for GPUs."""
 
-import ctypes
 import subprocess
 from pathlib import Path
 
@@ -12,8 +11,9 @@ from dsquant.errors import BuildError, ConfigError
 from dsquant.ops import backends, build
 from dsquant.ops.fake_quantize import QuantArgs
 from dsquant.ops.pack import pack, packed_words
-from dsquant.ops.packed_linear import PackedMatrix, integer_definition, packed_linear, packed_matrix, run
+from dsquant.ops.packed_linear import PackedMatrix, integer_definition, packed_linear, packed_matrix
 from dsquant.spec import Levels
+from tests.ops.gpu.on_host import by_threads_in_turn, compile_on_host
 
 # Rows, in, out: one; primes; around a tile's 4 and 32 rows and 64 columns, and the 1024 codes that shared memory holds of a row.
 SHAPES = [
@@ -25,28 +25,9 @@ INPUTS = {1: [Levels(0, 1), Levels(-1, 0, 0.5), Levels(-1, 0), Levels(1, 1)],
 SOURCES = Path(__file__).parent / "bit_serial"
 
 
-def compile_on_host(source, target, *options):
-    """Compile the kernels' own source as plain C++, with what has a block's threads do a phase one after the other."""
-    flags = [f"-I{build.SOURCES / 'cuda'}", str(SOURCES / source), *options, "-o", str(target)]
-    subprocess.run([build.compiler(), "-std=c++17", "-O2", "-ffp-contract=off", build.STABLE_ABI, *flags], check=True)
-
-
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """Return `run(x, weight, bias, quant)`: the backend `cuda`, its kernels run on CPU tensors."""
-    path = tmp_path_factory.mktemp("host") / "operator.so"
-    compile_on_host("operator.cpp", path, "-fPIC", "-shared", *build.against_torch())
-    torch.ops.load_library(path)
-    backwards = ctypes.c_bool.in_dll(ctypes.CDLL(str(path)), "backwards")
-
-    def compute(x, weight, bias, quant):
-        found = []
-        for backwards.value in (False, True):
-            found.append(run(backends.CUDA, x, weight, bias, quant))
-        torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True, msg="the order of threads shows")
-        return found[0]
-
-    return compute
+    return by_threads_in_turn(SOURCES / "operator.cpp", tmp_path_factory.mktemp("host"))
 
 
 def matrix(cols, outs, n_bits, shift, seed=0):
@@ -131,7 +112,7 @@ def test_the_operator_passes_opcheck_and_refuses_what_it_has_no_code_for(kernels
 
 def test_no_thread_leaves_its_tensors_or_does_what_c_does_not_define(tmp_path):
     program = tmp_path / "watched"
-    compile_on_host("watched.cpp", program, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    compile_on_host(SOURCES / "watched.cpp", program, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     result = subprocess.run([program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[:3000]
 
@@ -141,7 +122,8 @@ def test_the_library_compiles_for_sm_80_and_newer_and_torch_loads_it():
     if torch.version.cuda is None:
         pytest.skip("this build of torch has no CUDA runtime")
     build.load_cuda()
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("dsquant::packed_linear_int_cuda", "CUDA")
+    for name in ("packed_linear_cuda", "packed_linear_int_cuda"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dsquant::{name}", "CUDA")
 
 
 def low(n_bits=2, codes=4, scales=1):

@@ -1,6 +1,5 @@
-"""Products of few rows in 16 bits in CUDA C++: the kernels' own source, run thread by thread on CPU, and compiled for GPUs."""
+"""Products of few rows in 16 bits in CUDA C++: the kernels' own source, run thread by thread on CPU."""
 
-import ctypes
 import subprocess
 from pathlib import Path
 
@@ -8,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsquant.ops import backends, build
+from dsquant.ops import backends
 from dsquant.ops.pack import pack
-from dsquant.ops.packed_linear import _beyond_cuda, image, packed_matrix, run
+from dsquant.ops.packed_linear import _beyond_cuda, image, packed_matrix
+from tests.ops.gpu.on_host import by_threads_in_turn, compile_on_host
 
 SOURCES = Path(__file__).parent / "few_rows"
 DTYPES = (torch.bfloat16, torch.float16)
@@ -19,28 +19,9 @@ DTYPES = (torch.bfloat16, torch.float16)
 SHAPES = [(1, 128, 1), (1, 4224, 35), (2, 256, 16), (7, 384, 17), (8, 768, 33), (9, 128, 31), (16, 640, 15)]
 
 
-def compile_on_host(source, target, *options):
-    """Compile the kernels' own source as plain C++, with what has a block's threads do a phase one after the other."""
-    flags = [f"-I{build.SOURCES / 'cuda'}", str(SOURCES / source), *options, "-o", str(target)]
-    subprocess.run([build.compiler(), "-std=c++17", "-O2", "-ffp-contract=off", build.STABLE_ABI, *flags], check=True)
-
-
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """Return `run(x, weight, bias)`: the backend `cuda`, its kernels run on CPU tensors."""
-    path = tmp_path_factory.mktemp("host") / "operator.so"
-    compile_on_host("operator.cpp", path, "-fPIC", "-shared", *build.against_torch())
-    torch.ops.load_library(path)
-    backwards = ctypes.c_bool.in_dll(ctypes.CDLL(str(path)), "backwards")
-
-    def compute(x, weight, bias=None):
-        found = []
-        for backwards.value in (False, True):
-            found.append(run(backends.CUDA, x, weight, bias, None))
-        torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True, msg="the order of threads shows")
-        return found[0]
-
-    return compute
+    return by_threads_in_turn(SOURCES / "operator.cpp", tmp_path_factory.mktemp("host"))
 
 
 def matrix(cols, outs, n_bits, shift):
@@ -131,14 +112,6 @@ def test_what_cuda_has_no_code_for_is_named():
 
 def test_no_thread_leaves_its_tensors_or_does_what_c_does_not_define(tmp_path):
     program = tmp_path / "watched"
-    compile_on_host("watched.cpp", program, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    compile_on_host(SOURCES / "watched.cpp", program, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     result = subprocess.run([program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[:3000]
-
-
-def test_the_library_compiles_for_sm_80_and_newer_and_torch_loads_it():
-    """Needs nvcc, which the extra `cuda` brings, but no GPU."""
-    if torch.version.cuda is None:
-        pytest.skip("this build of torch has no CUDA runtime")
-    build.load_cuda()
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("dsquant::packed_linear_cuda", "CUDA")
