@@ -51,6 +51,8 @@ class ModelConfig(Section):
     timm: `name` is a timm model, `kwargs` go to its constructor. transformers: `name` is a model of the hub, a local folder,
     `package:NAME` (an installed package that holds such a folder), or `bert` or `roberta` for a model made from `kwargs`
     alone; `kwargs` override its configuration. `max_length` is the tokens of an input; a run takes it from its data.
+    `rotate` names linear layers, by globs, whose inputs and weights are rotated (`models.rotation`): the same function, of
+    inputs without outliers. Every stage of a run has the rotated weights; weights that are read are rotated then.
     """
 
     library: Literal["timm", "transformers"] = "timm"
@@ -60,6 +62,7 @@ class ModelConfig(Section):
     pretrained: Flag = False
     checkpoint: str | None = None
     kwargs: dict[str, Any] = {}
+    rotate: list[str] = []
 
     @model_validator(mode="after")
     def _images_have_no_length(self):
@@ -356,7 +359,8 @@ class StageConfig(Section):
 
     `batch_size` is global: samples per optimizer step over all ranks and accumulation steps. `quant: null` trains in
     float. Give `epochs` or `steps`; a float stage of 0 steps takes the model (`model.pretrained`, `model.checkpoint`) as it
-    is, to start and teach later ones.
+    is, to start and teach later ones. Vectors (biases, norms, and what the model keeps from decaying) learn at `vector_lr_scale`
+    times the rate.
     """
 
     init_from: str | None = None
@@ -369,6 +373,7 @@ class StageConfig(Section):
     optimizer: Literal["adamw", "adam", "sgd", "radam", "nadam"] = "adamw"
     lr: Annotated[float, Field(gt=0)]
     min_lr: NonNegative = 0.0
+    vector_lr_scale: Annotated[float, Field(gt=0)] = 1.0
     warmup: Fraction = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     momentum: Fraction = 0.9

@@ -128,21 +128,28 @@ def owned_ds_settings(stage: StageConfig, world: World) -> dict[str, Any]:
     }
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split parameters: matrices decay; vectors and what the model itself names (pos_embed, cls_token) do not."""
+def param_groups(model: nn.Module, weight_decay: float, vector_lr_scale: float = 1.0) -> list[dict[str, Any]]:
+    """Split parameters: matrices decay; vectors and what the model itself names (pos_embed, cls_token) do not.
+
+    The latter's learning rate is `vector_lr_scale` times that of matrices: `lr_scale` of each group, as timm names it.
+    """
     exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     decay, rest = [], []
     for name, p in model.named_parameters():
         ndim = len(getattr(p, "ds_shape", p.shape))
         (rest if ndim < 2 or name in exempt else decay).append(p)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [
+        {"params": decay, "weight_decay": weight_decay, "lr_scale": 1.0},
+        {"params": rest, "weight_decay": 0.0, "lr_scale": vector_lr_scale},
+    ]
 
 
 def make_optimizer(model: nn.Module, stage: StageConfig) -> ShardOptimizer:
     """Build the stage's torch optimizer inside a ShardOptimizer."""
     options: dict[str, Any] = {"lr": stage.lr}
     options |= {"momentum": stage.momentum} if stage.optimizer == "sgd" else {"betas": stage.betas}
-    return ShardOptimizer(OPTIMIZERS[stage.optimizer](param_groups(model, stage.weight_decay), **options))
+    groups = param_groups(model, stage.weight_decay, stage.vector_lr_scale)
+    return ShardOptimizer(OPTIMIZERS[stage.optimizer](groups, **options))
 
 
 class Engine:
@@ -300,7 +307,7 @@ class Engine:
         boundary = self.ds.is_gradient_accumulation_boundary()
         if boundary:
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_scale"]
             if self.quantization is not None:
                 self.quantization.begin_step(self.step_index / self.total_steps, lr / self.stage.lr, observe)
         self.ds.step()

@@ -67,6 +67,19 @@ def losses(zero_stage, **stage_options):
     return found
 
 
+def first_moves(zero_stage):
+    """Return how far AdamW's first step takes any element of each weight, in learning rates, of what this rank holds."""
+    engine = build(zero_stage, quantized=False, vector_lr_scale=3.0)
+    fragments = [f for held in engine.shards.fragments for f in held]
+    before = [f.values.clone() for f in fragments]
+    images, labels = next(batches(engine.world, 1))[0]
+    engine.backward(F.cross_entropy(engine.forward(images), labels))
+    engine.step(1e-3)
+    moved = {f.name: ((f.values - old).abs().max() / 1e-3).item() for f, old in zip(fragments, before, strict=True)}
+    engine.destroy()
+    return moved
+
+
 def compare_options():
     """Run on each rank: the same training with options that must not matter."""
     return {
@@ -76,6 +89,7 @@ def compare_options():
         "accumulated on zero 3": losses(3, gradient_accumulation=2),
         "loosely clipped": losses(1, gradient_clipping=1e6),
         "tightly clipped": losses(1, gradient_clipping=1e-6, optimizer="sgd"),
+        "first moves": [first_moves(zero_stage) for zero_stage in range(4)],
     }
 
 
@@ -101,6 +115,16 @@ def test_clipping_acts_only_beyond_its_norm(compared):
     assert compared["loosely clipped"] == pytest.approx(compared["plain"], abs=1e-5)
     free = compared["tightly clipped"]
     assert free != pytest.approx(compared["plain"], abs=1e-3)
+
+
+@pytest.mark.parametrize("zero_stage", range(4))
+def test_vectors_learn_at_their_own_rate(compared, zero_stage):
+    """AdamW's first step moves every element by its rate, wherever its gradient is not next to nothing."""
+    moved = compared["first moves"][zero_stage]
+    assert {"blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias"} <= moved.keys()
+    for name, rates in moved.items():
+        vector = name.endswith("bias") or ".norm" in name or name.startswith(("norm", "cls_token", "pos_embed"))
+        assert rates == pytest.approx(3.0 if vector else 1.0, rel=1e-2), name
 
 
 def perturbed_state():
