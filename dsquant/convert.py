@@ -15,6 +15,7 @@ from dsquant.export import PackedInfo, load_packed, read_packed, write_packed
 from dsquant.export.layout import data_keys
 from dsquant.files import sync
 from dsquant.models import Sites, build_model, insert_sites, portable
+from dsquant.models.rotation import float_weights
 from dsquant.quant.reparam import encode_product
 from dsquant.run_folder import RECIPE_FILE, TOKENIZER
 
@@ -36,15 +37,16 @@ def convert_run(run_dir: str | Path, out: str | Path, stage: str | None = None, 
 def export_float(run_dir: str | Path, out: str | Path, stage: str | None = None, step: int | None = None) -> Path:
     """Write the float32 weights and buffers of a run's newest checkpoint, of one of its stages, or of a step, by upstream name.
 
-    The safetensors file is what `model.checkpoint` takes; of a quantized stage it holds the latents. Raises
-    CheckpointError where there is no whole checkpoint.
+    The safetensors file is what `model.checkpoint` takes; of a quantized stage it holds the latents. Rotated weights
+    (`model.rotate`) are rotated back. Raises CheckpointError where there is no whole checkpoint.
     """
     from dsquant.checkpoint import load_float, load_run_checkpoint
 
-    model, path = load_float(load_run_checkpoint(Path(run_dir), stage, step)), Path(out)
+    checkpoint, path = load_run_checkpoint(Path(run_dir), stage, step), Path(out)
+    weights = float_weights(load_float(checkpoint), checkpoint.config.model.rotate)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
     sync(partial)
     partial.replace(path)
     sync(path.parent)

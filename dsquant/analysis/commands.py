@@ -179,7 +179,7 @@ class Analyze:
         stage = stage or allocation.default_stage(config, search["candidates"])
         quant = allocation.allocatable(config, stage, search["candidates"])
         subject = self._subject((from_stage or self._float_stage()) if self._run else None)
-        wanted, given = ((m.name, m.num_classes, m.kwargs) for m in (config.model, subject.config))
+        wanted, given = ((m.name, m.num_classes, m.kwargs, m.rotate) for m in (config.model, subject.config))
         if wanted != given:
             raise ConfigError(f"recipe {config.recipe} is for the model {wanted}; what is measured is {given}")
         with tables.bar() as progress:

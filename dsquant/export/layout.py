@@ -16,8 +16,9 @@ from dsquant.ops.fake_quantize import dequantize, quantize
 from dsquant.ops.pack import packed_words, unpack
 from dsquant.spec import ActivationSite, Grouping, QuantSpec, WeightSite
 
-FORMAT, VERSION, WITH_PRODUCTS = "dsquant-packed", "1", "2"  # the second where a file holds products (QKR)
-VERSIONS = (VERSION, WITH_PRODUCTS)
+FORMAT, VERSION = "dsquant-packed", "1"
+WITH_PRODUCTS, WITH_ROTATIONS = "2", "3"  # where a file holds products (QKR), where layers rotate their inputs
+VERSIONS = (VERSION, WITH_PRODUCTS, WITH_ROTATIONS)
 TensorType = tuple[str, tuple[int, ...]]  # safetensors dtype, shape
 DATA_KEYS = {"image_size", "channels", "mean", "std", "interpolation", "crop_pct"}  # of an image model
 TEXT_KEYS = {"task", "metric", "max_length", "pad_to"}  # of a text model

@@ -22,6 +22,7 @@ from dsquant.export.layout import (
     VERSION,
     VERSIONS,
     WITH_PRODUCTS,
+    WITH_ROTATIONS,
     activation_site,
     data_keys,
     decode,
@@ -110,10 +111,12 @@ def write_packed(
     parts = [{name: tensor.float() if tensor.is_floating_point() else tensor} for name, tensor in rest]
     parts += [_weight_tensors(s, latents.get(s.name), scales, codes.get(s.name)) for s in packed_sites]
     parts += [{f"{s.name}.{role}": scales[f"{s.name}:{role}"]} for s in activation_sites for role in s.values]
-    unshipped = NOT_SHIPPED | (TEXT_ONLY if model.library == "timm" else set())
+    unshipped = (
+        NOT_SHIPPED | (TEXT_ONLY if model.library == "timm" else set()) | (set() if model.rotate else {"rotate"})
+    )
     header = {
         "format": FORMAT,
-        "version": WITH_PRODUCTS if products else VERSION,
+        "version": WITH_ROTATIONS if model.rotate else WITH_PRODUCTS if products else VERSION,
         "dsquant_version": __version__,
         "model": json.dumps(model.model_dump(mode="json", exclude=unshipped)),
         "quant": json.dumps(quant.model_dump(mode="json")),
@@ -306,7 +309,7 @@ def read_packed(path: str | Path) -> PackedModel:
     if header.get("version") not in VERSIONS:
         found = f"version {header.get('version')!r} of the packed format"
         raise ExportError(
-            f"{path} has {found}; this dsquant reads {' and '.join(map(repr, VERSIONS))}: update the older one"
+            f"{path} has {found}; this dsquant reads {', '.join(map(repr, VERSIONS))}: update the older one"
         )
     try:
         packed = _parsed(path, header, file)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dsquant.config import ModelConfig
 from dsquant.errors import CheckpointError, ConfigError
 from dsquant.models import sret, swin, vit
+from dsquant.models.rotation import insert_rotations
 from dsquant.models.sites import Sites
 from dsquant.spec import LEARNED, ActivationSite, Bias, SitePolicy, WeightSite
 
@@ -30,6 +31,8 @@ TEXT_FAMILIES = ("BertForSequenceClassification", "RobertaForSequenceClassificat
 def build_model(config: ModelConfig) -> nn.Module:
     """Build a float model, `sret_tiny` included; its weights, if any are named, must fit exactly.
 
+    Layers that `config.rotate` names rotate their inputs; so are the weights that are read, while random ones need not be.
+
     Raises ConfigError for an unknown name or bad kwargs, CheckpointError for weights that do not match.
     """
     if config.library == "transformers":
@@ -43,6 +46,8 @@ def build_model(config: ModelConfig) -> nn.Module:
         if isinstance(model, sret.SReT):
             weights = sret.from_authors(model, weights)
         load_strict(model, weights, config.checkpoint)
+    if config.rotate:
+        insert_rotations(model, config.rotate, weights=config.pretrained or config.checkpoint is not None)
     return model
 
 

@@ -4,6 +4,7 @@ ZeRO 3 cuts a weight of n elements into equal parts, rank r owning [r * part, (r
 is asked for the weights in one order on every rank. `checkpoint.CheckpointWeights` is a third one.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from dsquant.config import ModelConfig
 from dsquant.errors import CheckpointError, DsquantError
 from dsquant.models.registry import build_model, check_fit
+from dsquant.models.rotation import rotate, rotated_layers
 from dsquant.models.sret import SReT
 
 
@@ -56,7 +58,7 @@ def open_weights(config: ModelConfig, seed: int) -> Weights:
     file = config.checkpoint or ""
     model = skeleton(config)
     if file.endswith(".safetensors") and not isinstance(model, SReT):  # whose authors' files have other names
-        return FileWeights(file, model)
+        return FileWeights(file, model, config.rotate)
     return HostWeights(config, seed)
 
 
@@ -67,14 +69,18 @@ def slice_bounds(numel: int, part: int) -> tuple[int, int]:
 
 
 class FileWeights:
-    """Read each rank's own slices from a safetensors file. Raises CheckpointError unless it fits the model exactly."""
+    """Read each rank's own slices from a safetensors file, and rotate those of layers that `patterns` name.
 
-    def __init__(self, path: str, model: nn.Module):
+    Raises CheckpointError unless the file fits the model exactly.
+    """
+
+    def __init__(self, path: str, model: nn.Module, patterns: Sequence[str] = ()):
         if not Path(path).is_file():
             raise CheckpointError(f"model.checkpoint {path} does not exist")
         self._file = safe_open(path, "pt")
         self._shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
         check_fit(model, self._shapes, path)
+        self._rotated = {f"{name}.weight" for name in rotated_layers(model, patterns)}
         self._buffers = [name for name in model.state_dict() if name not in dict(model.named_parameters())]
 
     def part(self, name: str, numel: int, part: int) -> Tensor:
@@ -84,6 +90,8 @@ class FileWeights:
         row = numel // self._shapes[name][0]  # a file is sliced along the first dimension
         first = start // row
         rows = self._file.get_slice(name)[first : -(-(start + length) // row)]
+        if name in self._rotated:
+            rows = rotate(rows.double())
         return rows.reshape(-1)[start - first * row :][:length].float()
 
     def buffers(self) -> dict[str, Tensor]:

@@ -110,7 +110,7 @@ def test_the_file_names_everything_that_a_reader_needs(case, tmp_path):
     assert entries["format"] == "dsquant-packed"
     assert entries["version"] == "1"
     assert entries["model"]["name"] == "vit_tiny_patch16_224"
-    assert not entries["model"].keys() & {"pretrained", "checkpoint"}
+    assert not entries["model"].keys() & {"pretrained", "checkpoint", "rotate"}  # the last: not before version 3
     method = {"n_bits": 2, "method": "lsq", "shift": 0.0}
     assert entries["sites"]["weights"][QKV] == {**method, "shape": [96, 32], "n_groups": 6, "inner": 512}
     site = {
@@ -311,7 +311,7 @@ def test_a_header_that_cannot_be_meant_is_refused(case, tmp_path, rewrite):
     case(2).write(path)
     whole = path.read_bytes()
     edits = {
-        "has version '3' of the packed format; this dsquant reads '1' and '2'": lambda: {"version": "3"},
+        "has version '4' of the packed format; this dsquant reads '1', '2', '3'": lambda: {"version": "4"},
         "damaged header (JSONDecodeError": lambda: {"sites": "{"},
         "damaged header (ConfigError: n_bits is 9": lambda: edited(
             path, "sites", lambda s: s["weights"][QKV].update(n_bits=9)
