@@ -252,6 +252,9 @@ class CalibrationConfig(Section):
     lsq: 2 mean|x| / sqrt(qmax), twice that where unsigned (OFQ, BiT). qv: 2 mean|x| / sqrt(qmax) with the qmax of signed
     codes everywhere (code of Quantization Variation). Offsets and biases of the last two start at 0.
 
+    `weights: least_squares` first refits every linear layer to its quantized inputs, so that it puts out what the float model
+    does there (`quant.least_squares`): for few or no training steps (`steps: 0`), of which it takes the place.
+
     `inherit` says what comes from the stage of `init_from` instead, where that is a quantized one. biases: those of sites
     that have them in both stages, since the weights have been trained with them; scales are fitted upon them. all: every
     scale, offset and bias, weights' too, of the same sites, for fine-tuning that goes on where that stage ended (CGA).
@@ -261,6 +264,7 @@ class CalibrationConfig(Section):
     rounds: Positive = 2
     init: Literal["mse", "lsq", "qv"] = "mse"
     sequential: Flag = False
+    weights: Literal["keep", "least_squares"] = "keep"
     inherit: Literal["none", "biases", "all"] = "biases"
 
 
@@ -313,6 +317,8 @@ class QuantConfig(Section):
             f"activation.method: {activation.method} is for weights; activations take lsq or elastic": (
                 activation.method not in OF_ACTIVATIONS
             ),
+            "calibration.weights: least_squares has no layer to refit where a product of weights is quantized; set keep, or "
+            "qk_reparam: false": self.qk_reparam and self.calibration.weights == "least_squares",
         }
         if faults := [said for said, is_fault in refused.items() if is_fault]:
             raise ValueError("; ".join(faults))
@@ -359,8 +365,8 @@ class StageConfig(Section):
 
     `batch_size` is global: samples per optimizer step over all ranks and accumulation steps. `quant: null` trains in
     float. Give `epochs` or `steps`; a float stage of 0 steps takes the model (`model.pretrained`, `model.checkpoint`) as it
-    is, to start and teach later ones. Vectors (biases, norms, and what the model keeps from decaying) learn at `vector_lr_scale`
-    times the rate.
+    is, to start and teach later ones, a quantized one is calibrated and not trained. Vectors (biases, norms, and what the model
+    keeps from decaying) learn at `vector_lr_scale` times the rate.
     """
 
     init_from: str | None = None
@@ -389,8 +395,6 @@ class StageConfig(Section):
             raise ValueError("give a stage either epochs or steps")
         if self.quant is not None and self.quant.calibration.inherit == "all" and self.init_from is None:
             raise ValueError("quant.calibration.inherit: all needs init_from, the quantized stage that it goes on from")
-        if self.steps == 0 and self.quant is not None:
-            raise ValueError("steps: 0 is for a float stage that is taken as it is; a quantized stage needs steps")
         return self
 
 

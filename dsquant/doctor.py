@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dsquant.analysis.variants import weight_images
 from dsquant.config import RunConfig, StageConfig, merge_ds_config
 from dsquant.data.digits import make_digits
 from dsquant.engine import World, owned_ds_settings
@@ -27,6 +26,7 @@ from dsquant.models import build_model, insert_sites
 from dsquant.ops import backends
 from dsquant.ops.cases import disagreements
 from dsquant.run_data import images_per_batch, open_shards
+from dsquant.shard.whole_weights import weight_images
 
 PACKAGES = ("torch", "deepspeed", "timm", "transformers", "webdataset", "wandb")
 STATE_BYTES = 18  # of a weight in a checkpoint: latent, two moments, codes, direction, frequency

@@ -29,9 +29,12 @@ from dsquant.models.inputs import Inputs, logits_of, model_outputs, move
 from dsquant.models.registry import insert_sites
 from dsquant.models.sites import Sites
 from dsquant.models.weights import Weights
+from dsquant.quant.calibrate import put_together
+from dsquant.quant.least_squares import refit
 from dsquant.quant.state import BIASES, QuantState
 from dsquant.shard.fragments import ShardMap, map_shards, partition
 from dsquant.shard.optimizer import ShardOptimizer, ShardQuantization
+from dsquant.shard.whole_weights import images_of
 
 OPTIMIZERS = {
     "adamw": partial(torch.optim.AdamW, fused=True),
@@ -231,6 +234,22 @@ class Engine:
     @property
     def zero_stage(self) -> int:
         return self.ds.zero_optimization_stage()
+
+    def refit(self, samples: list[Inputs], init: str) -> None:
+        """Refit linear layers to quantized inputs (`quant.least_squares`), in evaluation mode, and quantize them anew."""
+        self.quantization.show_latents()
+        changes = refit(
+            self.module, self.sites.quantizers, self.state, lambda: self.sites.bind(self.state), self.evaluate_logits,
+            put_together(samples), self._image, init,
+        )  # fmt: skip
+        self.quantization.move(changes)
+
+    def _image(self, name: str, latent: Tensor) -> Tensor:
+        """Return a whole parameter with every site in it quantized."""
+        image = latent.clone()
+        for site in (site for site in self.sites.weights if site.name == name):
+            site.of(image).copy_(images_of([(site, site.of(latent))])[name])
+        return image
 
     def finish_calibration(self) -> None:
         """Start training the scales from their present values; call once they are set on every rank.

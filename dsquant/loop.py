@@ -260,6 +260,9 @@ class Run:
             engine.evaluate_logits(inputs)
 
         how = stage.quant.calibration
+        if how.weights == "least_squares":
+            self.console.message("refitting linear layers to their quantized inputs ...")
+            engine.refit(samples, how.init)
         given = engine.inherit_biases(earlier) if how.inherit == "biases" else set()
         calibrate(
             engine.sites.quantizers, engine.state, forward, samples, how.rounds,
@@ -277,8 +280,9 @@ class Run:
         batches = stream.batches(engine.step_index * stage.gradient_accumulation)
         buffer = StepBuffer([], [], time.monotonic())
         engine.train()
-        if total == 0:  # taken as it is
-            self._record_evaluation(name, engine)
+        if total == 0:  # taken as it is, or as calibration leaves it, which is evaluated already
+            if stage.quant is None:
+                self._record_evaluation(name, engine)
             self._save(name, engine, done=True)
         elif owed:  # the checkpoint is of the middle of this step's end
             self._end_step(name, stage, engine, buffer, evaluates=True)

@@ -397,10 +397,16 @@ def test_a_target_of_no_stage_is_an_error(tmp_path):
         load_config(recipe_at(tmp_path, "bad", text % "w9a9"))
 
 
-def test_only_a_float_stage_may_be_taken_as_it_is():
-    assert load_config("digits_w2a2", {"stages.fp.epochs": None, "stages.fp.steps": 0}).stages["fp"].steps == 0
-    with pytest.raises(ConfigError, match="steps: 0 is for a float stage"):
-        load_config("digits_w2a2", {"stages.w2a2.epochs": None, "stages.w2a2.steps": 0})
+@pytest.mark.parametrize("stage", ["fp", "w2a2"])
+def test_a_stage_may_have_no_steps(stage):
+    overrides = {f"stages.{stage}.epochs": None, f"stages.{stage}.steps": 0}
+    assert load_config("digits_w2a2", overrides).stages[stage].steps == 0
+
+
+def test_a_product_of_weights_has_no_layer_to_refit():
+    options = {"stages.w2a2.quant.qk_reparam": True, "stages.w2a2.quant.calibration.weights": "least_squares"}
+    with pytest.raises(ConfigError, match=r"calibration\.weights: least_squares .* qk_reparam: false"):
+        load_config("digits_w2a2", options)
 
 
 def with_soft_labels(**overrides):

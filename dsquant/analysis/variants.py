@@ -16,10 +16,9 @@ from dsquant.errors import ConfigError
 from dsquant.models import Sites, insert_sites
 from dsquant.quant.calibrate import calibrate
 from dsquant.quant.modules import Mode
-from dsquant.quant.state import SCALE_FLOOR, QuantState
-from dsquant.shard.fragments import Fragment
-from dsquant.shard.weight_quantizers import ShardedWeight, moment_scales, mse_scales
-from dsquant.spec import Granularity, PolicyRule, QuantSpec, SitePolicy, WeightSite
+from dsquant.quant.state import QuantState
+from dsquant.shard.whole_weights import weight_images
+from dsquant.spec import Granularity, PolicyRule, QuantSpec, SitePolicy
 
 
 class Variants:
@@ -120,46 +119,6 @@ def post_training(subject: Subject, policy: SitePolicy, *, activations: bool = T
                 bind=lambda: sites.bind(state, trainable=False),
             )  # fmt: skip
     return Variants(model, sites, weight_images(model, sites.weights))
-
-
-@torch.no_grad()
-def weight_images(model: nn.Module, sites: list[WeightSite]) -> dict[str, Tensor]:
-    """Return w_hat of each weight, with the scales that training would start from: learned ones of least squared error.
-
-    A method whose scale is a statistic (StatsQ, BWN) takes its statistic. All in float32, in the weight's shape.
-    """
-    weights = {site.name: _whole(site, model.get_parameter(site.name)) for site in sites}
-    learned = [weight for weight in weights.values() if weight.learned]
-    if learned:
-        for weight, scale in zip(learned, mse_scales(learned, _alone, _alone, SCALE_FLOOR), strict=True):
-            weight.replicated_scale.copy_(scale)
-    images = {}
-    for name, weight in weights.items():
-        if not weight.learned:
-            scale, mean = moment_scales(weight, weight.moment_sums().cpu(), "statistic")
-            weight.replicated_scale.copy_(scale.clamp(min=SCALE_FLOOR))
-            if weight.replicated_centre is not None:
-                weight.replicated_centre.copy_(mean)
-        image, scales = torch.empty(weight.site.numel, device=weight.device), weight.scales()
-        for tile in weight.tiles:
-            latent = tile.of(weight.fragment.values)
-            tile.of(image).copy_(weight.image_tile(tile, latent, scales[tile.groups].unsqueeze(1))[1])
-        images[name] = image.view(weight.site.shape)
-    return images
-
-
-def _whole(site: WeightSite, parameter: Tensor) -> ShardedWeight:
-    """View a whole weight as the only shard of it."""
-    flat = parameter.detach().float().reshape(-1)
-    fragment = Fragment(site.name, flat, 0, site.numel, 0, site.shape)
-    scale = torch.zeros(site.grouping.n_groups)
-    centre = torch.zeros_like(scale) if site.spec.has_centre else None
-    return ShardedWeight(site, scale, fragment, centre)
-
-
-def _alone(values: Tensor) -> Tensor:
-    """Reduce over one rank."""
-    return values
 
 
 def trained(subject: Subject) -> Variants:

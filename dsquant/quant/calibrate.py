@@ -149,6 +149,13 @@ def calibrate(
         _fit(quantizers, state, partial(_observe, quantizers, forward, batches), init)
 
 
+def fit_to(name: str, quantizer: ActivationQuantizer, state: QuantState, x: Tensor, init: str) -> None:
+    """Fit one site, its biases first where `init` sets them, to what enters it on all ranks."""
+    if init == "mse" and _centred(quantizer):
+        _centre({name: quantizer}, state, partial(_shown, x))
+    _fit({name: quantizer}, state, partial(_shown, quantizer.shifted(x)), init)
+
+
 def _one_by_one(quantizers, state, forward, batches, init, centred) -> None:
     """Fit each site where the pass meets it, and let it quantize from there on."""
     left = dict(quantizers)
@@ -168,7 +175,7 @@ def _one_by_one(quantizers, state, forward, batches, init, centred) -> None:
         if name in centred:
             quantizer.input_observer = partial(centre, name)
     try:
-        together = _together(batches)
+        together = put_together(batches)
         with real_tokens(together):
             forward(together)
     finally:
@@ -178,7 +185,7 @@ def _one_by_one(quantizers, state, forward, batches, init, centred) -> None:
         _check_reached(name, None)
 
 
-def _together(batches: list[Inputs]) -> Inputs:
+def put_together(batches: list[Inputs]) -> Inputs:
     """Make one batch of several; of sentences the shorter are padded with zeros, which their masks leave out."""
     if isinstance(batches[0], Tensor):
         return torch.cat(batches)

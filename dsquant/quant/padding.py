@@ -28,6 +28,11 @@ def real_tokens(batch: Tensor | dict[str, Tensor]) -> Iterator[None]:
         _real = before
 
 
+def real_positions(x: Tensor) -> Tensor | None:
+    """Return a bool tensor (B, N), true at real tokens of x (B, N, C), or None where x has no padding."""
+    return None if _real is None or x.dim() == 2 else _real.to(x.device).bool()
+
+
 def real_elements(quantizer: ActivationQuantizer, x: Tensor) -> Tensor | None:
     """Return a bool tensor that broadcasts to x, true at elements of real tokens, or None where x has no padding.
 

@@ -182,6 +182,23 @@ class ShardQuantization:
                 weight.tracker = TrackerState.start(codes, self.config.oscillation.freeze.enabled)
         self.publish()
 
+    @torch.no_grad()
+    def show_latents(self) -> None:
+        """Have the model's parameters hold the latents in place of the images, until `start` or `move`."""
+        for name, latent in self._latents.items():
+            self.weights[name].fragment.values.copy_(latent)
+        self._latents.clear()
+        self.shards.publish()
+
+    @torch.no_grad()
+    def move(self, changes: dict[str, Tensor]) -> None:
+        """Add to the weights, by parameter name and whole, while latents are shown; then fit scales anew, and `start`."""
+        for fragment in (f for fragments in self.shards.fragments for f in fragments if f.name in changes):
+            part = changes[fragment.name].reshape(-1)[fragment.offset : fragment.offset + fragment.numel]
+            fragment.values.add_(part.to(fragment.values.device))
+        self.initialize_scales()
+        self.start()
+
     def resume(self, trackers: dict[str, dict[str, Tensor]]) -> None:
         """Go on from restored latents (in the flats), scales and tracker tensors (by weight name), and publish images."""
         self._latents.clear()
