@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dsquant.config import ModelConfig
 from dsquant.errors import CheckpointError, ConfigError
 from dsquant.models import sret, swin, vit
-from dsquant.models.rotation import insert_rotations
+from dsquant.models.rotation import insert_rotations, rotates
 from dsquant.models.sites import Sites
 from dsquant.spec import LEARNED, ActivationSite, Bias, SitePolicy, WeightSite
 
@@ -173,7 +173,7 @@ def describe(model: nn.Module) -> str:
     """Return a table of every quantization site of a model, a line each, weights first.
 
     codes are what is stored, levels what they stand for in units of the scale; lr is the multiplier of the scale's learning
-    rate. `weight[a:b]` are rows of a weight whose others stay float. Raises ConfigError for a model that `insert_sites` has
+    rate. `weight[a:b]` are rows of a weight whose others stay float. A last line names layers that rotate their inputs. Raises ConfigError for a model that `insert_sites` has
     not been through.
     """
     sites = getattr(model, "quant_sites", None)
@@ -186,7 +186,9 @@ def describe(model: nn.Module) -> str:
     rows += [(_shown(site), *_cells(site)) for site in sites]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    rotated = [name for name, module in model.named_modules() if rotates(module)]
+    closing = [f"rotated inputs: {', '.join(rotated)}"] if rotated else []
+    return "\n".join([*(line.rstrip() for line in lines), *closing])
 
 
 def _shown(site: WeightSite | ActivationSite) -> str:

@@ -110,6 +110,11 @@ def float_weights(model: nn.Module, patterns: Iterable[str]) -> dict[str, Tensor
     return state
 
 
+def rotates(module: nn.Module) -> bool:
+    """Say whether a layer rotates its input."""
+    return _rotate_input in module._forward_pre_hooks.values()
+
+
 def _rotate_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     x, *others = inputs
     return rotate(x), *others

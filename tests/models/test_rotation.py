@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from dsquant.config import ModelConfig
 from dsquant.errors import ConfigError
-from dsquant.models import build_model, insert_sites
+from dsquant.models import build_model, describe, insert_sites
 from dsquant.models.rotation import float_weights, rotate, rotate_back, rotated_layers, rotation_block, rotation_matrix
 from dsquant.spec import QuantSpec, SitePolicy
 
@@ -108,6 +108,12 @@ def test_blocks_are_powers_of_4_that_divide_the_width_and_do_not_mix():
     assert torch.equal(rotate(x).abs().sum((0, 1)), torch.tensor(16 * [0.0] + 16 * [0.75] + 16 * [0.0]))
     y = torch.randn(5, 48, dtype=torch.float64)
     torch.testing.assert_close(rotate_back(rotate(y)), y)
+
+
+def test_describe_names_the_layers_that_rotate():
+    model = build_model(ModelConfig(**SMALL, rotate=["*.fc1"]))
+    insert_sites(model, SitePolicy(QuantSpec(8), QuantSpec(8)))
+    assert describe(model).splitlines()[-1] == "rotated inputs: blocks.0.mlp.fc1, blocks.1.mlp.fc1"
 
 
 def test_a_feature_that_stands_out_loses_less_at_2_bits_when_rotated():
