@@ -253,7 +253,8 @@ class CalibrationConfig(Section):
     codes everywhere (code of Quantization Variation). Offsets and biases of the last two start at 0.
 
     `weights: least_squares` first refits every linear layer to its quantized inputs, so that it puts out what the float model
-    does there (`quant.least_squares`): for few or no training steps (`steps: 0`), of which it takes the place.
+    does there (`quant.least_squares`): for few or no training steps (`steps: 0`), of which it takes the place. All batches of
+    a rank go through the model at once, and twice.
 
     `inherit` says what comes from the stage of `init_from` instead, where that is a quantized one. biases: those of sites
     that have them in both stages, since the weights have been trained with them; scales are fitted upon them. all: every
@@ -266,6 +267,12 @@ class CalibrationConfig(Section):
     sequential: Flag = False
     weights: Literal["keep", "least_squares"] = "keep"
     inherit: Literal["none", "biases", "all"] = "biases"
+
+    @model_validator(mode="after")
+    def _all_is_inherited_or_refitted(self):
+        if self.inherit == "all" and self.weights != "keep":
+            raise ValueError("inherit: all calibrates nothing; weights: least_squares needs inherit: biases or none")
+        return self
 
 
 def _as_value_error(key: str, check: Callable[..., object], *values: object) -> None:

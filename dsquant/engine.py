@@ -6,6 +6,7 @@ the same engine with nothing attached, so that both run the same loop.
 
 import logging
 import os
+from collections.abc import Set
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -235,12 +236,15 @@ class Engine:
     def zero_stage(self) -> int:
         return self.ds.zero_optimization_stage()
 
-    def refit(self, samples: list[Inputs], init: str) -> None:
-        """Refit linear layers to quantized inputs (`quant.least_squares`), in evaluation mode, and quantize them anew."""
+    def refit(self, samples: list[Inputs], init: str, given: Set[str] = frozenset()) -> None:
+        """Refit linear layers to quantized inputs (`quant.least_squares`), in evaluation mode, and quantize them anew.
+
+        init, given: as `calibrate` takes them.
+        """
         self.quantization.show_latents()
         changes = refit(
             self.module, self.sites.quantizers, self.state, lambda: self.sites.bind(self.state), self.evaluate_logits,
-            put_together(samples), self._image, init,
+            put_together(samples), self._image, init, given,
         )  # fmt: skip
         self.quantization.move(changes)
 

@@ -260,10 +260,10 @@ class Run:
             engine.evaluate_logits(inputs)
 
         how = stage.quant.calibration
+        given = engine.inherit_biases(earlier) if how.inherit == "biases" else set()
         if how.weights == "least_squares":
             self.console.message("refitting linear layers to their quantized inputs ...")
-            engine.refit(samples, how.init)
-        given = engine.inherit_biases(earlier) if how.inherit == "biases" else set()
+            engine.refit(samples, how.init, given)
         calibrate(
             engine.sites.quantizers, engine.state, forward, samples, how.rounds,
             bind=lambda: engine.sites.bind(engine.state), init=how.init, sequential=how.sequential, given=given,

@@ -403,6 +403,12 @@ def test_a_stage_may_have_no_steps(stage):
     assert load_config("digits_w2a2", overrides).stages[stage].steps == 0
 
 
+def test_what_is_inherited_whole_is_not_refitted():
+    options = {"stages.w2a2.quant.calibration": {"inherit": "all", "weights": "least_squares"}}
+    with pytest.raises(ConfigError, match=r"inherit: all calibrates nothing"):
+        load_config("digits_w2a2", options)
+
+
 def test_a_product_of_weights_has_no_layer_to_refit():
     options = {"stages.w2a2.quant.qk_reparam": True, "stages.w2a2.quant.calibration.weights": "least_squares"}
     with pytest.raises(ConfigError, match=r"calibration\.weights: least_squares .* qk_reparam: false"):

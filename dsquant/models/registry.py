@@ -173,8 +173,8 @@ def describe(model: nn.Module) -> str:
     """Return a table of every quantization site of a model, a line each, weights first.
 
     codes are what is stored, levels what they stand for in units of the scale; lr is the multiplier of the scale's learning
-    rate. `weight[a:b]` are rows of a weight whose others stay float. A last line names layers that rotate their inputs. Raises ConfigError for a model that `insert_sites` has
-    not been through.
+    rate. `weight[a:b]` are rows of a weight whose others stay float. A last line names layers that rotate their inputs. Raises
+    ConfigError for a model that `insert_sites` has not been through.
     """
     sites = getattr(model, "quant_sites", None)
     if sites is None:

@@ -149,9 +149,11 @@ def calibrate(
         _fit(quantizers, state, partial(_observe, quantizers, forward, batches), init)
 
 
-def fit_to(name: str, quantizer: ActivationQuantizer, state: QuantState, x: Tensor, init: str) -> None:
-    """Fit one site, its biases first where `init` sets them, to what enters it on all ranks."""
-    if init == "mse" and _centred(quantizer):
+def fit_to(
+    name: str, quantizer: ActivationQuantizer, state: QuantState, x: Tensor, init: str, given: Set[str] = frozenset()
+) -> None:  # fmt: skip
+    """Fit one site, its biases first where `init` sets them and they are not given, to what enters it on all ranks."""
+    if init == "mse" and _centred(quantizer) and name not in given:
         _centre({name: quantizer}, state, partial(_shown, x))
     _fit({name: quantizer}, state, partial(_shown, quantizer.shifted(x)), init)
 

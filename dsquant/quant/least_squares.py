@@ -13,8 +13,9 @@ Convolutions and embeddings stay float in this pass. Source: least squares with 
 2025) and layer-wise reconstruction since AdaRound (Nagel et al. 2020); here the weight itself moves, as training goes on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -36,13 +37,14 @@ ROWS = 1 << 14  # tokens that are summed in float32 before their sum is added up
 def refit(
     model: nn.Module, quantizers: dict[str, ActivationQuantizer], state: QuantState, bind: Callable[[], None],
     forward: Callable[[Inputs], object], samples: Inputs, image: Callable[[str, Tensor], Tensor], init: str = "mse",
+    given: Set[str] = frozenset(),
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return what to add to weights and biases, by parameter name, float32 and the same on every rank.
 
     The model holds float weights, and does so after it. Activation quantizers are fitted on the way, where the pass meets them.
 
     Args:
-        quantizers, state, bind, init: as `calibrate` takes them.
+        quantizers, state, bind, init, given: as `calibrate` takes them.
         forward: runs the model in evaluation mode.
         samples: one batch, (B, ...) or a dict of such tensors with an `attention_mask`.
         image: makes w_hat of a parameter, by its name, and the latent (float32).
@@ -50,7 +52,7 @@ def refit(
     Raises TrainingError naming a layer whose inputs or outputs are not finite.
     """
     bind()
-    pair = _Pair(quantizers, state, image, init)
+    pair = _Pair(quantizers, partial(fit_to, state=state, init=init, given=given), image)
     with pair.inside(model), real_tokens(samples):
         forward(_doubled(samples))
     return pair.found
@@ -76,9 +78,9 @@ def least_squares(x_hat: Tensor, residual: Tensor, *, constant: bool) -> Tensor:
 class _Pair:
     """Run a model on two halves of a batch, the first in float, the second quantized, refitting what it meets."""
 
-    def __init__(self, quantizers, state, image, init):
+    def __init__(self, quantizers, fit, image):
         self.names = {quantizer: name for name, quantizer in quantizers.items()}
-        self.state, self.image, self.init = state, image, init
+        self.fit, self.image = fit, image
         self.found: dict[str, Tensor] = {}
         self._fitted: set[str] = set()
         self._images: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -125,7 +127,7 @@ class _Pair:
         name = self.names[quantizer]
         if name not in self._fitted:
             self._fitted.add(name)
-            fit_to(name, quantizer, self.state, x, self.init)
+            self.fit(name, quantizer, x=x)
         quantizer.mode = Mode.QUANTIZE
         x_hat = ActivationQuantizer.forward(quantizer, quantizer.shifted(x))
         quantizer.mode = Mode.FLOAT

@@ -101,6 +101,14 @@ def test_the_rotation_is_orthogonal_and_exact_in_bf16_and_neither_a_feature_nor_
     assert torch.equal(rotate(torch.ones(block, dtype=torch.float64)).abs(), torch.ones(block, dtype=torch.float64))
 
 
+def test_rotations_keep_the_dtype_and_lose_no_more_than_it_does():
+    x = torch.randn(7, 192, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.bfloat16, torch.float16):
+        found = rotate(x.to(dtype))
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), rotate(x.to(dtype).float()), rtol=1e-2, atol=1e-2)
+
+
 def test_blocks_are_powers_of_4_that_divide_the_width_and_do_not_mix():
     assert [rotation_block(n) for n in (768, 384, 192, 3072, 4096, 48, 36, 30)] == [256, 64, 64, 256, 256, 16, 4, 1]
     x = torch.zeros(1, 3, 48)

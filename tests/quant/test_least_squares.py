@@ -44,7 +44,7 @@ def samples_of(config, count=64):
     return torch.randn(count, 3, config.kwargs["img_size"], config.kwargs["img_size"], generator=generator)
 
 
-def quantized(config, n_bits=2, rules=()):
+def quantized(config, n_bits=2, rules=(), **activation):
     """Return a float model with sites, whose weights are larger than a fresh model's, and its state."""
     torch.manual_seed(0)
     model = build_model(config).eval()
@@ -53,18 +53,21 @@ def quantized(config, n_bits=2, rules=()):
             p.data.mul_(3)
     granularity = {"granularity": "per_channel", "method": "seq"} if n_bits == 2 else {"granularity": "per_channel"}
     eight = [PolicyRule("patch_embed*", {"n_bits": 8, "method": "lsq"})] if config.library == "timm" else []
-    sites = insert_sites(model, SitePolicy(QuantSpec(n_bits, **granularity), QuantSpec(n_bits), [*eight, *rules]))
+    sites = insert_sites(
+        model, SitePolicy(QuantSpec(n_bits, **granularity), QuantSpec(n_bits, **activation), [*eight, *rules])
+    )
     return model, sites, QuantState(sites.weights, sites.activations)
 
 
-def refitted(model, sites, state, samples):
+def refitted(model, sites, state, samples, **options):
     by_name = {site.name: site for site in sites.weights}
 
     def image(name, latent):
         return images_of([(by_name[name], latent)])[name] if name in by_name else latent
 
     return refit(
-        model, sites.quantizers, state, lambda: sites.bind(state, trainable=False), lambda x: logits_of(model, x), samples, image
+        model, sites.quantizers, state, lambda: sites.bind(state, trainable=False), lambda x: logits_of(model, x), samples,
+        image, **options,
     )  # fmt: skip
 
 
@@ -148,6 +151,16 @@ def test_a_float_activation_leaves_the_error_of_earlier_weights_to_refit():
     changes = refitted(model, sites, state, samples_of(VIT))
     assert changes["blocks.0.attn.qkv.weight"].abs().max() < 1e-4  # nothing before it is quantized
     assert changes["blocks.1.mlp.fc1.weight"].abs().max() > 1e-2
+
+
+def test_biases_around_start_at_the_means_unless_they_are_given():
+    name = "blocks.1.mlp.fc1.input"
+    for given in (frozenset(), frozenset([name])):
+        model, sites, state = quantized(VIT, bias="around")
+        state.get(name, "before").fill_(0.25)
+        refitted(model, sites, state, samples_of(VIT), given=given)
+        assert bool((state.get(name, "before") == 0.25).all()) == bool(given)
+        assert bool((state.get("blocks.0.mlp.fc1.input", "before") != 0).all())
 
 
 def test_padding_counts_for_nothing():
