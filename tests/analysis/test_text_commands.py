@@ -159,6 +159,7 @@ def test_a_model_by_name_is_allocated_for_a_recipe_of_it(named, folder, tmp_path
 )  # fmt: skip
 def test_what_cannot_be_done_is_said_in_one_line(named, text_run, folder, tmp_path, capsys, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # nobody answers for "nowhere", and not soon
     Image.new("RGB", (16, 16)).save(tmp_path / "one.png")
     write_shards([("0", {"png": (tmp_path / "one.png").read_bytes(), "cls": b"0"})], tmp_path / "images", "val", 1)
     if "VIT" in words:

@@ -5,12 +5,12 @@ import pytest
 from dsquant.config import load_config
 from tests.integration.runs import TINY, ds_config, pretrain, run, train_command
 
-STEPS = 60
+STEPS = 30
 
 
 @pytest.fixture(scope="session")
 def default_run(tmp_path_factory):
-    """Return `run(zero)`: the folder of the default recipe, trained on two ranks for 60 steps a stage."""
+    """Return `run(zero)`: the folder of the default recipe, trained on two ranks for 30 steps a stage."""
     folder, ended = tmp_path_factory.mktemp("default"), {}
 
     def trained(zero):
