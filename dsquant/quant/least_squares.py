@@ -41,7 +41,8 @@ def refit(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return what to add to weights and biases, by parameter name, float32 and the same on every rank.
 
-    The model holds float weights, and does so after it. Activation quantizers are fitted on the way, where the pass meets them.
+    The model holds float weights, and does so after it. Activation quantizers are fitted on the way, where the pass meets them,
+    to be fitted again by `calibrate` to what the refitted weights give.
 
     Args:
         quantizers, state, bind, init, given: as `calibrate` takes them.

@@ -185,9 +185,7 @@ class ShardQuantization:
     @torch.no_grad()
     def show_latents(self) -> None:
         """Have the model's parameters hold the latents in place of the images, until `start` or `move`."""
-        for name, latent in self._latents.items():
-            self.weights[name].fragment.values.copy_(latent)
-        self._latents.clear()
+        self._put_latents_back()
         self.shards.publish()
 
     @torch.no_grad()
@@ -236,9 +234,12 @@ class ShardQuantization:
                     for name in store.of_weights:
                         self._latents.pop(name, None)
             self._shown.clear()
-            for name, latent in self._latents.items():
-                self.weights[name].fragment.values.copy_(latent)
-            self._latents.clear()
+            self._put_latents_back()
+
+    def _put_latents_back(self) -> None:
+        for name, latent in self._latents.items():
+            self.weights[name].fragment.values.copy_(latent)
+        self._latents.clear()
 
     def latent(self, weight: ShardedWeight) -> Tensor:
         """Return the latent of this rank's fragment, 1-D float32, wherever it is kept at the moment."""

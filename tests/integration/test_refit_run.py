@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from dsquant.checkpoint import load_float, load_run_checkpoint
-from dsquant.config import load_config
 from dsquant.convert import evaluate_packed
 from tests import ranks
-from tests.integration.runs import TINY, ds_config, pretrain, records, train_in_process
+from tests.integration.runs import ds_config, records, train_in_process
 
 CALIBRATED = {"stages.fp.epochs": None, "stages.fp.steps": 0, "stages.w2a2.epochs": None, "stages.w2a2.steps": 0}
 REFITTED = CALIBRATED | {"stages.w2a2.quant.calibration.weights": "least_squares"}
@@ -28,11 +27,10 @@ def calibrate_runs(folder, checkpoint):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, pretrained):
     """Return where the runs lie, by name."""
     made = tmp_path_factory.mktemp("refit")
-    checkpoint = pretrain(load_config(str(TINY)), made)
-    arguments = {"folder": made, "checkpoint": str(checkpoint)}
+    arguments = {"folder": made, "checkpoint": str(pretrained)}
     ranks.launch(2, f"{__name__}:calibrate_runs", arguments, made / "ranks", 300, {"DS_ACCELERATOR": "cpu"})
     return made
 

@@ -5,13 +5,12 @@ import torch
 from safetensors.torch import load_file
 
 from dsquant.checkpoint import load_float, load_model, load_run_checkpoint
-from dsquant.config import load_config
 from dsquant.convert import evaluate_packed, export_float
 from dsquant.export import load_packed, read_packed
 from dsquant.models import build_model
 from dsquant.models.rotation import rotate, rotated_layers
 from tests import ranks
-from tests.integration.runs import TINY, ds_config, pretrain, records, train_in_process
+from tests.integration.runs import ds_config, records, train_in_process
 
 ROTATE = ["blocks.*.qkv", "blocks.*.fc1"]
 
@@ -28,13 +27,12 @@ def train_runs(folder, checkpoint):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, pretrained):
     """Return the folder of the runs and the float file that they start from."""
     folder = tmp_path_factory.mktemp("rotated")
-    checkpoint = pretrain(load_config(str(TINY)), folder)
-    arguments = {"folder": folder, "checkpoint": str(checkpoint)}
+    arguments = {"folder": folder, "checkpoint": str(pretrained)}
     ranks.launch(2, f"{__name__}:train_runs", arguments, folder / "ranks", 300, {"DS_ACCELERATOR": "cpu"})
-    return folder, checkpoint
+    return folder, pretrained
 
 
 @pytest.fixture(params=["zero1", "zero3"])

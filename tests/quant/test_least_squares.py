@@ -141,7 +141,8 @@ def test_8_bits_leave_little_to_refit():
     model, sites, state = quantized(VIT, n_bits=8)
     for name, change in refitted(model, sites, state, samples_of(VIT)).items():
         if name.endswith("weight"):
-            assert change.norm() < 0.1 * model.get_parameter(name).norm(), name
+            share = 0.1 if name == "head.weight" else 0.03  # the head sees 64 tokens for its 48 features
+            assert change.norm() < share * model.get_parameter(name).norm(), name
 
 
 def test_a_float_activation_leaves_the_error_of_earlier_weights_to_refit():
