@@ -4,8 +4,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# A file's tests stay in one process, as they share runs; more workers than cores would only wait for one another.
-TEST_FLAGS ?= -n 2 --dist loadfile
+# A file's tests stay in one process, as they share runs, and files run in the order of tests/conftest.py; more workers than
+# cores would only wait for one another.
+TEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 BENCH ?= step --model deit_tiny_patch16_224 --batch 16 --n_bits 2
 
 # DeepSpeed compiles a small C++ op on first use: ninja must be on PATH, and the build stays inside .venv.
@@ -20,13 +21,14 @@ help:  ## show this list
 
 venv: $(INSTALLED)  ## create .venv and install the project with its development tools into it
 
+# --no-compile: Python compiles what it imports when it does; to compile all of it takes pip most of a minute.
 $(INSTALLED): pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
 	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' && $(PYTHON) -m venv .venv; } || { \
 	  echo "cannot create .venv: dsquant needs Python >= 3.11 with venv; choose one: make venv PYTHON=python3.12" >&2; \
 	  exit 1; }
 	@echo "installing into .venv (once; a few minutes, about 6 GB with PyTorch for CUDA) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
 	@echo "compiling DeepSpeed's CPU communication op (once; under a minute) ..."
 	@$(IN_VENV) python -c 'from dsquant.engine import init_world; init_world()' >/dev/null
 	@touch $@

@@ -1,20 +1,23 @@
-"""Run a function on several ranks, each a process of its own, joined by gloo: the engine of the `run_ranks` fixture.
+"""Run a function, or a script, on several ranks, each a process of its own: the engine of the `run_ranks` fixture.
 
 Ranks are forked from a server that has imported torch, DeepSpeed and dsquant already, which takes five seconds a process: the
 first call of a test process starts `python -m tests.ranks`, and writes it a line for each rank, with the environment that a
-launcher would set. Arguments and results travel through files in a folder; each rank's output goes to FOLDER/rank<R>.log, its
-process id to rank<R>.pid and its exit code to rank<R>.code.
+launcher would set. Arguments and results of functions, which gloo joins, travel through files in a folder; each rank's output
+goes to FOLDER/rank<R>.log, its process id to rank<R>.pid and its exit code to rank<R>.code.
 """
 
+import atexit
 import contextlib
 import functools
 import importlib
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import dataclass
@@ -26,6 +29,22 @@ import torch.distributed as dist
 REPO = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.05
 TAIL_LINES = 40
+# What a run imports, most of it late: torch's compiler through DeepSpeed, scipy and pandas through scikit-learn.
+PRELOADED = (
+    *(
+        "timm",
+        "dsquant.loop",
+        "dsquant.ops.backends",
+        "torch._inductor.compile_fx",
+        "sklearn.datasets",
+        "sklearn.metrics",
+    ),
+    *(
+        "deepspeed.module_inject",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "transformers.models.bert.modeling_bert",
+    ),
+)
 
 
 def launch(world_size, target, kwargs, folder, timeout=120.0, env=None):
@@ -40,12 +59,43 @@ def launch(world_size, target, kwargs, folder, timeout=120.0, env=None):
     try:
         port = _free_port()
         for rank in range(world_size):
-            processes.append(_start(rank, world_size, port, target, folder, env or {}))
+            processes.append(_start(rank, world_size, port, folder, env or {}, target=target))
         _wait(processes, target, folder, time.monotonic() + timeout, timeout)
     finally:
         for process in processes:
             process.kill()
     return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def run_script(world_size, words, output, cwd, env, timeout):
+    """Run `python SCRIPT OPTIONS` (`words`) on every rank, or as one process with no environment of a launcher for None.
+
+    All output goes to one file. Returns the exit code: that of the first rank that fails, which ends the others. Raises
+    TimeoutError after `timeout` seconds.
+    """
+    output.write_text("")
+    processes, port, deadline = [], _free_port(), time.monotonic() + timeout
+    script = {"words": [str(word) for word in words], "cwd": str(cwd), "log": str(output.resolve())}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for rank in range(world_size or 1):
+                processes.append(_start(rank, world_size, port, Path(folder), env, **script))
+            while True:
+                codes = [process.poll() for process in processes]
+                if any(codes) or all(code == 0 for code in codes):
+                    return next((code for code in codes if code), 0)
+                _check_server()
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                time.sleep(POLL_SECONDS)
+        finally:
+            for process in processes:
+                process.kill()
+
+
+def _check_server():
+    if (ended := _server().poll()) is not None:
+        raise AssertionError(f"the server that forks ranks ended with {ended}; its output is above")
 
 
 def _free_port():
@@ -88,7 +138,8 @@ def _server():
     return subprocess.Popen([sys.executable, "-m", "tests.ranks"], cwd=REPO, stdin=subprocess.PIPE, text=True)
 
 
-def _start(rank, world_size, port, target, folder, extra_env):
+def _start(rank, world_size, port, folder, extra_env, **task):
+    """Have a rank forked; `task`: the arguments of `main`, or of `script` and `log`. A world of None is no launcher's."""
     env = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -97,8 +148,9 @@ def _start(rank, world_size, port, target, folder, extra_env):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    env = dict(os.environ) | (env if world_size else {}) | extra_env
     server = _server()
-    order = {"rank": rank, "target": target, "folder": str(folder.resolve()), "env": dict(os.environ) | env | extra_env}
+    order = {"rank": rank, "folder": str(folder.resolve()), "env": env, "task": task}
     server.stdin.write(json.dumps(order) + "\n")
     server.stdin.flush()
     return Rank(folder, rank)
@@ -114,8 +166,7 @@ def _wait(processes, target, folder, deadline, timeout):
             raise AssertionError("\n".join([f"{target} failed:", *reports]))
         if all(code == 0 for code in codes):
             return
-        if (ended := _server().poll()) is not None:
-            raise AssertionError(f"the server that forks ranks ended with {ended}; its output is above")
+        _check_server()
         if time.monotonic() > deadline:
             running = [rank for rank, code in enumerate(codes) if code is None]
             tails = "\n".join(_tail(folder, rank) for rank in running)
@@ -139,11 +190,21 @@ def main(target, folder):
     dist.destroy_process_group()
 
 
+def script(words, cwd):
+    """Be `python SCRIPT OPTIONS`: run the file as `__main__`, and what is to run at the end of the process."""
+    os.chdir(cwd)
+    sys.argv = words
+    sys.path[0] = str(Path(words[0]).resolve().parent)
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
+
+
 def serve():
     """Fork a rank for every line of stdin, until it ends; a second process waits for each and writes its exit code."""
-    import timm  # noqa: F401
-
-    import dsquant.loop  # noqa: F401
+    for module in PRELOADED:
+        importlib.import_module(module)
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
     for line in sys.stdin:
@@ -152,30 +213,37 @@ def serve():
             _watch(**json.loads(line))
 
 
-def _watch(rank, target, folder, env):
+def _watch(rank, folder, env, task):
     folder = Path(folder)
     child = os.fork()
     if child == 0:
-        _be(rank, target, folder, env)
+        _be(rank, folder, env, **task)
     _write(folder / f"rank{rank}.pid", child)
     _, status = os.waitpid(child, 0)
     _write(folder / f"rank{rank}.code", os.waitstatus_to_exitcode(status))
     os._exit(0)
 
 
-def _be(rank, target, folder, env):
+def _be(rank, folder, env, target=None, words=None, cwd=None, log=None):
     code = 1
     try:
         os.setsid()
-        with open(folder / f"rank{rank}.log", "w") as log, open(os.devnull) as nothing:
+        with open(log or folder / f"rank{rank}.log", "a") as log, open(os.devnull) as nothing:
             os.dup2(nothing.fileno(), 0)
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         os.environ.clear()
         os.environ.update(env)
         torch.set_num_threads(int(env.get("OMP_NUM_THREADS", 1)))
-        main(target, folder)
+        if target:
+            main(target, folder)
+        else:
+            script(words, cwd)
         code = 0
+    except SystemExit as ended:
+        if not isinstance(ended.code, int | None):
+            print(ended.code, file=sys.stderr)
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:

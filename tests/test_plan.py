@@ -14,7 +14,7 @@ from dsquant.memory import LiveBytes
 from dsquant.ops import backends
 from dsquant.plan import GIB, plan, predict, shipped
 from tests import ranks
-from tests.integration.runs import REPO, run
+from tests.integration.runs import REPO, run_forked
 
 ZERO = ("zero0", "zero1", "zero2", "zero3")
 MODEL = {"model.kwargs.embed_dim": 384, "model.kwargs.depth": 8, "model.kwargs.num_heads": 6}  # 14 M weights, 57 MB
@@ -139,10 +139,10 @@ def test_the_command_prints_a_table_or_json(tmp_path):
         "--gpu_gib",
         "8",
     ]
-    shown = run(command, tmp_path / "table").ok().output
+    shown = run_forked(command, tmp_path / "table").ok().output
     assert "take ds_configs/zero2.json" in shown
     assert all(name in shown for name in shipped())
-    printed = run([*command, "--json"], tmp_path / "json").ok().output
+    printed = run_forked([*command, "--json"], tmp_path / "json").ok().output
     assert json.loads(printed[printed.index("{\n") :])["take"] == "zero2"
 
 

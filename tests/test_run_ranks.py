@@ -1,11 +1,14 @@
 """The fixture that runs a function on several ranks does what tests rely on."""
 
 import os
+import sys
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
+
+from tests.integration.runs import run_forked
 
 
 def sum_over_ranks(start):
@@ -41,3 +44,33 @@ def test_a_failing_rank_fails_the_test_with_its_message_and_ends_the_others(run_
 def test_a_rank_that_hangs_fails_the_test_at_the_timeout(run_ranks):
     with pytest.raises(AssertionError, match=r"still ran after 5 s"):
         run_ranks(2, "tests.test_run_ranks:sleep_on_rank", rank=1, seconds=300, timeout=5)
+
+
+SCRIPT = """
+import atexit, os, sys
+atexit.register(print, "at the end")
+print(__name__, sys.argv[1:], os.getcwd(), os.environ.get("RANK"), os.path.basename(sys.path[0]))
+sys.exit(eval(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("None", 0), ("3", 3), ("'a message'", 1), ("1/0", 1)])
+def test_a_forked_script_is_told_and_ends_as_by_python(tmp_path, how, code):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "script.py").write_text(SCRIPT)
+    ended = run_forked([sys.executable, "scripts/script.py", how], tmp_path / "log", cwd=tmp_path)
+    first, *rest = ended.output.splitlines()
+    assert ended.code == code
+    assert first == f"__main__ {[how]} {tmp_path} None scripts"
+    assert "at the end" in rest
+    assert ("a message" in rest, "Traceback (most recent call last):" in rest) == ("a" in how, how == "1/0")
+
+
+def test_a_forked_script_runs_on_every_rank_and_one_that_fails_ends_the_others(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import os, sys, time\nsys.exit(4) if os.environ['RANK'] == '1' else time.sleep(100)\n"
+    )
+    command = ["deepspeed", "--num_accelerators", "2", "--master_port", "0", str(tmp_path / "script.py")]
+    started = time.monotonic()
+    assert run_forked(command, tmp_path / "log").code == 4
+    assert time.monotonic() - started < 60

@@ -24,7 +24,7 @@ from dsquant.models import build_model
 from dsquant.preemption import Stopped, StopRequest
 from dsquant.run_data import images_per_batch
 from dsquant.soft_labels import SoftLabelWriter, make_settings, open_teacher
-from tests.integration.runs import REPO, TINY, free_port, losses, records, run, train_command
+from tests.integration.runs import REPO, TINY, free_port, losses, records, run, run_forked, train_command
 
 NAME, CLASSES, SIZE, CROPS = "vit_tiny_patch16_224", 10, 16, 6
 KWARGS = {"img_size": SIZE, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -62,7 +62,7 @@ def made(tmp_path_factory):
     model = build_model(TEACHER)
     torch.nn.init.normal_(model.head.weight)  # timm's is nearly zero: all classes would be as likely
     save_file(model.state_dict(), folder / "teacher.safetensors")
-    ended = run(command(*options(folder, "alone")), folder / "alone.log").ok()
+    ended = run_forked(command(*options(folder, "alone")), folder / "alone.log").ok()
     return folder, ended.output
 
 
@@ -149,7 +149,7 @@ def test_an_interrupted_set_is_refused_and_goes_on_to_the_same_bytes(made):
     kept = (out / "train-0000.tar").stat().st_mtime_ns
     with pytest.raises(DataError, match="half-written; run the tool that writes it again"):
         ShardSet.open(out)
-    run(command(*options(folder, "interrupted")), folder / "interrupted.log").ok()
+    run_forked(command(*options(folder, "interrupted")), folder / "interrupted.log").ok()
     assert contents(out) == contents(folder / "alone")
     assert (out / "train-0000.tar").stat().st_mtime_ns == kept
 
@@ -174,7 +174,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_set_goes_on_to_the_same_bytes(ma
     assert "train-0001.tar" not in left  # rank 1's
     assert PENDING_INDEX in left
     assert not [name for name in left if name.endswith(".tar.partial")]
-    run(command(*options(folder, "stopped")), folder / "stopped.log").ok()
+    run_forked(command(*options(folder, "stopped")), folder / "stopped.log").ok()
     assert contents(out) == contents(folder / "alone")
 
 
@@ -188,7 +188,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_set_goes_on_to_the_same_bytes(ma
 def test_what_cannot_be_done_is_one_clear_message_and_changes_nothing(made, out, changed, words):
     folder, _ = made
     before = contents(folder / "alone")
-    ended = run(command(*options(folder, out, **changed)), folder / "refused.log")
+    ended = run_forked(command(*options(folder, out, **changed)), folder / "refused.log")
     assert ended.code == 1
     assert words in ended.output
     assert "Traceback" not in ended.output
@@ -241,10 +241,12 @@ def test_options_of_the_labels_and_the_folder_are_checked(made):
 def taught(tmp_path_factory):
     """Return a folder where a run (`teacher`) labels its own digits (`soft`), on which another run (`student`) trains."""
     folder = tmp_path_factory.mktemp("taught")
-    run(train_command("--recipe", TINY, "--max_steps", 5, "--out_dir", folder / "teacher"), folder / "teacher.log").ok()
+    run_forked(
+        train_command("--recipe", TINY, "--max_steps", 5, "--out_dir", folder / "teacher"), folder / "teacher.log"
+    ).ok()
     data = folder / "teacher" / "data"
     labels = [f"--shards={data / 'train'}", f"--out={folder / 'soft'}", f"--run={folder / 'teacher'}", "--stage=fp"]
-    run(command(*labels, f"--crops={CROPS}", "--top_k=3"), folder / "soft.log").ok()
+    run_forked(command(*labels, f"--crops={CROPS}", "--top_k=3"), folder / "soft.log").ok()
     shared = "batch_size: 64, lr: 1.0e-3"
     quant = "quant: {weight: {n_bits: 2}, activation: {n_bits: 2}}"
     stages = (
@@ -256,7 +258,7 @@ def taught(tmp_path_factory):
         "--data.source=shards", f"--data.train={folder / 'soft'}", f"--data.val={data / 'val'}", "--data.augment=none",
         "--data.soft_labels.crops_per_image=4", f"--stages={stages}", "--telemetry.log_every=1",
     ]  # fmt: skip
-    run(train_command("--recipe", TINY, *student, "--out_dir", folder / "student"), folder / "student.log").ok()
+    run_forked(train_command("--recipe", TINY, *student, "--out_dir", folder / "student"), folder / "student.log").ok()
     return folder
 
 

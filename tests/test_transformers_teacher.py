@@ -35,7 +35,7 @@ from dsquant.engine import World
 from dsquant.errors import CheckpointError, ConfigError, DataError
 from dsquant.models.image_classifiers import open_image_classifier
 from dsquant.soft_labels import SoftLabelWriter, make_settings, open_teacher
-from tests.integration.runs import run
+from tests.integration.runs import run_forked
 from tests.test_soft_labels_tool import command, contents, jpeg, labelled
 
 CLASSES, SIZE, CROPS = 7, 16, 5
@@ -70,7 +70,7 @@ def made(tmp_path_factory):
     write_shards(samples, folder / "plain", "train", 4)
     (folder / "plain" / "classes.txt").write_text("".join(f"{c}\n" for c in "abcdefg"))
     vit(folder / "vit")
-    run(command(*options(folder, "alone")), folder / "alone.log").ok()
+    run_forked(command(*options(folder, "alone")), folder / "alone.log").ok()
     return folder
 
 
@@ -114,7 +114,7 @@ def test_the_settings_say_which_model_and_how_it_sees(made):
 
 
 def test_two_ranks_write_what_one_writes(made):
-    run(command(*options(made, "two"), ranks=2), made / "two.log").ok()
+    run_forked(command(*options(made, "two"), ranks=2), made / "two.log").ok()
     assert contents(made / "two") == contents(made / "alone")
 
 
@@ -124,14 +124,14 @@ def test_an_interrupted_set_goes_on_to_the_same_bytes_and_other_weights_are_refu
     (out / "train-0001.tar").unlink()
     (out / "index.json").rename(out / PENDING_INDEX)
     kept = (out / "train-0000.tar").stat().st_mtime_ns
-    run(command(*options(made, "interrupted")), made / "interrupted.log").ok()
+    run_forked(command(*options(made, "interrupted")), made / "interrupted.log").ok()
     assert contents(out) == contents(made / "alone")
     assert (out / "train-0000.tar").stat().st_mtime_ns == kept
     shutil.copytree(made / "vit", made / "other" / "vit")
     weights = load_file(made / "vit" / "model.safetensors")
     weights["classifier.bias"] = weights["classifier.bias"] + 1
     save_file(weights, made / "other" / "vit" / "model.safetensors", {"format": "pt"})
-    ended = run(command(*options(made, "interrupted", model=made / "other" / "vit")), made / "other.log")
+    ended = run_forked(command(*options(made, "interrupted", model=made / "other" / "vit")), made / "other.log")
     assert ended.code == 1
     assert "were made with teacher" in ended.output
     assert "Traceback" not in ended.output

@@ -14,7 +14,7 @@ from dsquant.config import load_config
 from dsquant.data import write_shards
 from dsquant.models import build_model, insert_sites
 from dsquant.telemetry.metrics import read_metrics
-from tests.integration.runs import TINY, ds_config, run, train_command
+from tests.integration.runs import TINY, ds_config, run_forked, train_command
 from tools.analyze import main
 
 pytestmark = pytest.mark.slow  # one real run, analysed several times
@@ -26,7 +26,7 @@ def trained_run(tmp_path_factory):
     """Return the folder of the tiny recipe trained for 30 steps a stage."""
     folder = tmp_path_factory.mktemp("analyzed")
     options = ["--recipe", TINY, "--ds_config", ds_config("zero0"), "--max_steps", STEPS, "--out_dir", folder / "run"]
-    run(train_command(*options), folder / "log.txt").ok()
+    run_forked(train_command(*options), folder / "log.txt").ok()
     return folder / "run"
 
 
@@ -92,7 +92,7 @@ def test_allocate_writes_a_recipe_that_the_training_command_takes(trained_run, t
     allocated = read(tmp_path / "my_recipe_allocation.json")["weights"]
     assert allocated["average_bits"] <= 2.5
     options = ["--recipe", out, "--ds_config", ds_config("zero0"), "--max_steps", 2, "--out_dir", tmp_path / "run"]
-    run(train_command(*options), tmp_path / "log.txt").ok()
+    run_forked(train_command(*options), tmp_path / "log.txt").ok()
     sites = read_metrics(tmp_path / "run" / "metrics.jsonl", "oscillation", "w2a2")[-1]["sites"]
     assert {name: site["n_bits"] for name, site in sites.items()} == allocated["bits"]
 

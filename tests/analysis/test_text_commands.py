@@ -12,7 +12,7 @@ from dsquant.config import load_config
 from dsquant.data import shard_text_table, write_shards
 from dsquant.models import build_model, insert_sites
 from dsquant.telemetry.metrics import read_metrics
-from tests.integration.runs import REPO, ds_config, run, train_command
+from tests.integration.runs import REPO, ds_config, run_forked, train_command
 from tools.analyze import main
 
 pytestmark = pytest.mark.slow  # one real run, analysed several times
@@ -57,7 +57,7 @@ def text_run(folder):
     recipe.write_text(BINARY.format(base=REPO / "tests" / "integration" / "tiny_text.yaml"))
     options = ["--recipe", recipe, "--ds_config", ds_config("zero0"), "--out_dir", folder / "run"]
     options += [f"--data.{name}={folder}/shards/{name}-*.tar" for name in ("train", "val")]
-    run(train_command(*options, f"--data.tokenizer={folder}/tokenizer"), folder / "log.txt").ok()
+    run_forked(train_command(*options, f"--data.tokenizer={folder}/tokenizer"), folder / "log.txt").ok()
     return folder / "run"
 
 

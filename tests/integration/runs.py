@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from tests import ranks
+
 REPO = Path(__file__).resolve().parents[2]
 TINY = Path(__file__).with_name("tiny.yaml")
 TRAIN = REPO / "dsquant" / "train.py"
@@ -74,6 +76,23 @@ def run(command: list[str], output: Path, cwd: Path = REPO, timeout: float = 240
         raise AssertionError(f"still running after {timeout} s:\n{output.read_text()[-4000:]}") from None
     finally:
         kill(process)
+    return Ended(code, output.read_text(errors="replace"))
+
+
+def run_forked(command: list[str], output: Path, cwd: Path = REPO, timeout: float = 240) -> Ended:
+    """Run what `train_command` returns (or `python SCRIPT OPTIONS`) as `run` does, in processes that are forked.
+
+    They have imported torch and DeepSpeed, which costs as much as many a run itself; the launcher is left out.
+    """
+    world_size, words = None, command[1:]
+    if Path(command[0]).name == "deepspeed":
+        assert (command[1], command[3]) == ("--num_accelerators", "--master_port"), command
+        world_size, words = int(command[2]), command[5:]
+    env = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    try:
+        code = ranks.run_script(world_size, words, output, cwd, env, timeout)
+    except TimeoutError:
+        raise AssertionError(f"still running after {timeout} s:\n{output.read_text()[-4000:]}") from None
     return Ended(code, output.read_text(errors="replace"))
 
 

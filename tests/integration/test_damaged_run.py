@@ -5,7 +5,7 @@ import tarfile
 from pathlib import Path
 
 from dsquant.data import make_digits
-from tests.integration.runs import TINY, ds_config, records, run, train_command
+from tests.integration.runs import TINY, ds_config, records, run_forked, train_command
 
 
 def test_a_run_over_damaged_shards_goes_on_and_records_what_was_damaged(tmp_path):
@@ -16,7 +16,7 @@ def test_a_run_over_damaged_shards_goes_on_and_records_what_was_damaged(tmp_path
     options = [f"--data.{name}={Path(shards.urls[0]).parent}" for name, shards in (("train", train), ("val", val))]
     options += ["--data.source=shards", "--data.max_damaged=5", "--data.num_workers=1", "--stages.w2a2=null"]
     options += ["--recipe", TINY, "--ds_config", ds_config("zero1"), "--max_steps=66", "--out_dir", tmp_path / "run"]
-    ended = run(train_command(*options, ranks=2), tmp_path / "log").ok()
+    ended = run_forked(train_command(*options, ranks=2), tmp_path / "log").ok()
     (record,) = records(tmp_path / "run", "data")
     lost = sorted(number for entry in record["damage"] for number in entry["samples"])
     assert lost == [train.counts[1] - back for back in (4, 3, 2, 1)]  # of a cut shard the last one is not trusted

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from dsquant.telemetry.metrics import read_summary
-from tests.integration.runs import ds_config, run, train_command
+from tests.integration.runs import ds_config, run, run_forked, train_command
 
 OPTIONS = ["recipe", "ds_config", "out_dir", "max_steps", "resume"]
 
@@ -32,7 +32,7 @@ def elsewhere(tmp_path_factory):
         "resumed": ["--resume"],
     }
     for name, options in commands.items():
-        run(train_command(*options), folder / f"{name}.log", cwd=folder).ok()
+        run_forked(train_command(*options), folder / f"{name}.log", cwd=folder).ok()
     return folder
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dsquant.checkpoint import Checkpoint, _hash, load_model, load_run_checkpoint
 from tests import ranks
-from tests.integration.runs import TINY, ds_config, kill, records, run, start, train_command
+from tests.integration.runs import TINY, ds_config, kill, records, run_forked, start, train_command
 
 STEPS, EVERY = 40, 7
 FREEZE = "stages.w2a2.quant.oscillation"
@@ -34,7 +34,7 @@ def command(out_dir, *options, zero="zero3", ranks=2):
 def undisturbed(tmp_path_factory):
     """Return the folder of a run on two ranks, with regularization, freezing and dropout, that nothing happened to."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    run(command(folder / "run", *OPTIONS), folder / "log").ok()
+    run_forked(command(folder / "run", *OPTIONS), folder / "log").ok()
     return folder / "run"
 
 
@@ -77,7 +77,7 @@ def test_a_killed_run_resumes_bit_for_bit(undisturbed, tmp_path, stage):
     kill_at(out_dir, tmp_path / "killed.log", stage, step)
     reached = [(r["stage"], r["step"]) for r in records(out_dir, "train")][-1]
     assert reached[0] == stage, f"killed at step {step}: the run was already at {reached}"
-    run(command(out_dir, "--resume"), tmp_path / "resumed.log").ok()
+    run_forked(command(out_dir, "--resume"), tmp_path / "resumed.log").ok()
     for kind in ("train", "eval", "oscillation"):
         assert without_time(records(out_dir, kind)) == without_time(records(undisturbed, kind)), (step, reached)
     for name in ("fp", "w2a2"):
@@ -243,7 +243,7 @@ def test_a_damaged_checkpoint_yields_with_a_message_and_a_save_that_was_killed_i
     damaged, partial = damage(folder / f"step_{5 * EVERY:08d}"), folder / f".step_{6 * EVERY:08d}.partial"
     partial.mkdir()
     (partial / "rank_00000.safetensors").write_bytes(b"half a fi")
-    output = run(command(run_dir, "--resume", zero="zero1", ranks=None), tmp_path / "log").ok().output
+    output = run_forked(command(run_dir, "--resume", zero="zero1", ranks=None), tmp_path / "log").ok().output
     assert str(damaged) in output, output
     assert not partial.exists()
     found = records(run_dir, "train")
@@ -259,7 +259,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_touches_nothing(und
     checkpoints = sorted(run_dir.glob("checkpoints/*/step_*"))
     damaged = [damage(checkpoint) for checkpoint in checkpoints]
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-    ended = run(command(run_dir, "--resume", ranks=None), tmp_path / "log")
+    ended = run_forked(command(run_dir, "--resume", ranks=None), tmp_path / "log")
     assert ended.code != 0
     assert "Traceback" not in ended.output
     assert "no checkpoint of this run is whole" in ended.output

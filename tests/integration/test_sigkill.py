@@ -15,7 +15,7 @@ import pytest
 
 from dsquant.checkpoint import MANIFEST, Checkpoint, latest_checkpoint
 from dsquant.preemption import EXIT_STOPPED
-from tests.integration.runs import TINY, ds_config, kill, records, run, start, train_command
+from tests.integration.runs import TINY, ds_config, kill, records, run_forked, start, train_command
 from tests.integration.test_resume import assert_same_tensors, tensors, without_time
 
 KILLS, STOPS = int(os.environ.get("DSQ_SOAK_KILLS", 2)), int(os.environ.get("DSQ_SOAK_STOPS", 1))
@@ -36,7 +36,7 @@ CALIBRATING = "calibrating activation quantizers on training samples ..."
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    run(train_command(*OPTIONS, "--out_dir", folder / "run", ranks=2), folder / "log", timeout=600).ok()
+    run_forked(train_command(*OPTIONS, "--out_dir", folder / "run", ranks=2), folder / "log", timeout=600).ok()
     return folder / "run"
 
 
@@ -143,7 +143,9 @@ def test_a_run_of_random_kills_and_stops_ends_as_one_that_was_left_alone(undistu
             assert event.get("code") not in (None, 0, EXIT_STOPPED), told
             assert event["seconds_to_end"] < LEAVES_WITHIN_S, told
     else:
-        run(train_command(*OPTIONS, "--out_dir", out_dir, "--resume", ranks=2), tmp_path / "last", timeout=600).ok()
+        run_forked(
+            train_command(*OPTIONS, "--out_dir", out_dir, "--resume", ranks=2), tmp_path / "last", timeout=600
+        ).ok()
     assert any("signal" in event for event in events), events
     for kind in ("train", "eval", "oscillation"):
         assert without_time(records(out_dir, kind)) == without_time(records(undisturbed, kind)), (kind, seed)

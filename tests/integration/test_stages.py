@@ -8,19 +8,21 @@ import yaml
 from safetensors.torch import load_file
 
 from dsquant.checkpoint import load_run_checkpoint
-from tests.integration.runs import REPO, TINY, records, run, train_command
+from tests.integration.runs import REPO, TINY, records, run_forked, train_command
 
 
 def test_float_weights_leave_one_run_and_enter_another_unchanged(tmp_path):
     first, second, weights = tmp_path / "first", tmp_path / "second", tmp_path / "float.safetensors"
-    run(train_command("--recipe", TINY, "--max_steps", 3, "--out_dir", first), tmp_path / "first.log").ok()
+    run_forked(train_command("--recipe", TINY, "--max_steps", 3, "--out_dir", first), tmp_path / "first.log").ok()
     convert = [sys.executable, str(REPO / "tools" / "convert.py"), "--run", str(first), "--out", str(weights)]
-    run([*convert, "--stage", "fp", "--as_float"], tmp_path / "convert.log").ok()
+    run_forked([*convert, "--stage", "fp", "--as_float"], tmp_path / "convert.log").ok()
     trained, written = load_run_checkpoint(first, "fp").latents, load_file(weights)
     assert trained.keys() <= written.keys()
     assert all(torch.equal(written[name], latent) for name, latent in trained.items())
     given = ["--model.checkpoint", weights, "--stages.fp.epochs=None", "--stages.fp.steps=0"]
-    run(train_command("--recipe", TINY, *given, "--max_steps", 3, "--out_dir", second), tmp_path / "second.log").ok()
+    run_forked(
+        train_command("--recipe", TINY, *given, "--max_steps", 3, "--out_dir", second), tmp_path / "second.log"
+    ).ok()
     taken = load_run_checkpoint(second, "fp")
     assert taken.done
     assert all(torch.equal(taken.latents[name], latent) for name, latent in trained.items())
@@ -46,7 +48,7 @@ def fine_tuned(tmp_path_factory):
         tree["stages"][name] = again | still | {"quant": fewer | {"calibration": how}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     options = ["--recipe", folder / "recipe.yaml", "--max_steps", 4, "--out_dir", folder / "run"]
-    run(train_command(*options, ranks=2), folder / "log").ok()
+    run_forked(train_command(*options, ranks=2), folder / "log").ok()
     return folder / "run"
 
 
@@ -78,6 +80,6 @@ def test_inheriting_from_a_stage_of_other_sites_is_an_error_that_names_the_first
     tree["stages"]["w2a2"]["quant"]["calibration"] = {"inherit": "all"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     options = ["--recipe", tmp_path / "recipe.yaml", "--max_steps", 2, "--out_dir", tmp_path / "run"]
-    ended = run(train_command(*options), tmp_path / "log")
+    ended = run_forked(train_command(*options), tmp_path / "log")
     assert ended.code != 0
     assert "calibration.inherit: blocks.0.attn.k:scale has no values in the stage of init_from" in ended.output

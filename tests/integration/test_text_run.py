@@ -14,7 +14,7 @@ from dsquant.errors import ExportError
 from dsquant.export import load_packed, read_packed
 from dsquant.models import logits_of
 from dsquant.telemetry.metrics import read_summary
-from tests.integration.runs import REPO, ds_config, losses, records, run, train_command
+from tests.integration.runs import REPO, ds_config, losses, records, run_forked, train_command
 
 TINY_TEXT = REPO / "tests" / "integration" / "tiny_text.yaml"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(35))]
@@ -44,7 +44,7 @@ def text_run(data, tmp_path_factory):
             options = ["--recipe", TINY_TEXT, "--ds_config", ds_config(zero), "--out_dir", folder / zero]
             options += [f"--data.{name}={data}/{name}-*.tar" for name in ("train", "val")]
             options += [f"--data.tokenizer={data}/tokenizer"]
-            ended[zero] = run(train_command(*options, ranks=2), folder / f"{zero}.log")
+            ended[zero] = run_forked(train_command(*options, ranks=2), folder / f"{zero}.log")
         ended[zero].ok()
         return folder / zero
 
@@ -77,7 +77,7 @@ def test_the_packed_model_scores_what_training_measured(text_run, zero, data, tm
     assert found["loss"] == pytest.approx(last["loss"], rel=1e-6)
     assert read_summary(run_dir)["f1"] == last["f1"]
     command = [sys.executable, str(REPO / "tools" / "evaluate.py"), "--packed", str(packed), "--run", str(run_dir)]
-    output = run(command, tmp_path / "evaluate.log").ok().output
+    output = run_forked(command, tmp_path / "evaluate.log").ok().output
     assert f"f1 {last['f1']:.2f} % of 17 samples" in output
 
 
@@ -139,7 +139,7 @@ def test_the_minilm_recipe_goes_from_float_to_one_bit_by_all_its_stages(data, tm
     options = ["--recipe", "sst2_minilm", "--max_steps", 1, "--out_dir", tmp_path / "run", "--data.num_workers", 0]
     options += [f"--data.{name}={data}/{name}-*.tar" for name in ("train", "val")]
     options += [f"--data.tokenizer={data}/tokenizer", "--model.name=bert", "--model.pretrained=False"]
-    run(train_command(*options, f"--model.kwargs={tiny}"), tmp_path / "log").ok()
+    run_forked(train_command(*options, f"--model.kwargs={tiny}"), tmp_path / "log").ok()
     assert list(losses(tmp_path / "run")) == [(s, 1) for s in ("fp", "w4a4", "w2a2", "w1a2", "w1a1")]
     packed = read_packed(tmp_path / "run" / "model.packed.safetensors")
     bits = {name: site.spec.n_bits for name, site in packed.weights.items()}

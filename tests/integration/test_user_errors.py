@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from dsquant.data import make_digits
-from tests.integration.runs import TINY, ds_config, run, train_command
+from tests.integration.runs import TINY, ds_config, run, run_forked, train_command
 
 
 def recipe_with(folder, **stage_keys):
@@ -54,7 +54,7 @@ def small_runs(tmp_path_factory):
 
     def make(name):
         more = ["--max_steps", 2, "--checkpoint.every_steps=1", *options[name], "--out_dir", folder / name]
-        return run(train_command("--recipe", TINY, *more), folder / f"{name}.log").ok()
+        return run_forked(train_command("--recipe", TINY, *more), folder / f"{name}.log").ok()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(make, options))
@@ -144,7 +144,7 @@ def ended(tmp_path_factory, small_runs):
         steps = [] if "--resume" in options else ["--max_steps", 2]
         command = train_command(*fresh, *steps, "--out_dir", folder / "run", *options)
         before = {p for p in (folder / "run").rglob("*") if p.is_file()}
-        return case, (run(command, folder / "log"), folder / "run", before)
+        return case, (run_forked(command, folder / "log"), folder / "run", before)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(pool.map(attempt, CASES))
