@@ -31,19 +31,15 @@ POLL_SECONDS = 0.05
 TAIL_LINES = 40
 # What a run imports, most of it late: torch's compiler through DeepSpeed, scipy and pandas through scikit-learn.
 PRELOADED = (
-    *(
-        "timm",
-        "dsquant.loop",
-        "dsquant.ops.backends",
-        "torch._inductor.compile_fx",
-        "sklearn.datasets",
-        "sklearn.metrics",
-    ),
-    *(
-        "deepspeed.module_inject",
-        "deepspeed.runtime.zero.muon.muon_optimizer",
-        "transformers.models.bert.modeling_bert",
-    ),
+    "timm",
+    "dsquant.loop",
+    "dsquant.ops.backends",
+    "torch._inductor.compile_fx",
+    "sklearn.datasets",
+    "sklearn.metrics",
+    "deepspeed.module_inject",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "transformers.models.bert.modeling_bert",
 )
 
 
