@@ -53,7 +53,8 @@ def start(folder, victim, how):
     torch.save(kwargs, folder / "kwargs.pt")
     env = {"DS_ACCELERATOR": "cpu", "DSQ_SILENCE_S": str(SILENCE_S)}
     port = ranks._free_port()
-    return [ranks._start(rank, 2, port, f"tests.faults.test_lost_rank:{target}", folder, env) for rank in range(2)]
+    target = f"tests.faults.test_lost_rank:{target}"
+    return [ranks._start(rank, 2, port, folder, env, target=target) for rank in range(2)]
 
 
 def until(condition, seconds):
