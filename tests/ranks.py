@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -76,22 +77,24 @@ def run_script(world_size, words, output, cwd, env, timeout):
         try:
             for rank in range(world_size or 1):
                 processes.append(_start(rank, world_size, port, Path(folder), env, **script))
-            while True:
-                codes = [process.poll() for process in processes]
-                if any(codes) or all(code == 0 for code in codes):
-                    return next((code for code in codes if code), 0)
-                _check_server()
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-                time.sleep(POLL_SECONDS)
+            codes = _codes(processes, deadline)
         finally:
             for process in processes:
                 process.kill()
+    if not any(codes) and None in codes:
+        raise TimeoutError
+    return next((code for code in codes if code), 0)
 
 
-def _check_server():
-    if (ended := _server().poll()) is not None:
-        raise AssertionError(f"the server that forks ranks ended with {ended}; its output is above")
+def _codes(processes, deadline):
+    """Return exit codes once a rank has failed, all have ended, or the deadline is over; None for those that run."""
+    while True:
+        codes = [process.poll() for process in processes]
+        if any(codes) or None not in codes or time.monotonic() > deadline:
+            return codes
+        if (ended := _server().poll()) is not None:
+            raise AssertionError(f"the server that forks ranks ended with {ended}; its output is above")
+        time.sleep(POLL_SECONDS)
 
 
 def _free_port():
@@ -129,6 +132,9 @@ def _until(condition, seconds=30.0):
         time.sleep(POLL_SECONDS)
 
 
+_starting = threading.Lock()  # tests start ranks from several threads; there is one server, which reads line by line
+
+
 @functools.cache
 def _server():
     return subprocess.Popen([sys.executable, "-m", "tests.ranks"], cwd=REPO, stdin=subprocess.PIPE, text=True)
@@ -145,29 +151,25 @@ def _start(rank, world_size, port, folder, extra_env, **task):
         "MASTER_PORT": str(port),
     }
     env = dict(os.environ) | (env if world_size else {}) | extra_env
-    server = _server()
     order = {"rank": rank, "folder": str(folder.resolve()), "env": env, "task": task}
-    server.stdin.write(json.dumps(order) + "\n")
-    server.stdin.flush()
+    with _starting:
+        server = _server()
+        server.stdin.write(json.dumps(order) + "\n")
+        server.stdin.flush()
     return Rank(folder, rank)
 
 
 def _wait(processes, target, folder, deadline, timeout):
     """Return when every rank has ended well; raise AssertionError on the first failure or at the deadline."""
-    while True:
-        codes = [process.poll() for process in processes]
-        failed = [rank for rank, code in enumerate(codes) if code]
-        if failed:  # more than one where the others noticed before this loop did: show them all
-            reports = [f"rank {rank} exited with {codes[rank]}\n{_tail(folder, rank)}" for rank in failed]
-            raise AssertionError("\n".join([f"{target} failed:", *reports]))
-        if all(code == 0 for code in codes):
-            return
-        _check_server()
-        if time.monotonic() > deadline:
-            running = [rank for rank, code in enumerate(codes) if code is None]
-            tails = "\n".join(_tail(folder, rank) for rank in running)
-            raise AssertionError(f"{target}: ranks {running} still ran after {timeout:g} s\n{tails}")
-        time.sleep(POLL_SECONDS)
+    codes = _codes(processes, deadline)
+    failed = [rank for rank, code in enumerate(codes) if code]
+    if failed:  # more than one where the others noticed before this loop did: show them all
+        reports = [f"rank {rank} exited with {codes[rank]}\n{_tail(folder, rank)}" for rank in failed]
+        raise AssertionError("\n".join([f"{target} failed:", *reports]))
+    running = [rank for rank, code in enumerate(codes) if code is None]
+    if running:
+        tails = "\n".join(_tail(folder, rank) for rank in running)
+        raise AssertionError(f"{target}: ranks {running} still ran after {timeout:g} s\n{tails}")
 
 
 def _tail(folder, rank):

@@ -18,6 +18,7 @@ REPO = Path(__file__).resolve().parents[2]
 TINY = Path(__file__).with_name("tiny.yaml")
 TRAIN = REPO / "dsquant" / "train.py"
 QUIET = ("--telemetry.wandb=disabled",)
+ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
 @dataclass
@@ -52,10 +53,9 @@ def train_command(*options: object, ranks: int | None = None, script: Path = TRA
 
 def start(command: list[str], output: Path, cwd: Path = REPO) -> subprocess.Popen:
     """Start a command on the CPU in a process group of its own, all its output going to a file."""
-    env = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     with open(output, "w") as file:
         return subprocess.Popen(
-            command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            command, cwd=cwd, env=os.environ | ON_CPU, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
 
@@ -88,9 +88,8 @@ def run_forked(command: list[str], output: Path, cwd: Path = REPO, timeout: floa
     if Path(command[0]).name == "deepspeed":
         assert (command[1], command[3]) == ("--num_accelerators", "--master_port"), command
         world_size, words = int(command[2]), command[5:]
-    env = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     try:
-        code = ranks.run_script(world_size, words, output, cwd, env, timeout)
+        code = ranks.run_script(world_size, words, output, cwd, ON_CPU, timeout)
     except TimeoutError:
         raise AssertionError(f"still running after {timeout} s:\n{output.read_text()[-4000:]}") from None
     return Ended(code, output.read_text(errors="replace"))
