@@ -142,7 +142,7 @@ def _server():
 
 def _start(rank, world_size, port, folder, extra_env, **task):
     """Have a rank forked; `task`: the arguments of `main`, or of `script` and `log`. A world of None is no launcher's."""
-    env = {
+    launched = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -150,7 +150,9 @@ def _start(rank, world_size, port, folder, extra_env, **task):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    env = dict(os.environ) | (env if world_size else {}) | extra_env
+    # What the tests' own process has adopted of a launcher, with a port that is in use, is not for others.
+    env = {key: value for key, value in os.environ.items() if key not in launched}
+    env |= (launched if world_size else {}) | extra_env
     order = {"rank": rank, "folder": str(folder.resolve()), "env": env, "task": task}
     with _starting:
         server = _server()

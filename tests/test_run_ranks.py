@@ -55,7 +55,8 @@ sys.exit(eval(sys.argv[1]))
 
 
 @pytest.mark.parametrize(("how", "code"), [("None", 0), ("3", 3), ("'a message'", 1), ("1/0", 1)])
-def test_a_forked_script_is_told_and_ends_as_by_python(tmp_path, how, code):
+def test_a_forked_script_is_told_and_ends_as_by_python(tmp_path, monkeypatch, how, code):
+    monkeypatch.setenv("RANK", "0")  # as `init_world` leaves it
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "script.py").write_text(SCRIPT)
     ended = run_forked([sys.executable, "scripts/script.py", how], tmp_path / "log", cwd=tmp_path)
