@@ -373,7 +373,8 @@ class StageConfig(Section):
     `batch_size` is global: samples per optimizer step over all ranks and accumulation steps. `quant: null` trains in
     float. Give `epochs` or `steps`; a float stage of 0 steps takes the model (`model.pretrained`, `model.checkpoint`) as it
     is, to start and teach later ones, a quantized one is calibrated and not trained. Vectors (biases, norms, and what the model
-    keeps from decaying) learn at `vector_lr_scale` times the rate.
+    keeps from decaying) learn at `vector_lr_scale` times the rate. `dropout: false` trains without the dropout and the
+    stochastic depth that the model has: quantizers of few bits do not see in evaluation what they learn from with it.
     """
 
     init_from: str | None = None
@@ -393,6 +394,7 @@ class StageConfig(Section):
     weight_decay: NonNegative = 0.05
     gradient_clipping: NonNegative = 0.0
     label_smoothing: Fraction = 0.0
+    dropout: Flag = True
     activation_checkpointing: Flag = False
     eval_every: Annotated[float, Field(gt=0)] = 1.0
 

@@ -20,8 +20,10 @@ if not torch.accelerator.is_available():
 import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from dsquant.config import QuantConfig, RunConfig, StageConfig, merge_ds_config
 from dsquant.errors import ConfigError, TrainingError
@@ -178,6 +180,8 @@ class Engine:
         self.sites: Sites | None = None
         if stage.quant is not None:
             self.sites = insert_sites(model, stage.quant.policy(), stage.quant.grad_scale)
+        if not stage.dropout:
+            stop_dropout(model)
         if stage.activation_checkpointing:
             checkpoint_activations(model)
         self.ds_config = merge_ds_config(ds_config, owned_ds_settings(stage, world))
@@ -421,6 +425,15 @@ def serve(
     _unlink_shared_buffer()
     ds.eval()
     return ds
+
+
+def stop_dropout(model: nn.Module) -> None:
+    """Have a model keep all values and blocks in training: no dropout, no stochastic depth (timm's DropPath)."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        elif isinstance(module, DropPath):
+            module.drop_prob = 0.0
 
 
 def checkpoint_activations(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dsquant.config import SOFT_LABELS, RunConfig, StageConfig, load_config
-from dsquant.engine import checkpoint_activations
+from dsquant.engine import checkpoint_activations, stop_dropout
 from dsquant.errors import ConfigError
 from dsquant.losses import block_loss, hidden_loss, stage_loss
 from dsquant.memory import LiveBytes
@@ -135,6 +135,8 @@ def _model(job: Job, dtype: torch.dtype, device: str) -> tuple[nn.Module, Sites 
         state = QuantState(sites.weights, sites.activations, device)
         state.values.fill_(0.1)
         sites.bind(state)
+    if not job.stage.dropout:
+        stop_dropout(model)
     if job.stage.activation_checkpointing:
         checkpoint_activations(model)
     return model.to(device, dtype).train(), sites, state

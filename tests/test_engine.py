@@ -9,10 +9,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from dsquant.config import QuantConfig, RunConfig, StageConfig
-from dsquant.engine import Engine, init_world, micro_batch_size
+from dsquant.engine import Engine, init_world, micro_batch_size, stop_dropout
 from dsquant.errors import ConfigError, TrainingError
+from dsquant.models import logits_of
 from tests.integration.runs import free_port
 
 KWARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -20,10 +22,11 @@ BATCH = 8
 ZERO = {"zero_allow_untested_optimizer": True}
 
 
-def build(zero_stage, *, quantized=True, perturb=False, **stage_options):
+def build(zero_stage, *, quantized=True, perturb=False, drops=0.0, **stage_options):
     """Build an engine whose activation scales are all 0.5, so that nothing but the options differs."""
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **KWARGS)
+    rates = dict.fromkeys(("drop_rate", "pos_drop_rate", "proj_drop_rate", "drop_path_rate"), drops)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **KWARGS, **rates)
     quant = QuantConfig(weight={"n_bits": 4}, activation={"n_bits": 4}) if quantized else None
     stage = StageConfig(steps=10, batch_size=BATCH, lr=1e-3, weight_decay=0.0, quant=quant, **stage_options)
     data = {"source": "digits", "image_size": 16}
@@ -89,6 +92,8 @@ def compare_options():
         "accumulated on zero 3": losses(3, gradient_accumulation=2),
         "loosely clipped": losses(1, gradient_clipping=1e6),
         "tightly clipped": losses(1, gradient_clipping=1e-6, optimizer="sgd"),
+        "dropping": losses(2, drops=0.5),
+        "dropping, not in this stage": losses(2, drops=0.5, dropout=False),
         "first moves": [first_moves(zero_stage) for zero_stage in range(4)],
     }
 
@@ -104,6 +109,39 @@ def compared(tmp_path_factory):
 
 def test_activation_checkpointing_changes_no_loss(compared):
     assert compared["checkpointed"] == compared["plain"]
+
+
+def test_a_stage_without_dropout_trains_as_a_model_that_has_none(compared):
+    assert compared["dropping"] != compared["plain"]
+    assert compared["dropping, not in this stage"] == compared["plain"]
+
+
+SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
+SWIN = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "drop_path_rate": 0.5}
+ONE = (1, 1, 1)  # slices of one size in one order: else SReT trains with random ones
+DROPPING = {
+    "BERT": lambda: BertForSequenceClassification(BertConfig(**SMALL)),
+    "RoBERTa": lambda: RobertaForSequenceClassification(RobertaConfig(**SMALL)),
+    "Swin": lambda: timm.create_model("swin_tiny_patch4_window7_224", **SWIN),
+    "SwinV2": lambda: timm.create_model("swinv2_tiny_window8_256", **SWIN),
+    "SReT": lambda: timm.create_model(
+        "sret_tiny", img_size=64, drop_path_rate=0.5, drop_rate=0.5, slices=ONE, groups=ONE
+    ),
+}
+
+
+@pytest.mark.parametrize("family", DROPPING)
+def test_every_family_can_be_kept_from_dropping(family):
+    torch.manual_seed(0)
+    model, tokens = DROPPING[family]().train(), torch.randint(5, 50, (2, 9))
+    inputs = tokens if "BERT" in family.upper() else torch.randn(2, 3, *[64 if family == "SReT" else 32] * 2)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)  # SwinV2's blocks begin as nothing
+    dropped = [logits_of(model, inputs).detach() for _ in range(5)]
+    stop_dropout(model)
+    kept = [logits_of(model, inputs).detach() for _ in range(5)]
+    assert not all(torch.equal(logits, dropped[0]) for logits in dropped)
+    assert all(torch.equal(logits, kept[0]) for logits in kept)
 
 
 @pytest.mark.parametrize("how", ["accumulated", "accumulated on zero 3"])
