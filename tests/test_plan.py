@@ -52,6 +52,16 @@ def test_a_pass_on_the_meta_device_saves_and_holds_what_a_real_one_does(checkpoi
     assert passes(job, torch.float32) == real
 
 
+def test_a_stage_without_dropout_keeps_no_masks_for_backward():
+    none = {"model.kwargs.proj_drop_rate": 0.0, "model.kwargs.drop_path_rate": 0.0}
+    dropping, stopped, plain = (
+        footprint(job_of(**{"model.kwargs.embed_dim": 96} | more), torch.float32)
+        for more in ({}, {"stages.w2a2.dropout": False}, none)
+    )
+    assert stopped == plain
+    assert dropping.saved > plain.saved
+
+
 def test_checkpointing_saves_memory_and_samples_add_to_it():
     kept, plain, twice = (
         footprint(
