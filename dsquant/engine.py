@@ -20,16 +20,14 @@ if not torch.accelerator.is_available():
 import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from dsquant.config import QuantConfig, RunConfig, StageConfig, merge_ds_config
 from dsquant.errors import ConfigError, TrainingError
 from dsquant.launcher import adopt_launcher, device_index
 from dsquant.models.inputs import Inputs, logits_of, model_outputs, move
-from dsquant.models.registry import insert_sites
+from dsquant.models.registry import insert_sites, stop_dropout
 from dsquant.models.sites import Sites
 from dsquant.models.weights import Weights
 from dsquant.quant.calibrate import put_together
@@ -425,15 +423,6 @@ def serve(
     _unlink_shared_buffer()
     ds.eval()
     return ds
-
-
-def stop_dropout(model: nn.Module) -> None:
-    """Have a model keep all values and blocks in training: no dropout, no stochastic depth (timm's DropPath)."""
-    for module in model.modules():
-        if isinstance(module, _DropoutNd):
-            module.p = 0.0
-        elif isinstance(module, DropPath):
-            module.drop_prob = 0.0
 
 
 def checkpoint_activations(model: nn.Module) -> None:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from dsquant.config import SOFT_LABELS, RunConfig, StageConfig, load_config
-from dsquant.engine import checkpoint_activations, stop_dropout
+from dsquant.engine import checkpoint_activations
 from dsquant.errors import ConfigError
 from dsquant.losses import block_loss, hidden_loss, stage_loss
 from dsquant.memory import LiveBytes
-from dsquant.models import Sites, insert_sites, model_outputs, move, skeleton
+from dsquant.models import Sites, insert_sites, model_outputs, move, skeleton, stop_dropout
 from dsquant.quant.state import QuantState
 from dsquant.spec import WeightSite
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from dsquant.config import QuantConfig, RunConfig, StageConfig
-from dsquant.engine import Engine, init_world, micro_batch_size, stop_dropout
+from dsquant.engine import Engine, init_world, micro_batch_size
 from dsquant.errors import ConfigError, TrainingError
-from dsquant.models import logits_of
+from dsquant.models import logits_of, stop_dropout
 from tests.integration.runs import free_port
 
 KWARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}

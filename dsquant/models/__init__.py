@@ -1,7 +1,15 @@
 """Models by upstream name, and where each family's quantization sites are."""
 
 from dsquant.models.inputs import Inputs, logits_of, model_outputs, move
-from dsquant.models.registry import build_model, describe, insert_sites, portable, text_model, tokenizer_location
+from dsquant.models.registry import (
+    build_model,
+    describe,
+    insert_sites,
+    portable,
+    stop_dropout,
+    text_model,
+    tokenizer_location,
+)
 from dsquant.models.sites import Sites
 from dsquant.models.weights import Weights, open_weights, skeleton
 
@@ -18,6 +26,7 @@ __all__ = [
     "open_weights",
     "portable",
     "skeleton",
+    "stop_dropout",
     "text_model",
     "tokenizer_location",
 ]

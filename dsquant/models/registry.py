@@ -7,10 +7,12 @@ from typing import Any
 import timm
 import timm.data
 import torch
+from timm.layers import DropPath
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from dsquant.config import ModelConfig
 from dsquant.errors import CheckpointError, ConfigError
@@ -210,3 +212,12 @@ def _cells(site: WeightSite | ActivationSite) -> tuple[str, ...]:
         "-" if spec.bias is Bias.NONE else str(spec.bias),
         f"{spec.lr_scale:g}" if spec.method in LEARNED else "-",
     )
+
+
+def stop_dropout(model: nn.Module) -> None:
+    """Have a model keep all values and blocks in training: no dropout, no stochastic depth (timm's DropPath)."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        elif isinstance(module, DropPath):
+            module.drop_prob = 0.0
