@@ -171,6 +171,15 @@ def insert_sites(model: nn.Module, policy: SitePolicy, grad_scale: str = "lsq") 
     raise ConfigError(f"{type(model).__name__} has no quantization sites in dsquant; families with sites: {known}")
 
 
+def stop_dropout(model: nn.Module) -> None:
+    """Have a model keep all values and blocks in training: no dropout, no stochastic depth (timm's DropPath)."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        elif isinstance(module, DropPath):
+            module.drop_prob = 0.0
+
+
 def describe(model: nn.Module) -> str:
     """Return a table of every quantization site of a model, a line each, weights first.
 
@@ -212,12 +221,3 @@ def _cells(site: WeightSite | ActivationSite) -> tuple[str, ...]:
         "-" if spec.bias is Bias.NONE else str(spec.bias),
         f"{spec.lr_scale:g}" if spec.method in LEARNED else "-",
     )
-
-
-def stop_dropout(model: nn.Module) -> None:
-    """Have a model keep all values and blocks in training: no dropout, no stochastic depth (timm's DropPath)."""
-    for module in model.modules():
-        if isinstance(module, _DropoutNd):
-            module.p = 0.0
-        elif isinstance(module, DropPath):
-            module.drop_prob = 0.0
