@@ -350,6 +350,9 @@ class DistillConfig(Section):
     temperature they were made at.
     `hidden` weighs the squared distance to the teacher's hidden states: of text the embedding output and every layer's output
     (BiT); of images every block's output, relative to the teacher's squared norm.
+    `replace_tokens`: the share of a sentence's tokens that are replaced, anew in every epoch, by tokens of like meaning: by one
+    of the 15 whose word embeddings, in the model that the run starts with, are closest. The teacher sees them too; the label
+    is that of another sentence then.
     """
 
     teacher: str
@@ -357,6 +360,7 @@ class DistillConfig(Section):
     hard: NonNegative = 0.0
     hidden: NonNegative = 0.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    replace_tokens: Fraction = 0.0
 
     @model_validator(mode="after")
     def _hidden_of_a_model(self):
@@ -364,6 +368,8 @@ class DistillConfig(Section):
             raise ValueError(
                 f"hidden states need an online teacher, not {SOFT_LABELS}; name a stage, or set hidden to 0"
             )
+        if self.replace_tokens and self.hard:
+            raise ValueError("labels (hard) do not hold for a sentence of other tokens (replace_tokens); set one to 0")
         return self
 
 
@@ -491,6 +497,20 @@ class RunConfig(Section):
             seen.append(name)
         if stray := sorted(self.targets.keys() - set(seen)):
             raise ValueError(f"targets.{stray[0]}: no such stage; stages are {seen}")
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_can_be_replaced(self):
+        for name, stage in self.stages.items():
+            key = f"stages.{name}.distill.replace_tokens"
+            if stage.distill is None or not stage.distill.replace_tokens:
+                continue
+            if self.data.task != "text":
+                raise ValueError(f"{key} is for sentences; data.task is {self.data.task}")
+            if not (self.model.pretrained or self.model.checkpoint):
+                raise ValueError(
+                    f"{key} needs embeddings that mean something; set model.pretrained or model.checkpoint"
+                )
         return self
 
     @model_validator(mode="after")

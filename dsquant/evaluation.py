@@ -15,10 +15,15 @@ from dsquant.models import logits_of, move
 METRICS = ("f1", "matthews", "pearson_spearman")
 
 
-def transform_of(config: DataConfig, train: bool, tokenizer: Any = None):
-    """Build what turns samples into a model's inputs: an image transform, or the tokenizer of a folder for text."""
+def transform_of(
+    config: DataConfig, train: bool, tokenizer: Any = None, replace: Callable[[Tensor], Tensor] | None = None
+):
+    """Build what turns samples into a model's inputs: an image transform, or the tokenizer of a folder for text.
+
+    replace: what is then done to a sentence's tokens.
+    """
     if config.task == "text":
-        return Tokenize(tokenizer, config.max_length, config.pad_to)
+        return Tokenize(tokenizer, config.max_length, config.pad_to, replace)
     return build_transform(
         image_size=config.image_size,
         channels=config.channels,

@@ -41,7 +41,15 @@ from dsquant.models import Weights, build_model, insert_sites, model_outputs, op
 from dsquant.nonfinite import first_nonfinite
 from dsquant.preemption import Stopped, StopRequest
 from dsquant.quant.calibrate import calibrate
-from dsquant.run_data import damage_of_all_ranks, eval_stream, images_per_batch, open_data, open_tokenizer, train_stream
+from dsquant.run_data import (
+    damage_of_all_ranks,
+    eval_stream,
+    images_per_batch,
+    open_data,
+    open_similar_tokens,
+    open_tokenizer,
+    train_stream,
+)
 from dsquant.telemetry.console import Console, closing_table
 from dsquant.telemetry.metrics import METRICS_FILE, MetricsLog, write_summary
 from dsquant.telemetry.report import write_report
@@ -108,6 +116,7 @@ class Run:
         self.train_shards, self.val_shards = open_data(config.data, run_dir, world.rank)
         self.stored_crops = StoredCrops.of_recipe(config, self.train_shards)
         self.tokenizer = open_tokenizer(config, run_dir, world.rank)
+        self.similar = open_similar_tokens(config, run_dir, world)
         self.score = score_name(config.data)
         self.totals = {name: self._total_steps(stage) for name, stage in config.stages.items()}
         self.start = latest_checkpoint(run_dir, list(config.stages)) if resume else None
@@ -185,7 +194,14 @@ class Run:
         engine = Engine(model, self.config, stage, self.ds_config, self.world, total, weights)
         del model, weights
         self.stream = stream = train_stream(
-            self.config, stage, self.train_shards, self.stored_crops, self.tokenizer, self.world, self.order_ranks
+            self.config,
+            stage,
+            self.train_shards,
+            self.stored_crops,
+            self.tokenizer,
+            self.similar,
+            self.world,
+            self.order_ranks,
         )
         for key in BEST:
             self.summary.pop(key, None)

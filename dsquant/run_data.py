@@ -1,5 +1,6 @@
 """The data of a run, opened by all ranks together: shards, the tokenizer, and how many samples make a batch."""
 
+import re
 from pathlib import Path
 
 import torch.distributed as dist
@@ -7,19 +8,25 @@ import torch.distributed as dist
 from dsquant.config import DataConfig, RunConfig, StageConfig
 from dsquant.data import (
     EvalStream,
+    ReplaceTokens,
     ShardCache,
     ShardSet,
     StoredCrops,
     TrainStream,
     copy_tokenizer,
     damage_report,
+    load_tokenizer,
     make_digits,
+    similar_tokens,
+    write_similar_tokens,
 )
 from dsquant.engine import World, micro_batch_size
 from dsquant.errors import ConfigError
 from dsquant.evaluation import transform_of
-from dsquant.models import tokenizer_location
-from dsquant.run_folder import TOKENIZER
+from dsquant.models import tokenizer_location, word_embeddings
+from dsquant.run_folder import SIMILAR_TOKENS, TOKENIZER
+
+UNUSED = re.compile(r"\[unused\d+\]")  # of BERT's vocabulary
 
 
 def open_data(config: DataConfig, run_dir: Path, rank: int) -> tuple[ShardSet, ShardSet]:
@@ -51,6 +58,21 @@ def open_tokenizer(config: RunConfig, run_dir: Path, rank: int) -> Path | None:
     return run_dir / TOKENIZER
 
 
+def open_similar_tokens(config: RunConfig, run_dir: Path, world: World) -> Path | None:
+    """Have rank 0 find which tokens are like which, once in a run, and return the file; None where no stage replaces any."""
+    if not any(stage.distill and stage.distill.replace_tokens for stage in config.stages.values()):
+        return None
+    path = run_dir / SIMILAR_TOKENS
+    if world.rank == 0 and not path.exists():
+        tokenizer = load_tokenizer(run_dir / TOKENIZER)
+        names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        fixed = {i for i, name in enumerate(names) if name in tokenizer.all_special_tokens or UNUSED.fullmatch(name)}
+        embeddings = word_embeddings(config.model)[: len(names)].to(world.device)
+        write_similar_tokens(similar_tokens(embeddings, names, fixed), path)
+    dist.barrier()
+    return path
+
+
 def images_per_batch(config: RunConfig, stage: StageConfig, world_size: int) -> int:
     """Return images per rank and accumulation step; `batch_size` counts crops where an image serves several.
 
@@ -72,14 +94,19 @@ def train_stream(
     shards: ShardSet,
     crops: StoredCrops | None,
     tokenizer: Path | None,
+    similar: Path | None,
     world: World,
     order_ranks: int,
 ) -> TrainStream:
-    """Give this rank its training batches: whole stored crops where there are some, else samples by the recipe's transform."""
-    data = config.data
+    """Give this rank its training batches: whole stored crops where there are some, else samples by the recipe's transform.
+
+    similar: what `open_similar_tokens` returns.
+    """
+    data, share = config.data, stage.distill.replace_tokens if stage.distill else 0.0
+    replace = ReplaceTokens(similar, share) if share else None
     return TrainStream(
         shards,
-        transform=None if crops else transform_of(data, train=True, tokenizer=tokenizer),
+        transform=None if crops else transform_of(data, train=True, tokenizer=tokenizer, replace=replace),
         decode_rows=crops,
         batch_size=images_per_batch(config, stage, world.size),
         rank=world.rank,

@@ -14,6 +14,7 @@ from dsquant.files import write_atomically
 
 RECIPE_FILE = "recipe.yaml"
 TOKENIZER = "tokenizer"  # folder
+SIMILAR_TOKENS = "similar_tokens.safetensors"
 FREE_TO_CHANGE = ("telemetry", "checkpoint", "max_skipped")  # what a resumed run may have otherwise
 
 

@@ -10,12 +10,14 @@ from dsquant.data.shard_writing import write_index, write_shards
 from dsquant.data.shards import ShardSet
 from dsquant.data.soft_labels import StoredCrops, read_settings
 from dsquant.data.stream import EvalStream, TrainStream
-from dsquant.data.text import Tokenize, copy_tokenizer
+from dsquant.data.text import Tokenize, copy_tokenizer, load_tokenizer
 from dsquant.data.text_table import shard_text_table
+from dsquant.data.token_replacement import ReplaceTokens, similar_tokens, write_similar_tokens
 from dsquant.data.transforms import build_transform
 
 __all__ = [
     "EvalStream",
+    "ReplaceTokens",
     "ShardCache",
     "ShardSet",
     "StoredCrops",
@@ -25,11 +27,14 @@ __all__ = [
     "check_shards",
     "copy_tokenizer",
     "damage_report",
+    "load_tokenizer",
     "make_digits",
     "read_settings",
     "shard_image_folder",
     "shard_image_table",
     "shard_text_table",
+    "similar_tokens",
     "write_index",
     "write_shards",
+    "write_similar_tokens",
 ]

@@ -26,12 +26,15 @@ class Tokenize:
     """Turn one or two sentences into int64 input_ids, attention_mask and, where the model has them, token_type_ids, 1-D.
 
     tokenizer: folder of a transformers tokenizer. They are cut to max_length tokens, the longer sentence first, and padded to
-    it, or with `pad_to` "longest" left for `stack` to pad.
+    it, or with `pad_to` "longest" left for `stack` to pad. replace: what is done to input_ids then.
     """
 
-    def __init__(self, tokenizer: str | Path, max_length: int, pad_to: str = "max_length"):
+    def __init__(
+        self, tokenizer: str | Path, max_length: int, pad_to: str = "max_length",
+        replace: Callable[[Tensor], Tensor] | None = None,
+    ):  # fmt: skip
         self.tokenizer = load_tokenizer(tokenizer)
-        self.max_length, self.pad_to = max_length, pad_to
+        self.max_length, self.pad_to, self.replace = max_length, pad_to, replace
         self.padding = {"input_ids": self.tokenizer.pad_token_id}  # other tensors are padded with zeros
 
     def __call__(self, sample: dict[str, str]) -> Tokens:
@@ -43,7 +46,8 @@ class Tokenize:
             padding="max_length" if self.pad_to == "max_length" else False,
             return_attention_mask=True,
         )
-        return {name: torch.tensor(ids, dtype=torch.int64) for name, ids in found.items()}
+        tokens = {name: torch.tensor(ids, dtype=torch.int64) for name, ids in found.items()}
+        return tokens | {"input_ids": self.replace(tokens["input_ids"])} if self.replace else tokens
 
     def stack(self, rows: list[tuple[Tokens, int | float]]) -> tuple[Tokens, Tensor]:
         """Return a batch: tensors (B, N), N that of the longest row, and labels int64 (B,), or float32 for scores."""

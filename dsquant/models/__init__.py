@@ -9,6 +9,7 @@ from dsquant.models.registry import (
     stop_dropout,
     text_model,
     tokenizer_location,
+    word_embeddings,
 )
 from dsquant.models.sites import Sites
 from dsquant.models.weights import Weights, open_weights, skeleton
@@ -29,4 +30,5 @@ __all__ = [
     "stop_dropout",
     "text_model",
     "tokenizer_location",
+    "word_embeddings",
 ]

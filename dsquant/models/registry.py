@@ -86,6 +86,12 @@ def tokenizer_location(config: ModelConfig, tokenizer: str | None = None) -> str
     return location_of(tokenizer or config.name)
 
 
+def word_embeddings(config: ModelConfig) -> Tensor:
+    """Return the word embeddings (V, C) of a text model's float weights, float32; every generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return build_model(config).get_input_embeddings().weight.detach()
+
+
 def text_model(name: str, *, num_classes: int | None = None, checkpoint: str | None = None, max_length: int,
                kwargs: dict[str, Any]) -> ModelConfig:  # fmt: skip
     """Return the ModelConfig of a text model that is looked at and not trained: no dropout of probabilities to be in the way.

@@ -6,13 +6,15 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import BertTokenizerFast
 
+from dsquant.config import load_config
 from dsquant.convert import convert_run, evaluate_packed
-from dsquant.data import shard_text_table
+from dsquant.data import shard_text_table, similar_tokens
 from dsquant.errors import ExportError
 from dsquant.export import load_packed, read_packed
-from dsquant.models import logits_of
+from dsquant.models import build_model, logits_of
 from dsquant.telemetry.metrics import read_summary
 from tests.integration.runs import REPO, ds_config, losses, records, run_forked, train_command
 
@@ -116,8 +118,6 @@ def test_the_packed_file_holds_its_whole_architecture_and_reads_nothing_else(tex
 )
 def test_a_packed_file_that_would_load_more_than_itself_is_refused(text_run, change, said, tmp_path):
     source = text_run("zero1") / "model.packed.safetensors"
-    from safetensors.torch import load_file, save_file
-
     with safe_open(source, "pt") as file:
         header = file.metadata()
     header["model"] = json.dumps({**json.loads(header["model"]), **change})
@@ -130,6 +130,34 @@ def test_the_run_holds_its_tokenizer_and_needs_the_given_one_no_more(text_run):
     run_dir = text_run("zero1")
     assert (run_dir / "tokenizer" / "tokenizer.json").is_file()
     assert read_packed(run_dir / "model.packed.safetensors").model.kwargs["vocab_size"] == 40
+
+
+@pytest.fixture(scope="module")
+def replaced(data, tmp_path_factory):
+    """Runs on two ranks whose quantized stage replaces half of all tokens, from random weights in a file, by ZeRO stage."""
+    folder = tmp_path_factory.mktemp("replaced")
+    overrides = {f"data.{name}": f"{data}/{name}-*.tar" for name in ("train", "val")}
+    model = build_model(load_config(str(TINY_TEXT), overrides).model)
+    save_file(model.state_dict(), folder / "float.safetensors")
+    for zero in ("zero1", "zero3"):
+        options = ["--recipe", TINY_TEXT, "--ds_config", ds_config(zero), "--out_dir", folder / zero]
+        options += [f"--{key}={value}" for key, value in overrides.items()]
+        options += [f"--data.tokenizer={data}/tokenizer", f"--model.checkpoint={folder}/float.safetensors"]
+        options += ["--stages.w2a2.distill.replace_tokens=0.5"]
+        run_forked(train_command(*options, ranks=2), folder / f"{zero}.log").ok()
+    return folder
+
+
+def test_a_stage_that_replaces_tokens_has_the_same_losses_on_every_zero_stage(replaced, text_run):
+    one, three = (losses(replaced / zero) for zero in ("zero1", "zero3"))
+    assert list(one) == list(three) == list(losses(text_run("zero1")))
+    assert max(abs(one[key] - three[key]) for key in one) <= 1e-5
+
+
+def test_tokens_are_replaced_by_those_of_the_runs_own_table(replaced):
+    found = load_file(replaced / "zero3" / "similar_tokens.safetensors")["similar_tokens"]
+    weights = load_file(replaced / "float.safetensors")["bert.embeddings.word_embeddings.weight"]
+    assert torch.equal(found, similar_tokens(weights, WORDS, set(range(5))))
 
 
 def test_the_minilm_recipe_goes_from_float_to_one_bit_by_all_its_stages(data, tmp_path):
