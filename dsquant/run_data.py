@@ -65,9 +65,10 @@ def open_similar_tokens(config: RunConfig, run_dir: Path, world: World) -> Path 
     path = run_dir / SIMILAR_TOKENS
     if world.rank == 0 and not path.exists():
         tokenizer = load_tokenizer(run_dir / TOKENIZER)
-        names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        fixed = {i for i, name in enumerate(names) if name in tokenizer.all_special_tokens or UNUSED.fullmatch(name)}
-        embeddings = word_embeddings(config.model)[: len(names)].to(world.device)
+        embeddings = word_embeddings(config.model).to(world.device)
+        names = [name or "" for name in tokenizer.convert_ids_to_tokens(range(len(embeddings)))]  # "": of no token
+        special = set(tokenizer.all_special_tokens)
+        fixed = {i for i, name in enumerate(names) if not name or name in special or UNUSED.fullmatch(name)}
         write_similar_tokens(similar_tokens(embeddings, names, fixed), path)
     dist.barrier()
     return path

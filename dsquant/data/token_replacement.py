@@ -1,8 +1,8 @@
 """Other sentences out of those there are: tokens give way to some of like meaning, and a teacher says what that makes of them.
 
 Sentences of a small data set leave most of a vocabulary out. Where embeddings are quantized, rows that no sentence reads keep
-the error that quantization made, and validation reads them. Source: TinyBERT (Jiao et al. 2020), section 3.3, by whole words
-and a masked language model besides.
+the error that quantization made, and validation reads them. Source: TinyBERT (Jiao et al. 2020), the augmentation of its
+task-specific distillation, where a masked language model and GloVe say which words are alike, and sentences are written out.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsquant.files import write_atomically
 
-NEIGHBOURS = 15  # TinyBERT's number
+NEIGHBOURS = 15  # as many candidates as TinyBERT has
 CONTINUES, BEGINS = (
     ("##",),
     ("Ġ", "▁"),
