@@ -194,15 +194,9 @@ class Run:
         engine = Engine(model, self.config, stage, self.ds_config, self.world, total, weights)
         del model, weights
         self.stream = stream = train_stream(
-            self.config,
-            stage,
-            self.train_shards,
-            self.stored_crops,
-            self.tokenizer,
-            self.similar,
-            self.world,
+            self.config, stage, self.train_shards, self.stored_crops, self.tokenizer, self.similar, self.world,
             self.order_ranks,
-        )
+        )  # fmt: skip
         for key in BEST:
             self.summary.pop(key, None)
         if resumed is not None:

@@ -16,10 +16,7 @@ from torch import Tensor
 from dsquant.files import write_atomically
 
 NEIGHBOURS = 15  # as many candidates as TinyBERT has
-CONTINUES, BEGINS = (
-    ("##",),
-    ("Ġ", "▁"),
-)  # how tokens of WordPiece go on with a word, and those of other tokenizers begin one
+KINDS = ("##", "Ġ", "▁")  # tokens that go on with a word in WordPiece, and that begin one in other tokenizers
 ROWS = 256  # of similarities at a time
 
 
@@ -32,7 +29,7 @@ def similar_tokens(embeddings: Tensor, tokens: Sequence[str], fixed: set[int], n
     """
     directions = F.normalize(embeddings.float(), dim=1)
     count, own = len(tokens), torch.arange(len(tokens), device=embeddings.device)
-    kind = torch.tensor([_goes_on(token) for token in tokens], device=own.device)
+    kind = torch.tensor([token.startswith(KINDS) for token in tokens], device=own.device)
     free = torch.ones(count, dtype=torch.bool, device=own.device)
     free[sorted(fixed)] = False
     table = own[:, None].repeat(1, neighbours)
@@ -43,10 +40,6 @@ def similar_tokens(embeddings: Tensor, tokens: Sequence[str], fixed: set[int], n
         found = free[rows, None] & best.values.isfinite()
         table[rows, : best.indices.shape[1]] = torch.where(found, best.indices, rows[:, None])
     return table.int().cpu()
-
-
-def _goes_on(token: str) -> int:
-    return 1 if token.startswith(CONTINUES) else 2 if token.startswith(BEGINS) else 0
 
 
 def write_similar_tokens(table: Tensor, path: Path) -> None:

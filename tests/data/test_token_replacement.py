@@ -24,10 +24,8 @@ def brute_force(vectors, tokens, fixed, neighbours):
     vectors = vectors.double()
     table = []
     for i, name in enumerate(tokens):
-        others = [
-            j for j, other in enumerate(tokens) if (j != i and j not in fixed and name[:2] == "##" == other[:2]) or (
-                j != i and j not in fixed and "##" not in (name[:2], other[:2]))
-        ]  # fmt: skip
+        alike = (j for j, other in enumerate(tokens) if other.startswith("##") == name.startswith("##"))
+        others = [j for j in alike if j != i and j not in fixed]
         near = sorted(others, key=lambda j: -float(torch.cosine_similarity(vectors[i], vectors[j], dim=0)))[:neighbours]
         table.append([i] * neighbours if i in fixed else near + [i] * (neighbours - len(near)))
     return torch.tensor(table, dtype=torch.int32)
@@ -37,9 +35,7 @@ def brute_force(vectors, tokens, fixed, neighbours):
 def test_neighbours_are_the_nearest_by_cosine_of_the_same_kind(neighbours):
     found = similar_tokens(embeddings(), TOKENS, FIXED, neighbours)
     assert found.dtype == torch.int32
-    assert torch.equal(
-        found, brute_force(embeddings(), TOKENS, FIXED, neighbours)
-    )  # 29 others go on with a word: filled up
+    assert torch.equal(found, brute_force(embeddings(), TOKENS, FIXED, neighbours))  # of 35, 29 go on with a word
 
 
 def test_lengths_of_embeddings_and_rows_at_a_time_decide_nothing(monkeypatch):
