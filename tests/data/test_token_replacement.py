@@ -8,11 +8,14 @@ from transformers import BertTokenizerFast
 
 from dsquant.config import load_config
 from dsquant.data import ReplaceTokens, Tokenize, TrainStream, shard_text_table, similar_tokens, write_similar_tokens
+from dsquant.engine import World
 from dsquant.errors import ConfigError
+from dsquant.run_data import eval_stream, train_stream
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TOKENS = SPECIAL + [f"w{i}" for i in range(40)] + [f"##c{i}" for i in range(30)]
 FIXED = set(range(len(SPECIAL)))
+DATA = {"data.train": "train-*.tar", "data.val": "val-*.tar"}
 
 
 def embeddings():
@@ -85,15 +88,18 @@ def test_special_tokens_stay(table):
 
 
 @pytest.fixture
-def streams(tmp_path, table):
-    """A function from options to the streams of all ranks, over 48 sentences."""
+def shards(tmp_path):
+    """48 sentences of 6 words, labelled by their number, beside a tokenizer that knows them."""
     (tmp_path / "vocab.txt").write_text("\n".join(TOKENS))
     BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "tokenizer")
     rows = (f"{' '.join(f'w{(3 * i + j) % 40}' for j in range(6))}\t{i}\n" for i in range(48))
     (tmp_path / "rows.tsv").write_text("".join(rows))
-    shards = shard_text_table(
-        tmp_path / "rows.tsv", tmp_path / "out", text_column=0, label_column=1, samples_per_shard=7
-    )
+    return shard_text_table(tmp_path / "rows.tsv", tmp_path / "out", text_column=0, label_column=1, samples_per_shard=7)
+
+
+@pytest.fixture
+def streams(tmp_path, table, shards):
+    """A function from options to the streams of all ranks."""
 
     def make(world_size=1, num_workers=0, replace=True):
         words = Tokenize(tmp_path / "tokenizer", 12, replace=ReplaceTokens(table, 0.5) if replace else None)
@@ -106,13 +112,16 @@ def streams(tmp_path, table):
     return make
 
 
+def by_label(batches):
+    found = {}
+    for tokens, labels in batches:
+        found |= dict(zip(labels.tolist(), tokens["input_ids"].tolist(), strict=True))
+    return found
+
+
 def sentences(streams, start, stop):
     """{label: tokens} of these batches of one epoch, over all ranks."""
-    found = {}
-    for stream in streams:
-        for tokens, labels in islice(stream.batches(start), stop - start):
-            found |= dict(zip(labels.tolist(), tokens["input_ids"].tolist(), strict=True))
-    return found
+    return by_label(batch for stream in streams for batch in islice(stream.batches(start), stop - start))
 
 
 def test_what_a_sentence_becomes_depends_on_seed_epoch_and_sample_alone(streams):
@@ -126,6 +135,22 @@ def test_what_a_sentence_becomes_depends_on_seed_epoch_and_sample_alone(streams)
     assert len(plain) == 48
     assert sum(first[i] != plain[i] for i in plain) >= 40
     assert sum(first[i] != second[i] for i in first) >= 40
+
+
+def test_a_run_replaces_tokens_in_the_stages_that_say_so_and_in_no_validation(shards, table, tmp_path):
+    changes = {"data.max_length": 12, "data.shuffle_buffer": 16, "data.num_workers": 0}
+    changes |= {f"stages.{name}.batch_size": 8 for name in ("fp", "w4a4", "w1a2")}
+    config = load_config("sst2_minilm", DATA | changes | {"stages.w1a2.distill.replace_tokens": 0.5})
+    world = World(rank=0, size=1, device=torch.device("cpu"), bf16=False)
+    rest = (shards, None, tmp_path / "tokenizer", table, world, 1)
+    fp, w4a4, w1a2 = (
+        sentences([train_stream(config, config.stages[name], *rest)], 0, 6) for name in ("fp", "w4a4", "w1a2")
+    )
+    assert fp == w4a4
+    assert len(w1a2) == 48
+    assert sum(w1a2[i] != fp[i] for i in fp) >= 40
+    found = by_label(eval_stream(config.data, shards, tmp_path / "tokenizer", world).batches())
+    assert {i: found[i] for i in range(48)} == fp
 
 
 @pytest.mark.parametrize(
@@ -142,6 +167,3 @@ def test_a_recipe_that_cannot_replace_tokens_is_refused(recipe, changes, named):
     stage = next(name for name, s in load_config(recipe, DATA).stages.items() if s.distill)
     with pytest.raises(ConfigError, match=named):
         load_config(recipe, DATA | {f"stages.{stage}.distill.replace_tokens": 0.3} | changes)
-
-
-DATA = {"data.train": "train-*.tar", "data.val": "val-*.tar"}

@@ -137,7 +137,7 @@ def test_the_run_holds_its_tokenizer_and_needs_the_given_one_no_more(text_run):
     assert read_packed(run_dir / "model.packed.safetensors").model.kwargs["vocab_size"] == ROWS
 
 
-def test_tokens_are_replaced_by_those_of_the_runs_own_table(text_run, data):
+def test_a_run_finds_like_tokens_by_the_weights_it_starts_with(text_run, data):
     found = load_file(text_run("zero3") / "similar_tokens.safetensors")["similar_tokens"]
     weights = load_file(data / "float.safetensors")["bert.embeddings.word_embeddings.weight"]
     assert torch.equal(found, similar_tokens(weights, [*WORDS, "", "", ""], {*range(5), 40, 41, 42}))
