@@ -1,6 +1,7 @@
 """Attention through the four quantizers of a block, and where they stand; every family's attention class takes it."""
 
 import torch
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from dsquant.models.sites import Sites
@@ -134,7 +135,20 @@ def insert_attention(
     become(attention, quant_class, **quantizers)
 
 
+class QuantMlp(Mlp):
+    """Leave the GELU to `fc2` in training on a GPU, whose quantizer takes it in one pass; names are those of timm's Mlp."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        quantizer = self.fc2.input_quantizer
+        if not self.training or x.device.type != "cuda" or quantizer is None or not quantizer.takes_as_is():
+            return super().forward(x)
+        return self.drop2(self.fc2(self.fc1(x), gelu=True))
+
+
 def insert_mlp(name: str, mlp: nn.Module, tokens: int, sites: Sites) -> None:
     """Quantize `fc1` and `fc2` of an MLP: a signed input, and a GELU's output, unsigned with a learned offset."""
     sites.linear(f"{name}.fc1", mlp.fc1, features=tokens * mlp.fc1.in_features)
     sites.linear(f"{name}.fc2", mlp.fc2, features=tokens * mlp.fc2.in_features, signed=False, offset=True)
+    plain = isinstance(mlp.norm, nn.Identity) and mlp.drop1.p == 0
+    if type(mlp) is Mlp and plain and type(mlp.act) is nn.GELU and mlp.act.approximate == "none":
+        become(mlp, QuantMlp)

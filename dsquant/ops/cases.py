@@ -149,7 +149,37 @@ def fake_quantize_cases(device: str) -> list[Case]:
         size = x.numel() * x.element_size()
         cases.append(Case(label=f"forward, {name}", bytes_moved=2 * size, run=forward, **of))
         cases.append(Case(label=f"backward, {name}", bytes_moved=3 * size, run=backward, **of))
-    return cases
+    return cases + gelu_cases(shape, grad)
+
+
+# Inputs whose GELU is far from where codes meet, and from where gradients end, on a grid of 0.4 from -0.1: rounding moves none.
+OFF_BOUNDARIES = (-3.0, -0.5, 0.0, 0.3, 0.45, 0.6, 0.9, 1.1, 2.5)
+
+
+def gelu_cases(shape: tuple[int, ...], grad: Tensor) -> list[Case]:
+    """Return the passes of a GELU with the quantizer behind it, which `quant_linear` takes in training; on GPUs they are one."""
+    device, levels = grad.device, Levels(0, 3)
+    scale, offset = torch.tensor([0.4], device=device), torch.tensor([-0.1], device=device)
+    inputs = torch.tensor(OFF_BOUNDARIES, device=device)
+    chosen = torch.randint(len(inputs), shape, device=device, generator=torch.Generator(device).manual_seed(0))
+    x = inputs[chosen].to(grad.dtype)
+
+    def forward(backend: str) -> Tensor:
+        with backends.forced(backend):
+            return quantize_dequantize(x, scale, offset, levels, gelu=True)
+
+    def backward(backend: str) -> tuple[Tensor, ...]:
+        d_x, x_hat, sums = torch.empty_like(x), torch.empty_like(x), ScaleGradient(scale, offset)
+        with backends.forced(backend):
+            backward_into(x, grad, scale, offset, levels, sums, d_x, x_hat, gelu=True)
+        return d_x, x_hat, sums.parts
+
+    of = {"op": "fake_quantize", "shape": " x ".join(map(str, shape)), "tolerance": 0.01}
+    size = x.numel() * x.element_size()
+    return [
+        Case(label="forward, of a GELU", bytes_moved=2 * size, run=forward, **of),
+        Case(label="backward, of a GELU, with its image", bytes_moved=4 * size, run=backward, **of),
+    ]
 
 
 def quant_linear_cases(device: str) -> list[Case]:
@@ -176,7 +206,8 @@ def attention_cases(device: str) -> list[Case]:
     """Return forward and backward of `quant_attention` at 2 bits, of a ViT; on GPUs of Swin's windows too, beside torch's own."""
     if device == "cpu":
         return [_attention_case("forward and backward", (4, 3, 197, 64), device, torch.float32)]
-    shapes = {"forward and backward": (64, 6, 197, 64), "forward and backward, windows": (4096, 3, 49, 32)}
+    shapes = {"forward and backward": (256, 6, 197, 64), "forward and backward, 128 tokens": (256, 12, 128, 64),
+              "forward and backward, windows": (4096, 3, 49, 32)}  # fmt: skip
     return [_attention_case(label, shape, device, torch.bfloat16) for label, shape in shapes.items()]
 
 

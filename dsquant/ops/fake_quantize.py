@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsquant.ops import backends
@@ -60,10 +61,15 @@ def _scaled(level: Tensor, scale: Tensor, offset: Tensor | None, out: Tensor | N
     return direct if out is None or direct is out else out.copy_(direct)
 
 
-def quantize_dequantize(x: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels) -> Tensor:
-    """Return x_hat in the dtype of x, contiguous: in one native pass, or block by block."""
-    if (native := _native(x, scale)) is not None:
-        return native.forward(x, scale, offset, levels)
+def quantize_dequantize(
+    x: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels, *, gelu: bool = False
+) -> Tensor:  # fmt: skip
+    """Return x_hat, or that of GELU(x), in the dtype of x, contiguous: in one native pass, or block by block."""
+    native = _native(x, scale)
+    if gelu and (native is None or native.backend != backends.TRITON):
+        return quantize_dequantize(F.gelu(x), scale, offset, levels)
+    if native is not None:
+        return native.forward(x, scale, offset, levels, "gelu_quantize" if gelu else "fake_quantize")
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for block in blocks(x):
         dequantize(quantize(x[block], scale, offset, levels), scale, offset, levels, out[block])
@@ -76,18 +82,20 @@ class _Native(NamedTuple):
     inner: int
     backend: str
 
-    def forward(self, x: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels) -> Tensor:
-        """Do `quantize_dequantize`."""
-        run = backends.operator("fake_quantize", self.backend, x.device.type)
+    def forward(
+        self, x: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels, name: str = "fake_quantize"
+    ) -> Tensor:  # fmt: skip
+        """Do `quantize_dequantize` by an operator."""
+        run = backends.operator(name, self.backend, x.device.type)
         grid = levels.qmin, levels.qmax, levels.shift
         return run(x.contiguous(), *self._flat(scale, offset), *grid, backends.isa(self.backend))
 
     def backward(
         self, x: Tensor, grad: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels, sums: "ScaleGradient",
-        d_x: Tensor, x_hat: Tensor | None,
+        d_x: Tensor, x_hat: Tensor | None, name: str = "fake_quantize",
     ) -> None:  # fmt: skip
         """Do `backward_block` in one pass, into contiguous d_x, which may be grad, and x_hat, or None."""
-        run = backends.operator("fake_quantize_backward", self.backend, x.device.type)
+        run = backends.operator(f"{name}_backward", self.backend, x.device.type)
         run(
             x.contiguous(), grad.contiguous(), *self._flat(scale, offset), levels.qmin, levels.qmax, levels.shift,
             levels.low, levels.high, levels.elastic, d_x, x_hat, sums.parts, backends.isa(self.backend),
@@ -166,12 +174,12 @@ class ScaleGradient:
         return self.parts[1].view(self._like.shape) if self._has_offset else None
 
     def put(self, parts: Tensor) -> None:
-        """Add both at once."""
+        """Add both at once, or, where there is no offset, the first alone."""
         self._parts = parts if self._parts is None else self._parts + parts
 
     def results(self, grad_scale: float) -> tuple[Tensor, Tensor | None]:
         """Return float32 gradients; `grad_scale` applies to both, so that scale and offset move at one pace."""
-        found = (self.parts * grad_scale).float().view(2, *self._like.shape)
+        found = (self.parts * grad_scale).float().view(-1, *self._like.shape)
         return found[0], found[1] if self._has_offset else None
 
 
@@ -240,10 +248,20 @@ def backward_block(
 
 def backward_into(
     x: Tensor, grad: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels, sums: ScaleGradient, d_x: Tensor,
-    x_hat: Tensor | None = None,
+    x_hat: Tensor | None = None, *, gelu: bool = False,
 ) -> None:  # fmt: skip
-    """Do `backward_block` for a whole activation: dL/dx into contiguous `d_x`, which may be grad, x_hat into `x_hat`."""
+    """Do `backward_block` for a whole activation: dL/dx into contiguous `d_x`, which may be grad, x_hat into `x_hat`.
+
+    With `gelu` GELU(x) is what is quantized, and is formed again.
+    """
     native = _native(x, scale)
+    if gelu and native is not None and native.backend == backends.TRITON:
+        native.backward(x, grad, scale, offset, levels, sums, d_x, x_hat, "gelu_quantize")
+        return
+    if gelu:
+        backward_into(F.gelu(x), grad, scale, offset, levels, sums, d_x, x_hat)
+        d_x.copy_(torch.ops.aten.gelu_backward(d_x, x))
+        return
     if native is not None and (native.backend == backends.TRITON or grad.dtype is d_x.dtype is torch.float32):
         native.backward(x, grad, scale, offset, levels, sums, d_x, x_hat)
         return
@@ -287,18 +305,11 @@ def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, levels: Level
 # The schemas are here and their kernels in csrc/, attached when the library is loaded: tracing needs no compiler.
 _LIBRARY = torch.library.Library("dsquant", "FRAGMENT")
 _GRID = "Tensor scale, Tensor? offset, int inner, int qmin, int qmax, float shift"
-_LIBRARY.define(f"fake_quantize(Tensor x, {_GRID}, int isa) -> Tensor")
-_LIBRARY.define(
-    f"fake_quantize_backward(Tensor x, Tensor grad, {_GRID}, float low, float high, bool elastic, Tensor(a!) d_x, "
-    "Tensor(b!)? x_hat, Tensor(c!) sums, int isa) -> ()"
-)
-
-
-@torch.library.register_fake("dsquant::fake_quantize", lib=_LIBRARY)
-def _(x, *_):
-    return torch.empty_like(x)
-
-
-@torch.library.register_fake("dsquant::fake_quantize_backward", lib=_LIBRARY)
-def _(*_):
-    return None
+for _name in ("fake_quantize", "gelu_quantize"):
+    _LIBRARY.define(f"{_name}(Tensor x, {_GRID}, int isa) -> Tensor")
+    _LIBRARY.define(
+        f"{_name}_backward(Tensor x, Tensor grad, {_GRID}, float low, float high, bool elastic, Tensor(a!) d_x, "
+        "Tensor(b!)? x_hat, Tensor(c!) sums, int isa) -> ()"
+    )
+    torch.library.register_fake(f"dsquant::{_name}", lambda x, *_: torch.empty_like(x), lib=_LIBRARY)
+    torch.library.register_fake(f"dsquant::{_name}_backward", lambda *_: None, lib=_LIBRARY)

@@ -31,13 +31,15 @@ class WeightGrid(NamedTuple):
 
 class _QuantLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, scale, offset, levels, grad_scale, weight_scale, weight_levels):
+    def forward(ctx, x, weight, bias, scale, offset, levels, grad_scale, gelu, weight_scale, weight_levels):
         ctx.save_for_backward(x, weight, scale, offset)
-        ctx.levels, ctx.grad_scale = levels, grad_scale
+        ctx.levels, ctx.grad_scale, ctx.gelu = levels, grad_scale, gelu
         ctx.has_bias = bias is not None
         backend = integer_backend(x, weight.dtype, weight.shape, scale, levels, weight_levels)
         if backend == backends.TORCH:
-            return F.linear(quantize_dequantize(x, scale, offset, levels), weight, bias)
+            return F.linear(quantize_dequantize(x, scale, offset, levels, gelu=gelu), weight, bias)
+        if gelu:
+            x = F.gelu(x)
         w, x_grid = weight_levels, (levels.qmin, levels.qmax, levels.shift)
         multiply = backends.operator("image_linear_int", backend, x.device.type)
         return multiply(
@@ -50,11 +52,11 @@ class _QuantLinear(torch.autograd.Function):
         sums = ScaleGradient(scale, offset)
         d_x = grad @ weight
         x_hat = torch.empty_like(x, memory_format=torch.contiguous_format)
-        backward_into(x, d_x, scale, offset, ctx.levels, sums, d_x, x_hat)
+        backward_into(x, d_x, scale, offset, ctx.levels, sums, d_x, x_hat, gelu=ctx.gelu)
         rows = grad.reshape(-1, grad.shape[-1])
         d_weight = rows.t() @ x_hat.view(-1, x_hat.shape[-1])
         d_bias = rows.sum(0) if ctx.has_bias else None
-        return d_x, d_weight, d_bias, *sums.results(ctx.grad_scale), None, None, None, None
+        return d_x, d_weight, d_bias, *sums.results(ctx.grad_scale), None, None, None, None, None
 
 
 def quant_linear(
@@ -66,15 +68,17 @@ def quant_linear(
     levels: Levels,
     grad_scale: float = 1.0,
     grid: WeightGrid | None = None,
+    *,
+    gelu: bool = False,
 ) -> Tensor:
-    """Return `linear(fake_quantize(x), weight, bias)` and save x once.
+    """Return `linear(fake_quantize(x), weight, bias)`, or with `gelu` that of GELU(x), and save x once.
 
     x is (..., in), weight (out, in), bias (out,) or None, scale, offset and levels as in `fake_quantize`. The quantized input
     is recomputed in backward. Equal to the composition of the two ops, gradients included, where `grid` is None. With the grid of
     a weight that is an image the product may be taken in integers: it is rounded once, where a float product rounds each sum.
     A weight that is none raises RuntimeError then on CPU; on GPUs outputs of the rows concerned are NaN.
     """
-    return _QuantLinear.apply(x, weight, bias, scale, offset, levels, grad_scale, *(grid or (None, None)))
+    return _QuantLinear.apply(x, weight, bias, scale, offset, levels, grad_scale, gelu, *(grid or (None, None)))
 
 
 def integer_backend(

@@ -54,6 +54,11 @@ class ActivationQuantizer(nn.Module):
         scale, offset = (self._spread(self._values.get(role), x) for role in ("scale", "offset"))
         return QuantArgs(scale, offset, spec.levels, self.grad_scale)
 
+    def takes_as_is(self) -> bool:
+        """Say whether what enters is quantized and nothing else: no bias is added before, nobody is to see it."""
+        observed = self.observer is not None or self.input_observer is not None
+        return self.mode is Mode.QUANTIZE and not observed and "before" not in self._values
+
     def shifted(self, x: Tensor) -> Tensor:
         """Return x plus the bias before the quantizer, where it has one; an observer of inputs sees x first."""
         if self.input_observer is not None:
@@ -115,8 +120,11 @@ class QuantLinear(nn.Linear):
     input_quantizer: ActivationQuantizer | None
     weight_grid: WeightGrid | None = None  # once the weight is an image
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return the layer's output; `bias` stands in for its own where a model keeps it elsewhere (SwinV2's qkv)."""
+    def forward(self, x: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
+        """Return the layer's output; `bias` stands in for its own where a model keeps it elsewhere (SwinV2's qkv).
+
+        With `gelu` what is quantized is GELU(x), which is not kept; a quantizer that `takes_as_is` alone allows it.
+        """
         quantizer, weight = self.input_quantizer, self.weight
         bias = self.bias if bias is None else bias
         if quantizer is None:
@@ -124,7 +132,9 @@ class QuantLinear(nn.Linear):
         x = quantizer.shifted(x)
         args = quantizer.args(x)
         bias = quantizer.shifted_bias(weight, bias)
-        return F.linear(x, weight, bias) if args is None else quant_linear(x, weight, bias, *args, self.weight_grid)
+        if args is None:
+            return F.linear(x, weight, bias)
+        return quant_linear(x, weight, bias, *args, self.weight_grid, gelu=gelu)
 
 
 class QuantConv2d(nn.Conv2d):

@@ -69,6 +69,32 @@ def test_it_equals_autograd_in_float64():
         torch.testing.assert_close(f.double(), e, rtol=1e-4, atol=1e-4)
 
 
+def of_gelu(*tensors):
+    return quant_linear(*tensors, gelu=True)
+
+
+@pytest.mark.parametrize("offset", [True, False])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_with_a_gelu_before_the_quantizer_it_equals_autograd_in_float64(groups, offset):
+    tensors = inputs((5, 7, 12), groups=groups, offset=offset)
+    grad = torch.randn(5, 7, 9)
+    found = outcome(of_gelu, tensors, grad, Levels(0, 3))
+    doubles = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+    x, weight, bias, scale, zero = doubles
+    zero = torch.zeros(()) if zero is None else zero
+    y = (straight_through((F.gelu(x) - zero) / scale, 0, 3) * scale + zero) @ weight.t() + bias
+    expected = [y.detach(), *torch.autograd.grad(y, [t for t in doubles if t is not None], grad.double())]
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f.double(), e, rtol=1e-4, atol=1e-4)
+
+
+def test_with_a_gelu_the_layer_saves_what_enters_the_gelu_and_nothing_else_of_its_size():
+    tensors, saved = inputs((5, 7, 12)), []
+    with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        of_gelu(*tensors, Levels(0, 3))
+    assert [t.data_ptr() for t in saved if t.shape == (5, 7, 12)] == [tensors[0].data_ptr()]
+
+
 def test_bfloat16_equals_the_composition_in_bfloat16():
     tensors = inputs(dtype=torch.bfloat16)
     grad = torch.randn(5, 7, 9).bfloat16()

@@ -56,6 +56,25 @@ def test_forward_is_one_launch_and_backward_two(groups):
     assert [launch.kernel.__name__ for launch in launches] == ["_forward", "_backward", "_add_partial"]
 
 
+def test_the_gelu_of_the_kernels_and_its_slope_are_those_of_float64_to_float32_s_digits():
+    x, scale, wide = torch.linspace(-12, 12, 4001), torch.tensor([2.0**-18]), Levels(-(1 << 22), 1 << 22)
+    exact = x.double().requires_grad_()
+    (slope,) = torch.autograd.grad(torch.nn.functional.gelu(exact).sum(), exact)
+    d_x, x_hat = torch.empty_like(x), torch.empty_like(x)
+    backward_into(x, torch.ones_like(x), scale, None, wide, ScaleGradient(scale, None), d_x, x_hat, gelu=True)
+    assert (d_x - slope).abs().max() < 4e-7
+    assert (x_hat - torch.nn.functional.gelu(exact)).abs().max() < 0.5 * float(scale) + 1e-6
+    assert torch.equal(quantize_dequantize(x, scale, None, wide, gelu=True), x_hat)
+
+
+def test_a_gelu_costs_no_launch_more():
+    x, scale = torch.zeros(2, 3, 13, 24), torch.ones(1)
+    with gpu.recorded() as launches:
+        quantize_dequantize(x, scale, None, LEVELS, gelu=True)
+        backward_into(x, x, scale, None, LEVELS, ScaleGradient(scale, None), torch.empty_like(x), gelu=True)
+    assert [launch.kernel.__name__ for launch in launches] == ["_forward", "_backward", "_add_partial"]
+
+
 @pytest.mark.parametrize("size", [1e-42, 1e-30, 1e-15, 0.1, 1e15, 1e30])
 def test_quotients_by_scales_of_any_size_are_rounded_as_those_of_division(size):
     """At ties, and one unit of the last digit beside them. The interpreter divides: what compiled kernels do, `make gpu` says."""
