@@ -121,16 +121,17 @@ def backward(of: Attention, backend: str, kept: Tensor | None, grad: Tensor, sum
     if (probs := sums.of_sites[2]) is not None:
         one = of.args[2].scale.numel() == 1
         if one:
-            probs.put(of_probs.flatten(1).sum(1, keepdim=True, dtype=torch.float64))
+            kinds = 1 if of.args[2].offset is None else 2  # nothing is left of an offset that is not there
+            probs.put(of_probs[:kinds].flatten(1).sum(1, keepdim=True, dtype=torch.float64))
         else:
             probs.put(torch.stack([_sum_to(part, of.args[2].scale.shape).view(-1) for part in of_probs]))
+    of_all = by_head.sum(1, keepdim=True)
     for i, (x, d_x) in enumerate(zip((of.q, of.k, of.v), d_qkv, strict=True)):
         args, to = of.args[QKV[i]], sums.of_sites[QKV[i]]
         if args is None:
             continue
         if _one_a_head(of, args.scale):
-            mine = by_head[2 * i : 2 * i + 2]
-            to.put(mine.sum(1, keepdim=True) if args.scale.numel() == 1 else mine)
+            to.put((of_all if args.scale.numel() == 1 else by_head)[2 * i : 2 * i + 2])
         else:
             d_qkv[i] = torch.empty_like(x, memory_format=torch.contiguous_format)
             backward_into(x, d_x, args.scale, args.offset, args.levels, to, d_qkv[i])

@@ -25,6 +25,7 @@ from dsquant.ops.gpu.quant_attention import (
     dot,
     in_units,
     inverse_of,
+    kept_sums,
     level_of,
     level_of_probs,
     load_rows,
@@ -32,6 +33,7 @@ from dsquant.ops.gpu.quant_attention import (
     of_queries,
     operand,
     padded,
+    parts_of,
     probabilities,
     quant_attention,
     scale_of,
@@ -42,21 +44,22 @@ from dsquant.ops.gpu.quant_attention import (
     unit_of,
 )
 
+SUMS = 1024  # that are added up at a time
 PROGRAMS = 1024  # into which the gradient of the bias is cut by runs of the batch, where heads and blocks are fewer
 
 
 @triton.jit
-def _through_probs(p, g, scale, offset, GRID: tl.constexpr):
+def _through_probs(p, g, inverse, zero, GRID: tl.constexpr):
     """Return dL/dp of the gradient g of the image of p, and the level of p, or p itself where it is not quantized.
 
-    scale and offset, of queries, are shaped to broadcast.
+    The inverse of the scale, and `zero`, offset over scale or None, of queries, are shaped to broadcast.
     """
     d_p, level = g, p
     if GRID is not None:
-        v = p * tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+        v = p * inverse
         inside = v <= GRID[4]
-        if offset is not None:
-            v = v - tl.math.div_rn(offset, scale)
+        if zero is not None:
+            v = v - zero
             inside = (v >= GRID[3]) & (v <= GRID[4])
             level = level_of(v, GRID)
         else:
@@ -68,14 +71,31 @@ def _through_probs(p, g, scale, offset, GRID: tl.constexpr):
 
 
 @triton.jit
-def _of_probs(p, d_p, g, level, scale, offset, axis: tl.constexpr, GRID: tl.constexpr):
+def _of_probs(p, d_p, g, level, inverse, zero, GRID: tl.constexpr):
     """Return the sums over keys of p dL/dp, and of what is added to d scale: G level, less dL/dp v unless the grid is elastic."""
-    delta, of_scale = tl.sum(p * d_p, axis=axis), tl.sum(g * level, axis=axis)
+    delta, of_scale = tl.sum(p * d_p, axis=1), tl.sum(g * level, axis=1)
     if GRID is not None and not GRID[5]:
-        of_scale -= tl.math.div_rn(delta, scale)
-        if offset is not None:
-            of_scale += tl.math.div_rn(offset, scale) * tl.sum(d_p, axis=axis)
+        of_scale -= delta * inverse
+        if zero is not None:
+            of_scale += zero * tl.sum(d_p, axis=1)
     return delta, of_scale
+
+
+@triton.jit
+def _grid_of_probs(scale, offset, head, query, length, h, n, GRID: tl.constexpr):
+    """Return of each query the scale of probabilities, its inverse, the offset, and offset over scale; zeros where there is none.
+
+    Formed before a loop where they can be: compilers leave divisions in it.
+    """
+    s = tl.zeros_like(query).to(tl.float32)
+    inverse, o, zero = s, s, s
+    if GRID is not None:
+        s = of_queries(scale, head, query, length, h, n)
+        inverse = inverse_of(s)
+        if offset is not None:
+            o = of_queries(offset, head, query, length, h, n)
+            zero = tl.math.div_rn(o, s)
+    return s, inverse, o, zero
 
 
 @triton.jit
@@ -98,10 +118,10 @@ def _through_site(x, d_hat, sums, row, length, scale, offset, head, GRID: tl.con
 
 
 @triton.jit
-def _of_window(q, k, v, grad, d_q, d_k, d_v, d_scale, d_offset, d_factor, d_bias, sums, bias, mask, factor, q_scale, q_offset,
-               k_scale, k_offset, p_scale, p_offset, v_scale, v_offset, batch, run, heads, length, mask_rows, q_b, q_h, q_n,
-               k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, dq_b, dq_h, dq_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n, factor_h,
-               factor_n, p_h, p_n, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k, Q_GRID: tl.constexpr,
+def _of_window(q, k, v, grad, d_q, d_k, d_v, d_scale, d_offset, d_factor, d_bias, q_sums, kv_sums, bias, mask, factor, q_scale,
+               q_offset, k_scale, k_offset, p_scale, p_offset, v_scale, v_offset, batch, run, heads, length, mask_rows, q_b,
+               q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, dq_b, dq_h, dq_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
+               factor_h, factor_n, p_h, p_n, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k, Q_GRID: tl.constexpr,
                K_GRID: tl.constexpr, P_GRID: tl.constexpr, V_GRID: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
                DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
     """Go over the images [part * run, (part + 1) * run) of the batch, and sum dL/ds in d_bias (parts, heads, length, length)."""
@@ -113,11 +133,7 @@ def _of_window(q, k, v, grad, d_q, d_k, d_v, d_scale, d_offset, d_factor, d_bias
     unit_q, unit_k = unit_of(q_scale, q_offset, head, Q_GRID), unit_of(k_scale, k_offset, head, K_GRID)
     of_softmax = of_queries(factor, head, token, length, factor_h, factor_n)
     by, there = of_softmax * (unit_q * unit_k), token < length
-    scale, offset = by, by
-    if P_GRID is not None:
-        scale = of_queries(p_scale, head, token, length, p_h, p_n)
-        if p_offset is not None:
-            offset = of_queries(p_offset, head, token, length, p_h, p_n)
+    scale, inverse, offset, zero = _grid_of_probs(p_scale, p_offset, head, token, length, p_h, p_n, P_GRID)
     if d_bias is not None:
         of_bias = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     for image in range(first, tl.minimum(first + run, batch)):
@@ -134,36 +150,36 @@ def _of_window(q, k, v, grad, d_q, d_k, d_v, d_scale, d_offset, d_factor, d_bias
         else:
             own = mask + (image % mask_rows) * mask_b + head * mask_h
             s = scores(queries, keys, by, token, token, length, bias, own, bias_q, bias_k, mask_q, mask_k)
-        _, e, total = statistics(s)
+        _, e, total = statistics(s, bias, mask)
         p, of_image = e * inverse_of(total)[:, None], dot(g, tl.trans(values))
         at = row * length + token
         if p_offset is None:
-            d_p, image_p = _through_probs(p, of_image, scale[:, None], None, P_GRID)
-            delta, of_scale = _of_probs(p, d_p, of_image, image_p, scale, None, 1, P_GRID)
+            d_p, image_p = _through_probs(p, of_image, inverse[:, None], None, P_GRID)
+            delta, of_scale = _of_probs(p, d_p, of_image, image_p, inverse, None, P_GRID)
             if P_GRID is not None:
                 image_p = image_p * scale[:, None]
         else:
-            d_p, level = _through_probs(p, of_image, scale[:, None], offset[:, None], P_GRID)
-            delta, of_scale = _of_probs(p, d_p, of_image, level, scale, offset, 1, P_GRID)
+            d_p, level = _through_probs(p, of_image, inverse[:, None], zero[:, None], P_GRID)
+            delta, of_scale = _of_probs(p, d_p, of_image, level, inverse, zero, P_GRID)
             image_p = level * scale[:, None] + offset[:, None]
             tl.store(d_offset + at, tl.sum(of_image - d_p, axis=1) * unit_v, mask=there)
         if P_GRID is not None:
             tl.store(d_scale + at, of_scale * unit_v, mask=there)
-        at_sums = sums + row * 6
         of_values = dot(tl.trans(cast(image_p, g.dtype)), g)
-        of_values = _through_site(raw_v, of_values, at_sums + 4, token, length, v_scale, v_offset, head, V_GRID)
+        at_sums = kv_sums + row * 4
+        of_values = _through_site(raw_v, of_values, at_sums + 2, token, length, v_scale, v_offset, head, V_GRID)
         store_rows(d_v + image * dv_b + head * dv_h, of_values, token, dv_n, length, DIM_V)
         d_s = p * (d_p - delta[:, None])
         if d_bias is not None:
             of_bias += d_s * unit_v
         of_keys = dot(tl.trans(cast(d_s * of_softmax[:, None], queries.dtype)), queries) * (unit_v * unit_q)
-        of_keys = _through_site(raw_k, of_keys, at_sums + 2, token, length, k_scale, k_offset, head, K_GRID)
+        of_keys = _through_site(raw_k, of_keys, at_sums, token, length, k_scale, k_offset, head, K_GRID)
         store_rows(d_k + image * dk_b + head * dk_h, of_keys, token, dk_n, length, DIM)
         of_product = dot(cast(d_s, keys.dtype), keys) * (unit_v * unit_k)
         if d_factor is not None:
             tl.store(d_factor + at, tl.sum(of_product * queries.to(tl.float32), axis=1) * unit_q, mask=there)
         of_product = of_product * of_softmax[:, None]
-        of_product = _through_site(raw_q, of_product, at_sums, token, length, q_scale, q_offset, head, Q_GRID)
+        of_product = _through_site(raw_q, of_product, q_sums + row * 2, token, length, q_scale, q_offset, head, Q_GRID)
         store_rows(d_q + image * dq_b + head * dq_h, of_product, token, dq_n, length, DIM)
     if d_bias is not None:
         where = tl.program_id(0).to(tl.int64) * length * length + token[:, None] * length + token[None, :]
@@ -171,15 +187,14 @@ def _of_window(q, k, v, grad, d_q, d_k, d_v, d_scale, d_offset, d_factor, d_bias
 
 
 @triton.jit
-def _of_queries(q, k, v, raw_q, grad, d_q, top_of, total_of, delta_of, d_scale, d_offset, d_factor, sums, bias, mask, factor,
-                q_scale, q_offset, k_scale, k_offset, p_scale, p_offset, v_scale, v_offset, heads, length, mask_rows, q_b,
-                q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, dq_b, dq_h, dq_n, rq_b, rq_h, rq_n, factor_h, factor_n,
-                p_h, p_n, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k, Q_GRID: tl.constexpr, K_GRID: tl.constexpr,
-                P_GRID: tl.constexpr, V_GRID: tl.constexpr, READY: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-                DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
-    blocks = tl.cdiv(length, BLOCK_Q)
-    row = tl.program_id(0) // blocks
-    query = (tl.program_id(0) % blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+def _of_queries(q, k, v, raw_q, grad, d_q, top_of, inverse_at, delta_of, d_scale, d_offset, d_factor, sums, bias, mask, factor,
+                q_scale, q_offset, k_scale, k_offset, p_scale, p_offset, v_scale, v_offset, first, blocks, slot, slots, heads,
+                length, mask_rows, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, dq_b, dq_h, dq_n, rq_b, rq_h,
+                rq_n, factor_h, factor_n, p_h, p_n, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k,
+                Q_GRID: tl.constexpr, K_GRID: tl.constexpr, P_GRID: tl.constexpr, V_GRID: tl.constexpr, READY: tl.constexpr,
+                BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
+    row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    query = first + block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     image, head = (row // heads).to(tl.int64), row % heads
     if bias is not None:
         bias += head * bias_h
@@ -193,47 +208,33 @@ def _of_queries(q, k, v, raw_q, grad, d_q, top_of, total_of, delta_of, d_scale, 
     unit_q, unit_k = unit_of(q_scale, q_offset, head, Q_GRID), unit_of(k_scale, k_offset, head, K_GRID)
     of_softmax = of_queries(factor, head, query, length, factor_h, factor_n)
     by = of_softmax * (unit_q * unit_k)
-    scale, offset = by, by
-    if P_GRID is not None:
-        scale = of_queries(p_scale, head, query, length, p_h, p_n)
-        if p_offset is not None:
-            offset = of_queries(p_offset, head, query, length, p_h, p_n)
+    _scale, of_grid, _offset, zero = _grid_of_probs(p_scale, p_offset, head, query, length, p_h, p_n, P_GRID)
     at, there = row.to(tl.int64) * length + query, query < length
-    top, total = tl.load(top_of + at, mask=there, other=0.0), tl.load(total_of + at, mask=there, other=1.0)
+    top, inverse = kept_sums(top_of, inverse_at, at, there, bias, mask)
     delta, sum_scale, sum_offset = tl.zeros_like(by), tl.zeros_like(by), tl.zeros_like(by)
-    for start in range(0, length, BLOCK_K):
-        key = start + tl.arange(0, BLOCK_K)
-        keys = operand(load_rows(k, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID, READY)
-        values = operand(load_rows(v, key, v_n, length, DIM_V), key, length, v_scale, v_offset, head, V_GRID, READY)
-        p = probabilities(
-            dot(queries, tl.trans(keys)), by[:, None], top[:, None], total[:, None], bias, mask, query[:, None], key[None, :],
-            length, bias_q, bias_k, mask_q, mask_k,
-        )  # fmt: skip
-        of_image = dot(g, tl.trans(values))
-        if p_offset is None:
-            d_p, level = _through_probs(p, of_image, scale[:, None], None, P_GRID)
-            of_keys, of_scale = _of_probs(p, d_p, of_image, level, scale, None, 1, P_GRID)
-        else:
-            d_p, level = _through_probs(p, of_image, scale[:, None], offset[:, None], P_GRID)
-            of_keys, of_scale = _of_probs(p, d_p, of_image, level, scale, offset, 1, P_GRID)
-            sum_offset += tl.sum(of_image - d_p, axis=1)
-        delta += of_keys
-        sum_scale += of_scale
     of_product = tl.zeros([BLOCK_Q, padded(DIM)], tl.float32)
+    of_mean = tl.zeros([BLOCK_Q, padded(DIM)], tl.float32)
     for start in range(0, length, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
         keys = operand(load_rows(k, key, k_n, length, DIM), key, length, k_scale, k_offset, head, K_GRID, READY)
         values = operand(load_rows(v, key, v_n, length, DIM_V), key, length, v_scale, v_offset, head, V_GRID, READY)
         p = probabilities(
-            dot(queries, tl.trans(keys)), by[:, None], top[:, None], total[:, None], bias, mask, query[:, None], key[None, :],
+            dot(queries, tl.trans(keys)), by[:, None], top[:, None], inverse[:, None], bias, mask, query[:, None], key[None, :],
             length, bias_q, bias_k, mask_q, mask_k,
         )  # fmt: skip
         of_image = dot(g, tl.trans(values))
         if p_offset is None:
-            d_p, _ = _through_probs(p, of_image, scale[:, None], None, P_GRID)
+            d_p, level = _through_probs(p, of_image, of_grid[:, None], None, P_GRID)
+            of_row, of_scale = _of_probs(p, d_p, of_image, level, of_grid, None, P_GRID)
         else:
-            d_p, _ = _through_probs(p, of_image, scale[:, None], offset[:, None], P_GRID)
-        of_product += dot(cast(p * (d_p - delta[:, None]), keys.dtype), keys)
+            d_p, level = _through_probs(p, of_image, of_grid[:, None], zero[:, None], P_GRID)
+            of_row, of_scale = _of_probs(p, d_p, of_image, level, of_grid, zero, P_GRID)
+            sum_offset += tl.sum(of_image - d_p, axis=1)
+        delta += of_row
+        sum_scale += of_scale
+        of_product += dot(cast(p * d_p, keys.dtype), keys)
+        of_mean += dot(cast(p, keys.dtype), keys)
+    of_product -= delta[:, None] * of_mean
     tl.store(delta_of + at, delta, mask=there)
     if P_GRID is not None:
         tl.store(d_scale + at, sum_scale * unit_v, mask=there)
@@ -244,22 +245,20 @@ def _of_queries(q, k, v, raw_q, grad, d_q, top_of, total_of, delta_of, d_scale, 
         tl.store(d_factor + at, tl.sum(of_product * queries.to(tl.float32), axis=1) * unit_q, mask=there)
     of_product = of_product * of_softmax[:, None]
     raw = load_rows(raw_q + image * rq_b + head * rq_h, query, rq_n, length, DIM)
-    of_product = _through_site(
-        raw, of_product, sums + tl.program_id(0).to(tl.int64) * 2, query, length, q_scale, q_offset, head, Q_GRID
-    )
+    at_sums = sums + (row.to(tl.int64) * slots + slot + block) * 2
+    of_product = _through_site(raw, of_product, at_sums, query, length, q_scale, q_offset, head, Q_GRID)
     store_rows(d_q + image * dq_b + head * dq_h, of_product, query, dq_n, length, DIM)
 
 
 @triton.jit
-def _of_keys(q, k, v, raw_k, raw_v, grad, d_k, d_v, top_of, total_of, delta_of, sums, bias, mask, factor, q_scale, q_offset,
-             k_scale, k_offset, p_scale, p_offset, v_scale, v_offset, heads, length, mask_rows, q_b, q_h, q_n, k_b, k_h, k_n,
-             v_b, v_h, v_n, g_b, g_h, g_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n, rk_b, rk_h, rk_n, rv_b, rv_h, rv_n, factor_h,
-             factor_n, p_h, p_n, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k, Q_GRID: tl.constexpr,
-             K_GRID: tl.constexpr, P_GRID: tl.constexpr, V_GRID: tl.constexpr, READY: tl.constexpr, BLOCK_Q: tl.constexpr,
-             BLOCK_K: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
-    blocks = tl.cdiv(length, BLOCK_K)
-    row = tl.program_id(0) // blocks
-    key = (tl.program_id(0) % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
+def _of_keys(q, k, v, raw_k, raw_v, grad, d_k, d_v, top_of, inverse_at, delta_of, sums, bias, mask, factor, q_scale, q_offset,
+             k_scale, k_offset, p_scale, p_offset, v_scale, v_offset, first, blocks, slot, slots, heads, length, mask_rows,
+             q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n, rk_b, rk_h, rk_n,
+             rv_b, rv_h, rv_n, factor_h, factor_n, p_h, p_n, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k,
+             Q_GRID: tl.constexpr, K_GRID: tl.constexpr, P_GRID: tl.constexpr, V_GRID: tl.constexpr, READY: tl.constexpr,
+             BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr):  # fmt: skip
+    row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    key = first + block * BLOCK_K + tl.arange(0, BLOCK_K)
     image, head = (row // heads).to(tl.int64), row % heads
     if bias is not None:
         bias += head * bias_h
@@ -274,36 +273,37 @@ def _of_keys(q, k, v, raw_k, raw_v, grad, d_k, d_v, top_of, total_of, delta_of, 
     unit_q, unit_k = unit_of(q_scale, q_offset, head, Q_GRID), unit_of(k_scale, k_offset, head, K_GRID)
     of_keys = tl.zeros([BLOCK_K, padded(DIM)], tl.float32)
     of_values = tl.zeros([BLOCK_K, padded(DIM_V)], tl.float32)
+    query = tl.arange(0, BLOCK_Q)  # what is the same for all queries is so for these
+    of_softmax = of_queries(factor, head, query, length, factor_h, factor_n)
+    scale, of_grid, offset, zero = _grid_of_probs(p_scale, p_offset, head, query, length, p_h, p_n, P_GRID)
     for start in range(0, length, BLOCK_Q):
         query = start + tl.arange(0, BLOCK_Q)
         at, there = row.to(tl.int64) * length + query, query < length
         queries = operand(load_rows(q, query, q_n, length, DIM), query, length, q_scale, q_offset, head, Q_GRID, READY)
         g = load_rows(grad, query, g_n, length, DIM_V)
-        of_softmax = of_queries(factor, head, query, length, factor_h, factor_n)
-        top, total = tl.load(top_of + at, mask=there, other=0.0), tl.load(total_of + at, mask=there, other=1.0)
+        if factor_n is not None:
+            of_softmax = of_queries(factor, head, query, length, factor_h, factor_n)
+        if p_n is not None:
+            scale, of_grid, offset, zero = _grid_of_probs(p_scale, p_offset, head, query, length, p_h, p_n, P_GRID)
+        top, inverse = kept_sums(top_of, inverse_at, at, there, bias, mask)
         p = probabilities(
-            dot(keys, tl.trans(queries)), (of_softmax * (unit_q * unit_k))[None, :], top[None, :], total[None, :], bias, mask,
+            dot(keys, tl.trans(queries)), (of_softmax * (unit_q * unit_k))[None, :], top[None, :], inverse[None, :], bias, mask,
             query[None, :], key[:, None], length, bias_q, bias_k, mask_q, mask_k,
         )  # fmt: skip
         of_image = dot(values, tl.trans(g))
-        if P_GRID is None:
-            d_p, image_p = of_image, p
+        if p_offset is None:
+            d_p, image_p = _through_probs(p, of_image, of_grid[None, :], None, P_GRID)
+            if p_n is not None:  # else once, at the end
+                image_p = image_p * scale[None, :]
         else:
-            scale = of_queries(p_scale, head, query, length, p_h, p_n)
-            if p_offset is None:
-                d_p, image_p = _through_probs(p, of_image, scale[None, :], None, P_GRID)
-                if p_n is not None:  # else once, at the end
-                    image_p = image_p * scale[None, :]
-            else:
-                offset = of_queries(p_offset, head, query, length, p_h, p_n)
-                d_p, image_p = _through_probs(p, of_image, scale[None, :], offset[None, :], P_GRID)
-                image_p = image_p * scale[None, :] + offset[None, :]
+            d_p, image_p = _through_probs(p, of_image, of_grid[None, :], zero[None, :], P_GRID)
+            image_p = image_p * scale[None, :] + offset[None, :]
         of_values += dot(cast(image_p, g.dtype), g)
         d_s = p * (d_p - tl.load(delta_of + at, mask=there, other=0.0)[None, :])
         if factor_n is not None:  # else once, at the end
             d_s = d_s * of_softmax[None, :]
         of_keys += dot(cast(d_s, queries.dtype), queries)
-    at_sums = sums + tl.program_id(0).to(tl.int64) * 4
+    at_sums = sums + (row.to(tl.int64) * slots + slot + block) * 4
     of_keys = of_keys * (unit_v * unit_q)
     if factor_h is None:
         of_keys = of_keys * factor
@@ -320,7 +320,7 @@ def _of_keys(q, k, v, raw_k, raw_v, grad, d_k, d_v, top_of, total_of, delta_of, 
 
 
 @triton.jit
-def _of_bias(q, k, v, grad, d_bias, top_of, total_of, delta_of, batch, run, bias, mask, factor, q_scale, q_offset, k_scale,
+def _of_bias(q, k, v, grad, d_bias, top_of, inverse_at, delta_of, batch, run, bias, mask, factor, q_scale, q_offset, k_scale,
              k_offset, p_scale, p_offset, v_scale, v_offset, heads, length, mask_rows, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h,
              v_n, g_b, g_h, g_n, factor_h, factor_n, p_h, p_n, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k,
              Q_GRID: tl.constexpr, K_GRID: tl.constexpr, P_GRID: tl.constexpr, V_GRID: tl.constexpr, READY: tl.constexpr,
@@ -335,11 +335,7 @@ def _of_bias(q, k, v, grad, d_bias, top_of, total_of, delta_of, batch, run, bias
     unit_v = unit_of(v_scale, v_offset, head, V_GRID)
     units = unit_of(q_scale, q_offset, head, Q_GRID) * unit_of(k_scale, k_offset, head, K_GRID)
     by = of_queries(factor, head, query, length, factor_h, factor_n) * units
-    scale, offset = by, by
-    if P_GRID is not None:
-        scale = of_queries(p_scale, head, query, length, p_h, p_n)
-        if p_offset is not None:
-            offset = of_queries(p_offset, head, query, length, p_h, p_n)
+    _scale, of_grid, _offset, zero = _grid_of_probs(p_scale, p_offset, head, query, length, p_h, p_n, P_GRID)
     found, there = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), query < length
     for image in range(first, tl.minimum(first + run, batch)):
         at = (image * heads + head) * length + query
@@ -351,27 +347,47 @@ def _of_bias(q, k, v, grad, d_bias, top_of, total_of, delta_of, batch, run, bias
         values = load_rows(v + image * v_b + head * v_h, key, v_n, length, DIM_V)
         values = operand(values, key, length, v_scale, v_offset, head, V_GRID, READY)
         g = load_rows(grad + image * g_b + head * g_h, query, g_n, length, DIM_V)
-        top, total = tl.load(top_of + at, mask=there, other=0.0), tl.load(total_of + at, mask=there, other=1.0)
+        top, inverse = kept_sums(top_of, inverse_at, at, there, bias, mask)
         of_row = tl.load(delta_of + at, mask=there, other=0.0)
         product = dot(queries, tl.trans(keys))
         if mask is None:
             p = probabilities(
-                product, by[:, None], top[:, None], total[:, None], bias, mask, query[:, None], key[None, :], length, bias_q,
+                product, by[:, None], top[:, None], inverse[:, None], bias, mask, query[:, None], key[None, :], length, bias_q,
                 bias_k, mask_q, mask_k,
             )  # fmt: skip
         else:
             own = mask + (image % mask_rows) * mask_b + head * mask_h
             p = probabilities(
-                product, by[:, None], top[:, None], total[:, None], bias, own, query[:, None], key[None, :], length, bias_q,
+                product, by[:, None], top[:, None], inverse[:, None], bias, own, query[:, None], key[None, :], length, bias_q,
                 bias_k, mask_q, mask_k,
             )  # fmt: skip
         if p_offset is None:
-            d_p, _ = _through_probs(p, dot(g, tl.trans(values)), scale[:, None], None, P_GRID)
+            d_p, _level = _through_probs(p, dot(g, tl.trans(values)), of_grid[:, None], None, P_GRID)
         else:
-            d_p, _ = _through_probs(p, dot(g, tl.trans(values)), scale[:, None], offset[:, None], P_GRID)
+            d_p, _level = _through_probs(p, dot(g, tl.trans(values)), of_grid[:, None], zero[:, None], P_GRID)
         found += p * (d_p - of_row[:, None])
     where = plane.to(tl.int64) * length * length + query[:, None] * length + key[None, :]
     tl.store(d_bias + where, found * unit_v, mask=there[:, None] & (key < length)[None, :])
+
+
+@triton.jit
+def _sum_sites(q_sums, kv_sums, d_sites, images, heads, n_q, n_kv, BLOCK: tl.constexpr):
+    """Add up, in float64, what programs left of a head of all images: of q, k and v the sums for scale and offset in turn."""
+    head, kind = tl.program_id(0), tl.program_id(1)
+    if kind < 2:
+        _sum_of_head(q_sums + kind, d_sites, images, head, heads, n_q, 2, BLOCK)
+    else:
+        _sum_of_head(kv_sums + kind - 2, d_sites, images, head, heads, n_kv, 4, BLOCK)
+
+
+@triton.jit
+def _sum_of_head(sums, d_sites, images, head, heads, slots, step, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, images * slots, BLOCK):
+        line = first + tl.arange(0, BLOCK)
+        at = ((line // slots * heads + head).to(tl.int64) * slots + line % slots) * step
+        total += tl.load(sums + at, mask=line < images * slots, other=0.0).to(tl.float64)
+    tl.store(d_sites + tl.program_id(1) * heads + head, tl.sum(total))
 
 
 def quant_attention_backward(
@@ -384,7 +400,7 @@ def quant_attention_backward(
     Of scale and offset of q, k and v in turn for each head (6, H); of those of the probabilities for each image (2, B, H, N)
     float32, of the softmax scale likewise (B, H, N), and of the bias (H, N, N), float64.
     """
-    batch, heads, length, dim = q.shape
+    batch, heads, length, _ = q.shape
     told = arguments(q, k, v, bias, mask, factor, softmax_scale, scales, grids)
     told |= (
         {"grad": grad}
@@ -396,33 +412,39 @@ def quant_attention_backward(
     of_probs = (
         dict.fromkeys(("d_scale", "d_offset")) if d_probs is None else {"d_scale": d_probs[0], "d_offset": d_probs[1]}
     )
-    tiles = tiles_of(length, max(dim, v.shape[-1]), q.dtype, architecture(q.device))
-    by_queries, by_keys = tiles.queries.arguments(length), tiles.keys.arguments(length)
-    down, across = triton.cdiv(length, by_queries["BLOCK_Q"]), triton.cdiv(length, by_keys["BLOCK_K"])
+    tiles = tiles_of(told, architecture(q.device))
+    by_keys, sizes = tiles.keys.arguments(length), {"images": batch, "heads": heads, "BLOCK": SUMS}
     new = lambda *size: torch.empty(size, dtype=torch.float32, device=q.device)  # noqa: E731
     if tiles.whole(length):
         run = 1 if d_bias is None else triton.cdiv(batch, max(1, PROGRAMS // heads))
         parts = triton.cdiv(batch, run)
-        of_bias, sums = None if d_bias is None else new(parts, heads, length, length), new(batch, heads, 6)
+        of_bias = None if d_bias is None else new(parts, heads, length, length)
+        of_q, of_kv = new(batch, heads, 2), new(batch, heads, 4)
         launch(
-            _of_window, (parts * heads,), d_q=d_q, d_k=d_k, d_v=d_v, d_factor=d_factor, d_bias=of_bias, sums=sums, batch=batch,
-            run=run, **of_probs, **by_keys, **told,
+            _of_window, (parts * heads,), d_q=d_q, d_k=d_k, d_v=d_v, d_factor=d_factor, d_bias=of_bias, q_sums=of_q,
+            kv_sums=of_kv, batch=batch, run=run, **of_probs, **by_keys, **told,
         )  # fmt: skip
-        _sum_sites(((0, 6, sums),), scales, d_sites)
+        launch(_sum_sites, (heads, 6), q_sums=of_q, kv_sums=of_kv, d_sites=d_sites, n_q=1, n_kv=1, **sizes)
     else:
-        delta, of_q, of_kv = new(batch, heads, length), new(batch, heads, down, 2), new(batch, heads, across, 4)
-        told |= {"top_of": kept[0], "total_of": kept[1], "delta_of": delta}
-        told |= _strides_of("rq", q) | _strides_of("rk", k) | _strides_of("rv", v)
-        told = made_ready(told)
+        down = parts_of(length, "BLOCK_Q", tiles.queries, tiles.few)
+        across = parts_of(length, "BLOCK_K", tiles.keys, tiles.few and tiles.few.turned())
+        slots = [sum(part.blocks for part in parts) for parts in (down, across)]
+        delta, of_q, of_kv = new(batch, heads, length), new(batch, heads, slots[0], 2), new(batch, heads, slots[1], 4)
+        told |= {"top_of": kept[0], "inverse_at": kept[1], "delta_of": delta}
+        told = made_ready(told | _strides_of("rq", q) | _strides_of("rk", k) | _strides_of("rv", v), "qkv")
+        for part in down:
+            launch(
+                _of_queries, (batch * heads * part.blocks,), d_q=d_q, d_factor=d_factor, sums=of_q, raw_q=q,
+                **of_probs, **part.told(slots[0]), **_without(told, "dk", "dv", "rk", "rv"),
+            )  # fmt: skip
+        for part in across:
+            launch(
+                _of_keys, (batch * heads * part.blocks,), d_k=d_k, d_v=d_v, sums=of_kv, raw_k=k, raw_v=v,
+                **part.told(slots[1]), **_without(told, "dq", "rq"),
+            )  # fmt: skip
         launch(
-            _of_queries, (batch * heads * down,), d_q=d_q, d_factor=d_factor, sums=of_q,
-            **of_probs, **by_queries, **_without(told, "dk", "dv", "rk", "rv"), raw_q=q,
-        )  # fmt: skip
-        launch(
-            _of_keys, (batch * heads * across,), d_k=d_k, d_v=d_v, sums=of_kv, raw_k=k, raw_v=v, **by_keys,
-            **_without(told, "dq", "rq"),
-        )  # fmt: skip
-        _sum_sites(((0, 2, of_q), (2, 6, of_kv)), scales, d_sites)
+            _sum_sites, (heads, 6), q_sums=of_q, kv_sums=of_kv, d_sites=d_sites, n_q=slots[0], n_kv=slots[1], **sizes
+        )
         if d_bias is not None:
             tile = by_keys
             down, across = triton.cdiv(length, tile["BLOCK_Q"]), triton.cdiv(length, tile["BLOCK_K"])
@@ -443,15 +465,6 @@ def _strides_of(name: str, x: Tensor) -> dict[str, int]:
 def _without(told: dict[str, Any], *names: str) -> dict[str, Any]:
     """Return what a kernel is told that writes no tensors of these names."""
     return {key: value for key, value in told.items() if key.rpartition("_")[0] not in names}
-
-
-def _sum_sites(parts: tuple[tuple[int, int, Tensor], ...], scales: list[Tensor | None], d_sites: Tensor) -> None:
-    """Add up what programs left of the sites `first` to `last` of d_sites, where they have any; others' values are not read."""
-    quantized = [scales[i] is not None for i in (0, 0, 2, 2, 6, 6)]
-    for first, last, found in parts:
-        if any(quantized[first:last]):
-            sums = found.movedim(-1, 0)
-            torch.sum(sums, [1, *range(3, sums.dim())], dtype=torch.float64, out=d_sites[first:last])
 
 
 OPERATORS = (quant_attention_backward,)
