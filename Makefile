@@ -51,9 +51,9 @@ gpu: venv  ## on a machine with a GPU: check its kernels, and time them into doc
 	$(IN_VENV) DSQ_TEST_DEVICE=cuda python -m pytest -q -n 8 tests/ops/gpu
 	$(IN_VENV) python tools/bench.py ops --device=cuda --out=docs/results/gpu-ops.json
 	$(IN_VENV) python tools/bench.py packed --device=cuda --shapes=768x3072,4096x4096 --m=1,12608 --out=docs/results/gpu-packed.json
-	for model in deit_small_patch16_224 swin_tiny_patch4_window7_224; do for product in torch triton; do \
-	  $(IN_VENV) DSQ_BACKEND=quant_linear=$$product python tools/bench.py step --model $$model --batch 256 \
-	    --out=docs/results/gpu-step-$$model-$$product.json || exit 1; done; done
+	for model in deit_small_patch16_224:2048 swin_tiny_patch4_window7_224:1024; do \
+	  $(IN_VENV) python tools/bench.py step --model $${model%:*} --batch $${model#*:} --steps 5 \
+	    --out=docs/results/gpu-step-$${model%%_patch*}.json || exit 1; done
 
 clean:  ## remove caches and build output; .venv and runs stay
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis

@@ -223,18 +223,18 @@ def _attention_case(label: str, shape: tuple[int, ...], device: str, dtype: torc
         mask = torch.where(_randn(64, 1, length, length, device=device) > 1, -100.0, 0.0).to(dtype)
         learned.append(added)
 
-    def both(backend: str) -> Tensor:
+    def both(backend: str) -> tuple[Tensor, ...]:
         with backends.forced(f"quant_attention={backend}"), torch.enable_grad():
             out = quant_attention(*leaves, dim**-0.5, signed, signed, probs, signed, bias=added, mask=mask)
-            return torch.cat([g.flatten() for g in torch.autograd.grad(out, learned, grad)])
+            return torch.autograd.grad(out, learned, grad)
 
-    def in_float() -> Tensor:
+    def in_float() -> tuple[Tensor, ...]:
         with torch.enable_grad():
             scores = added
             if mask is not None:  # as timm adds it
                 scores = (added + mask.repeat(batch // len(mask), 1, 1, 1)).contiguous()
             out = F.scaled_dot_product_attention(*leaves, attn_mask=scores)
-            return torch.cat([g.flatten() for g in torch.autograd.grad(out, learned, grad)])
+            return torch.autograd.grad(out, learned, grad)
 
     size = 8 * grad.numel() * grad.element_size()
     # A probability within rounding of a boundary between two codes may fall to either side, and moves a few gradients.
