@@ -27,7 +27,7 @@ def block(x, qkv_weight, qkv_bias, out_weight, scales, offset):
         QuantArgs(scale, None, grid) for scale, grid in zip(scales[1:5], (*[SIGNED] * 2, UNSIGNED, SIGNED), strict=True)
     ]
     y = quant_attention(q, k, v, 0.25, *args).transpose(1, 2).reshape(x.shape)
-    y = quant_linear(y, out_weight, None, scales[5], None, SIGNED)
+    y = quant_linear(y, out_weight, None, scales[5], None, SIGNED, gelu=True)
     return fake_quantize(y.relu(), scales[6], None, UNSIGNED)
 
 
@@ -86,8 +86,8 @@ def test_on_gpus_a_block_is_one_graph_of_the_kernels_operators_forward_and_backw
         y = torch.compile(block, backend=keep, fullgraph=True)(*leaves(2, "cuda"))
     assert (y.device.type, y.shape) == ("cuda", (2, TOKENS, FEATURES))
     assert len(graphs) == 1
-    once = dict.fromkeys(("quant_attention", "quant_attention_backward"), 1)
-    assert operators(graphs) == {"fake_quantize": 3, "fake_quantize_backward": 3} | once
+    once = ("quant_attention", "quant_attention_backward", "gelu_quantize", "gelu_quantize_backward")
+    assert operators(graphs) == {"fake_quantize": 2, "fake_quantize_backward": 2} | dict.fromkeys(once, 1)
 
 
 def test_gpu_operators_survive_the_partition_into_forward_and_backward(monkeypatch):
@@ -109,5 +109,6 @@ def test_gpu_operators_survive_the_partition_into_forward_and_backward(monkeypat
         shapes = [t.shape for t in results(torch.compile(block, backend=backend, fullgraph=True), given)]
     assert shapes[0] == shapes[1] == (2, TOKENS, FEATURES)
     assert {part: len(graphs) for part, graphs in parts.items()} == {"forward": 1, "backward": 1}
-    assert operators(parts["forward"]) == {"fake_quantize": 3, "quant_attention": 1}
-    assert operators(parts["backward"]) == {"fake_quantize_backward": 3, "quant_attention_backward": 1}
+    assert operators(parts["forward"]) == {"fake_quantize": 2, "gelu_quantize": 1, "quant_attention": 1}
+    backward = {"fake_quantize_backward": 2, "gelu_quantize_backward": 1, "quant_attention_backward": 1}
+    assert operators(parts["backward"]) == backward

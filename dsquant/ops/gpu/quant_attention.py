@@ -1,7 +1,8 @@
 """Attention through its four quantizers as Triton kernels: q, k and v are quantized as they are read, nothing of N^2 is stored.
 
 A program takes a block of queries of one head of one image (row `image * heads + head`). Where a block of keys holds the whole
-sequence, scores are formed once; else it goes over the keys twice, first for the maximum and the sum of each row of scores.
+sequence, scores are formed once (`_forward_rows`); else it goes over the keys twice, first for the maximum and the sum of each
+row of scores (`_forward`).
 Where several programs share a head, k and v are quantized by a kernel of their own first, once, to operands (READY).
 Backward is in `quant_attention_backward.py`.
 
@@ -31,7 +32,7 @@ OPERAND_ROWS = 64  # of a program that makes operands
 class Tile(NamedTuple):
     """Say how many queries and keys a program takes at a time, and its warps and stages: what spills a few registers at most.
 
-    `registers` a thread are enough where `plain` says so, and let one program more run at once.
+    `registers` a thread are enough where `is_plain`, and let one program more run at once.
     """
 
     queries: int
@@ -127,11 +128,9 @@ def tiles_of(told: dict[str, Any], arch: int) -> Tiles:
     if plain:
         return tiles
     tiles = Tiles(*(tile and tile._replace(registers=None) for tile in tiles))
-    if told["p_offset"] is not None and not tiles.whole(
-        told["length"]
-    ):  # no register is left for loads that are under way
-        tiles = tiles._replace(queries=tiles.queries._replace(stages=1))
-    return tiles
+    if told["p_offset"] is None or tiles.whole(told["length"]):
+        return tiles
+    return tiles._replace(queries=tiles.queries._replace(stages=1))  # no register is left for loads that are under way
 
 
 @triton.jit
@@ -206,9 +205,10 @@ def exp(x):
 
 @triton.jit
 def keep_sums(kept, inverse_at, top, total, at, there, bias, mask):
-    """Keep of each row of scores what `probabilities` takes: `less`, a power of 2; or the maximum, and the sum's inverse.
+    """Keep of each row of scores what `probabilities` takes: the power of 2 by which its exponentials are to shrink, one number.
 
-    A mask may be the lowest number, which would swallow the logarithm of a sum.
+    Or, with a bias or mask, the maximum and the sum's inverse: a mask may be the lowest number, which would swallow the
+    logarithm of a sum.
     """
     if bias is None and mask is None:
         tl.store(kept + at, -tl.log2(total) - top, mask=there)

@@ -3,9 +3,9 @@
 With s the scores, p = softmax(s), p_hat its image and G = g v_hat^T the image's gradient: dL/dp = G where p lies on the grid,
 else 0; dL/ds = p (dL/dp - delta), delta = sum_j p_j dL/dp_j over the whole row. (It is not g . out: that takes p_hat = p.)
 
-Forward has left the maximum and the sum of each row of scores, so that probabilities come of a product at once. `_of_queries`
-goes over the keys twice, for the sums of its rows and for the gradients of queries; `_of_keys`, which turns scores round, has
-those of keys and values with these sums at hand. A sequence of one block has `_of_window` for both, and for the gradient of
+Forward has left what turns a product to a probability at once. `_of_queries` goes over the keys once: with delta known only at
+the end of a row, its gradients are (p dL/dp) k - delta (p k), two products. `_of_keys`, which turns scores round, has those of
+keys and values with these sums at hand. A sequence of one block has `_of_window` for both, and for the gradient of
 the bias, of a run of images; longer ones have `_of_bias`. What passes a site's grid is decided where its gradient is summed,
 and the gradients of a scale and an offset are one sum a program. Each sum is of one program; what programs leave is added up
 in float64: no atomics, no result depends on their order.
@@ -476,7 +476,8 @@ def samples() -> None:
     kinds = {  # tokens, features, probabilities' grid, whether all is learned and added
         torch.float32: ((16, 32, plain, False), (197, 32, elastic, True), (197, 64, plain, True), (197, 128, plain, False)),
         torch.bfloat16: (
-            (49, 32, plain, True), (49, 32, plain, False), (64, 64, plain, True), (197, 64, plain, False),
+            (49, 32, plain, True), (49, 32, plain, False), (64, 64, plain, True), (128, 64, plain, False),
+            (128, 64, elastic, True), (197, 64, plain, False),
             (197, 64, plain, True), (577, 64, plain, False), (577, 64, elastic, True), (197, 128, plain, False),
             (197, 128, elastic, True), (197, 256, None, True),
         ),
