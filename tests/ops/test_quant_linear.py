@@ -186,6 +186,14 @@ def test_the_product_with_an_image_is_exact_and_its_gradients_are_those_of_float
         assert torch.equal(known[0], exact)
 
 
+def test_with_a_gelu_the_product_with_an_image_takes_codes_of_what_the_gelu_gives(each_backend):
+    _, weight_scale, weight_levels, w_hat = image(2, "lsq", 9)
+    x, args = torch.randn(5, 4, 37), QuantArgs(torch.tensor([0.3]), torch.tensor([-0.1]), Levels(0, 3))
+    grid = WeightGrid(weight_scale, weight_levels)
+    found = quant_linear(x, w_hat, None, *args, grid, gelu=True)
+    assert torch.equal(found, quant_linear(F.gelu(x), w_hat, None, *args, grid))
+
+
 @pytest.mark.parametrize("factor", [1.01, 1e30, float("nan")])
 def test_a_weight_that_is_no_image_is_refused(each_backend, factor):
     _, scale, levels, w_hat = image(2, "lsq", 3)
