@@ -1,6 +1,6 @@
 """Every GPU kernel compiles for the GPUs of a cluster, on a machine that has none: down to machine code.
 
-A kernel may spill a few registers, where that lets one program more run at once; compilers differ by as many.
+Attention's may spill a few registers, where that lets one program more run at once; compilers differ by as many.
 
 Those in CUDA C++ need nvcc, which the extra `dev` brings: a skip would hide kernels that do not compile.
 """
@@ -25,4 +25,5 @@ def test_every_kernel_compiles_within_the_limits_of_a_gpu(kind, arch):
     assert len(lines) >= 10
     assert all(line.startswith(f"sm_{arch} ") for line in lines)
     for line in lines:
-        assert int(line.rpartition(" ")[2]) <= FEW_BYTES, f"spilled registers: {line}"
+        most = FEW_BYTES if " quant_attention" in line else 0
+        assert int(line.rpartition(" ")[2]) <= most, f"spilled registers: {line}"
