@@ -1,6 +1,7 @@
 """Measure the shard step against torch's fused AdamW on the same weights, interleaved in one run."""
 
 import json
+import os
 from collections.abc import Callable
 
 import torch
@@ -42,9 +43,11 @@ def shard(
     for backend in (backends.TORCH, *backends.ON_CPU):
         if backends.availability(backend).available:
             runs[backend], inner = _shard_step(backend, spec, shapes, numel)
-            before[backend] = _new_gradients(inner)
-    seconds = interleaved(runs, steps, before=before)
-    base, fastest = seconds["fused_adamw"], list(runs)[-1]
+            before[backend] = _new_gradients(inner, backend)
+    fastest = list(runs)[-1]
+    with backends.forced(backends.TORCH):  # which each of them replaces, before its steps
+        seconds, passes = interleaved(runs, steps, before=before), _passes(runs[fastest], before[fastest])
+    base = seconds["fused_adamw"]
     line = json.dumps(
         {
             "weights": numel,
@@ -52,7 +55,7 @@ def shard(
             "threads": torch.get_num_threads(),
             "seconds": seconds,
             "over_fused_adamw": {name: value / base for name, value in seconds.items()},
-            "passes": _passes(runs[fastest], before[fastest]),
+            "passes": passes,
             "torch": torch.__version__,
         }
     )
@@ -79,12 +82,15 @@ def _adamw(numel: int) -> torch.optim.AdamW:
     return torch.optim.AdamW([flat], lr=1e-4, fused=True)
 
 
-def _new_gradients(inner: torch.optim.AdamW) -> Callable[[], None]:
-    """Return what gives a flat a gradient in memory of its own, as DeepSpeed's ZeRO does before each step."""
+def _new_gradients(inner: torch.optim.AdamW, backend: str = backends.TORCH) -> Callable[[], None]:
+    """Return what gives a flat a gradient in memory of its own, as DeepSpeed's ZeRO does before each step, which `backend`
+    takes.
+    """
     (flat,) = inner.param_groups[0]["params"]
     source, kept = flat.grad.clone(), []
 
     def renew() -> None:
+        os.environ["DSQ_BACKEND"] = backend  # as a run does, once; to do so in a step would be timed
         kept[:] = [source.clone()]  # freed here, before the next step, and not while a step is timed
         (flat.grad,) = kept
 
@@ -118,10 +124,9 @@ def _shard_step(
         optimizer.quantization = quantization
 
     def step() -> None:
-        with backends.forced(backend):
-            quantization.begin_step(0.5, 1.0)
-            optimizer.step()
-            flat.grad = None  # as DeepSpeed does, but where it offloads
-            quantization.finish_step()
+        quantization.begin_step(0.5, 1.0)
+        optimizer.step()
+        flat.grad = None  # as DeepSpeed does, but where it offloads
+        quantization.finish_step()
 
     return step, inner

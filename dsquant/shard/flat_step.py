@@ -111,7 +111,7 @@ class FlatStore:
     def _room_for_images(self, shown: Tensor) -> Tensor:
         """Return the gradient's memory, or other where that does not lie as the flat does."""
         grad = self.flat.grad
-        if grad.is_contiguous() and grad.shape == shown.shape and (grad.is_pinned() or not self._pinned):
+        if grad.is_contiguous() and grad.shape == shown.shape and (not self._pinned or grad.is_pinned()):
             return grad.detach()
         return torch.empty_like(shown, pin_memory=self._pinned)
 

@@ -17,7 +17,7 @@ class ScalePlan:
     """Say which groups of some weights `ScaleStep` steps: where their scales lie, and the factors of their gradients.
 
     `columns` are theirs in sums over all groups, None for all; `before` has room for the scales before a step, and `grads` are
-    theirs in the state, where they lie in one slice.
+    theirs in the state, where they lie in one slice. `backend` steps them.
     """
 
     columns: Tensor | None
@@ -25,6 +25,7 @@ class ScalePlan:
     factor: Tensor
     before: Tensor
     grads: Tensor | None
+    backend: str
 
 
 class ScaleStep:
@@ -46,11 +47,11 @@ class ScaleStep:
         """Step scales by the gradients that were kept; `plan.before` holds them as they were."""
         if not plan.factor.numel():
             return
-        state, backend = self.state, backends.choose("shard_step", self.state.values.device.type)
-        if backend in backends.ON_CPU and isinstance(plan.where, slice) and state.optimizer == "adam":
+        state = self.state
+        if plan.backend in backends.ON_CPU and isinstance(plan.where, slice) and state.optimizer == "adam":
             adam = ScaleAdam(lr_factor, *self.betas, ADAM_EPS, SCALE_FLOOR, state.step_count)
             parts = (state.values, state.exp_avg, state.exp_avg_sq, state.grads, state.lr)
-            scales(*parts, plan.before, plan.where.start, adam, backend)
+            scales(*parts, plan.before, plan.where.start, adam, plan.backend)
             return
         plan.before.copy_(state.values[plan.where])
         state.update(plan.where, lr_factor, self.betas)
@@ -82,7 +83,8 @@ class ScaleStep:
         where = places(self.state, [w for w in weights if w.learned], "scale")
         factor = factor[learned].to(device)
         grads = self.state.grads[where] if isinstance(where, slice) else None
-        return ScalePlan(columns, where, factor, torch.empty_like(factor, dtype=torch.float32), grads)
+        backend = backends.choose("shard_step", device.type)
+        return ScalePlan(columns, where, factor, torch.empty_like(factor, dtype=torch.float32), grads, backend)
 
     def known_factor(self, weight: ShardedWeight) -> float:
         """Return the factor of the gradient of a weight's scales, or 1 where it follows from sums."""
