@@ -11,7 +11,7 @@ import threading
 import time
 from datetime import timedelta
 
-LOST, LEFT = "dsquant/lost", "left"
+LOST, LEFT, TOLD = "dsquant/lost", "left", "dsquant/told"
 STORE = "rank 0, which holds the ranks together, is gone or hangs"
 
 
@@ -22,6 +22,7 @@ class Heartbeat:
         self.where, self._error = "the start", False
         self._over, self._heard = threading.Event(), 0.0
         self._threads: list[threading.Thread] = []
+        self._store, self._told = None, False  # by rank 0, before this rank has told of its error
         self._leaving = threading.Lock()
 
     def start(self, rank: int, world_size: int) -> None:
@@ -57,6 +58,23 @@ class Heartbeat:
         for thread in self._threads:
             thread.join(timeout=1.5 * self.silence_s)
 
+    def rank_0_tells(self, within_s: float) -> bool:
+        """Wait, after `stop`, for rank 0 to end with an error, whose message it prints; say whether it does, or has before."""
+        deadline = time.monotonic() + within_s
+        while time.monotonic() < deadline:
+            if self._rank_0_told():
+                return True
+            time.sleep(0.05)
+        return False
+
+    def _rank_0_told(self) -> bool:
+        if self._store is None or self._told:
+            return self._told
+        try:
+            return self._store.check([TOLD])
+        except RuntimeError:  # rank 0 has gone since: it has been told of this rank's error
+            return False
+
     def _key(self, rank: int) -> str:
         return f"dsquant/beat/{rank}"
 
@@ -82,10 +100,14 @@ class Heartbeat:
                     self._leave(lost)
             self._store.set(self._key(self.rank), LEFT)
             if self._error:
+                self._told = self._store.check([TOLD])
+                if self.rank == 0:
+                    self._store.set(TOLD, "")
                 self._store.set(LOST, f"rank {self.rank} has ended; its message says why")
         except RuntimeError as error:  # DistNetworkError, DistStoreError
             if not self._over.is_set():
                 self._leave(f"{STORE} ({str(error).splitlines()[0]})")
+            self._told = "imed out" not in str(error)  # gone, and not hanging
 
     def _guard(self) -> None:
         """Leave where the store does not answer: a rank 0 that hangs holds up whoever asks it."""

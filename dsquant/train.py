@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from pathlib import Path
 
 # The launcher puts this file's own folder first on the path, where dsquant's modules would pass for top-level ones.
@@ -87,7 +86,8 @@ def main() -> None:
         HEARTBEAT.stop(error=True)
         if os.environ.get("RANK", "0") != "0":
             STOP.release()
-            time.sleep(5)  # what every rank meets, rank 0 reports; the launcher then ends the others
+            if HEARTBEAT.rank_0_tells(within_s=5):  # what every rank meets; the launcher then ends the others
+                sys.exit(1)
         sys.exit(f"dsquant: {error}")
     except RuntimeError as error:
         if not any(sign in str(error) for sign in LOST_PEER):

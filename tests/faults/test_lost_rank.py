@@ -137,3 +137,43 @@ def test_a_rank_that_is_busy_alone_for_long_is_not_lost(run_ranks):
     silence = 4
     kwargs = {"seconds": 2.5 * silence, "env": {"DSQ_SILENCE_S": str(silence)}}
     assert run_ranks(2, "tests.faults.test_lost_rank:beat_while_busy", **kwargs) == [0, 1]
+
+
+def leave(failing, rank_0_first):
+    """Leave, some ranks with an error, one after the other; return whether rank 1 may be silent about it."""
+    from dsquant import heartbeat
+
+    rank, found = torch.distributed.get_rank(), heartbeat.Heartbeat()
+    found.start(rank, 2)
+    if (rank == 0) is not rank_0_first:
+        time.sleep(1)
+    found.stop(error=rank in failing)
+    if rank == 1:
+        return found.rank_0_tells(within_s=0.5 if rank_0_first else 3)
+    time.sleep(2)  # the store is this process's
+    return None
+
+
+@pytest.mark.parametrize("rank_0_first", [True, False])
+def test_rank_0_alone_tells_what_both_ranks_meet(run_ranks, rank_0_first):
+    target, kwargs = "tests.faults.test_lost_rank:leave", {"rank_0_first": rank_0_first}
+    assert run_ranks(2, target, failing=[0, 1], **kwargs)[1] is True
+    assert run_ranks(2, target, failing=[1], **kwargs)[1] is False
+
+
+def fail_when_rank_0_is_gone():
+    from dsquant import heartbeat
+
+    rank, found = torch.distributed.get_rank(), heartbeat.Heartbeat()
+    found.start(rank, 2)
+    if rank == 0:
+        found.stop(error=True)
+        return None
+    time.sleep(5)
+    found.stop(error=True)
+    return found.rank_0_tells(within_s=0.5)
+
+
+def test_rank_0_has_told_where_it_is_gone_before_another_fails(run_ranks):
+    kwargs = {"env": {"DSQ_SILENCE_S": "200"}}  # nobody looks for it in the meantime
+    assert run_ranks(2, "tests.faults.test_lost_rank:fail_when_rank_0_is_gone", **kwargs)[1] is True
