@@ -33,9 +33,9 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make(optimizer="adamw", device="cpu", **quant):
+def make(optimizer="adamw", device="cpu", depth=SMALL["depth"], **quant):
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", **SMALL).to(device)
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL | {"depth": depth}).to(device)
     tensor = {"n_bits": 2}
     config = QuantConfig(**{"weight": tensor, "activation": tensor, **quant})
     sites = insert_sites(model, config.policy())
