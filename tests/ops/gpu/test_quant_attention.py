@@ -15,11 +15,11 @@ FEW = 4
 FLOAT32 = 3e-6  # what rounding alone may make of float32: a GPU's powers of 2 err by two last bits
 GRIDS = {"q": Levels(-2, 1), "k": Levels(-4, 3), "probs": Levels(0, 3), "v": Levels(-2, 1)}
 SHAPES = {  # B, H, N, D, D of v
-    "one token": (2, 2, 1, 16, 16), "windows": (2, 2, 49, 32, 32), "windows of 24 features": (2, 1, 49, 24, 24),
+    "one token": (2, 2, 1, 16, 16), "windows": (1, 2, 49, 32, 32), "windows of 24 features": (2, 1, 49, 24, 24),
     "a block to the last token": (1, 2, 64, 16, 16), "a token more": (1, 1, 65, 16, 16), "a prime": (1, 1, 53, 48, 48),
     "ViT": (1, 1, 197, 64, 64), "72 features": (1, 1, 35, 72, 72), "128 features": (1, 1, 35, 128, 128),
     "a block of keys for two of queries": (1, 2, 24, 128, 128),
-    "keys wider than values": (1, 2, 50, 192, 64), "256 features": (1, 1, 33, 256, 80),
+    "keys wider than values": (1, 1, 50, 192, 64), "256 features": (1, 1, 33, 256, 80),
 }  # fmt: skip
 
 
@@ -288,11 +288,11 @@ def test_padded_keys_get_no_gradient_and_a_row_of_padding_is_what_it_is_in_the_d
 
 @pytest.mark.parametrize(("length", "dtype"), [(20, torch.bfloat16), (40, torch.float32)], ids=["a window", "blocks"])
 def test_results_do_not_change_from_run_to_run_nor_with_how_the_batch_is_cut_for_the_bias(length, dtype, monkeypatch):
-    given = case((6, 2, length, 16, 16), dtype, bias=True, mask=(3, 1, length, length))
+    given = case((4, 2, length, 16, 16), dtype, bias=True, mask=(2, 1, length, length))
     first, (each, launched_by) = outcome(quant_attention, given), sums_of_bias(given)
-    assert len(each) == 6
+    assert len(each) == 4
     assert all(torch.equal(a, b) for a, b in zip(first, outcome(quant_attention, given), strict=True))
-    monkeypatch.setattr("dsquant.ops.gpu.quant_attention_backward.PROGRAMS", 2 * launched_by // 6)
+    monkeypatch.setattr("dsquant.ops.gpu.quant_attention_backward.PROGRAMS", 2 * launched_by // 4)
     assert len(sums_of_bias(given)[0]) == 2
     for one, other in zip(first, outcome(quant_attention, given), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
