@@ -50,6 +50,13 @@ def kernels_run_on_the_gpu(monkeypatch):
     monkeypatch.setattr(on_gpu.Launch, "run", on_gpu.run)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def shared_by_test_processes(tmp_path_factory):
+    """Have the processes of pytest-xdist share one server of ranks, through the folder that holds those of them all."""
+    folder = tmp_path_factory.getbasetemp()
+    ranks.SHARED = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 @pytest.fixture
 def run_ranks(tmp_path):
     """Return `run(world_size, target, *, timeout=120, env=None, **kwargs) -> list of results, rank 0 first`.

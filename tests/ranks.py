@@ -1,18 +1,21 @@
 """Run a function, or a script, on several ranks, each a process of its own: the engine of the `run_ranks` fixture.
 
-Ranks are forked from a server that has imported torch, DeepSpeed and dsquant already, which takes five seconds a process: the
-first call of a test process starts `python -m tests.ranks`, and writes it a line for each rank, with the environment that a
-launcher would set. Arguments and results of functions, which gloo joins, travel through files in a folder; each rank's output
-goes to FOLDER/rank<R>.log, its process id to rank<R>.pid and its exit code to rank<R>.code.
+Ranks are forked from a server that has imported torch, DeepSpeed and dsquant already, which takes tens of seconds a process:
+`python -m tests.ranks`, started by the first call of any test process and shared by all of one run of pytest. They write it a
+line for each rank: the name of a file that says what to run, in which environment, as a launcher would set it. Arguments and
+results of functions, which gloo joins, travel through files in a folder; each rank's output goes to FOLDER/rank<R>.log, its
+process id to rank<R>.pid and its exit code to rank<R>.code.
 """
 
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -26,10 +29,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 
 REPO = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.05
 TAIL_LINES = 40
+SHARED: Path | None = (
+    None  # the folder that test processes share, which `tests/conftest.py` sets; None: each has its own
+)
 # What a run imports, most of it late: torch's compiler through DeepSpeed, scipy and pandas through scikit-learn.
 PRELOADED = (
     "timm",
@@ -64,36 +71,62 @@ def launch(world_size, target, kwargs, folder, timeout=120.0, env=None):
     return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def run_script(world_size, words, output, cwd, env, timeout):
-    """Run `python SCRIPT OPTIONS` (`words`) on every rank, or as one process with no environment of a launcher for None.
+@dataclass
+class Script:
+    """Stand for a script that runs on every rank; use it in a `with` statement, which ends whatever still runs."""
 
-    All output goes to one file. Returns the exit code: that of the first rank that fails, which ends the others. Raises
-    TimeoutError after `timeout` seconds.
+    ranks: list["Rank"]
+    folder: tempfile.TemporaryDirectory
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.kill()
+        self.folder.cleanup()
+
+    def codes(self):
+        """Return the exit code of every rank, negative for a signal, or None while it runs."""
+        return [rank.poll() for rank in self.ranks]
+
+    def kill(self):
+        """Send SIGKILL to all ranks and to all that they have started, and wait for them."""
+        for rank in self.ranks:
+            rank.signal(signal.SIGKILL)
+        for rank in self.ranks:
+            rank.kill()
+
+    def wait(self, timeout, every=False):
+        """Return the exit codes once a rank has failed or all have ended, or once all have ended with `every`.
+
+        Raises TimeoutError after `timeout` seconds.
+        """
+        codes = _codes(self.ranks, time.monotonic() + timeout, every)
+        if None in codes and (every or not any(codes)):
+            raise TimeoutError
+        return codes
+
+
+def start_script(world_size, words, output, cwd, env):
+    """Start `python SCRIPT OPTIONS` (`words`) on every rank, or as one process with no environment of a launcher for None.
+
+    All output goes to one file.
     """
     output.write_text("")
-    processes, port, deadline = [], _free_port(), time.monotonic() + timeout
+    folder, port = tempfile.TemporaryDirectory(), _free_port()
     script = {"words": [str(word) for word in words], "cwd": str(cwd), "log": str(output.resolve())}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for rank in range(world_size or 1):
-                processes.append(_start(rank, world_size, port, Path(folder), env, **script))
-            codes = _codes(processes, deadline)
-        finally:
-            for process in processes:
-                process.kill()
-    if not any(codes) and None in codes:
-        raise TimeoutError
-    return next((code for code in codes if code), 0)
+    started = [_start(rank, world_size, port, Path(folder.name), env, **script) for rank in range(world_size or 1)]
+    return Script(started, folder)
 
 
-def _codes(processes, deadline):
-    """Return exit codes once a rank has failed, all have ended, or the deadline is over; None for those that run."""
+def _codes(processes, deadline, every=False):
+    """Return exit codes once a rank has failed (not with `every`), all have ended, or the deadline is over; None: it runs."""
     while True:
         codes = [process.poll() for process in processes]
-        if any(codes) or None not in codes or time.monotonic() > deadline:
+        if (any(codes) and not every) or None not in codes or time.monotonic() > deadline:
             return codes
-        if (ended := _server().poll()) is not None:
-            raise AssertionError(f"the server that forks ranks ended with {ended}; its output is above")
+        if _has_ended(_server()):
+            raise AssertionError("the server that forks ranks has ended; its output is above")
         time.sleep(POLL_SECONDS)
 
 
@@ -118,11 +151,15 @@ class Rank:
         """Return the exit code, negative for a signal, or None while the rank runs."""
         return self._read("code")
 
-    def kill(self):
-        """End the rank and all it has started, and wait for it."""
+    def signal(self, number):
+        """Send a signal to the rank and to all it has started."""
         _until(lambda: self._read("pid") is not None or self.poll() is not None)
         with contextlib.suppress(ProcessLookupError, TypeError):  # TypeError: it never had a pid
-            os.killpg(self._read("pid"), signal.SIGKILL)
+            os.killpg(self._read("pid"), number)
+
+    def kill(self):
+        """End the rank and all it has started, and wait for it."""
+        self.signal(signal.SIGKILL)
         _until(lambda: self.poll() is not None)
 
 
@@ -132,12 +169,31 @@ def _until(condition, seconds=30.0):
         time.sleep(POLL_SECONDS)
 
 
-_starting = threading.Lock()  # tests start ranks from several threads; there is one server, which reads line by line
+_starting = threading.Lock()  # tests start ranks from several threads
 
 
 @functools.cache
 def _server():
-    return subprocess.Popen([sys.executable, "-m", "tests.ranks"], cwd=REPO, stdin=subprocess.PIPE, text=True)
+    """Return the pipe that the server reads, a line at a time from whoever writes; this process holds it open to its end."""
+    folder = SHARED or Path(tempfile.mkdtemp(prefix="ranks"))
+    pipe, server, deadline = folder / "ranks.pipe", None, time.monotonic() + 120
+    with FileLock(folder / "ranks.lock"):
+        if not pipe.exists():
+            os.mkfifo(pipe)
+        while True:
+            with contextlib.suppress(OSError):  # nobody reads it: no server yet, or no longer
+                return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            server = server or subprocess.Popen([sys.executable, "-m", "tests.ranks", pipe], cwd=REPO)
+            assert server.poll() is None, "the server that forks ranks has ended; its output is above"
+            assert time.monotonic() < deadline, "the server that forks ranks does not listen"
+            time.sleep(POLL_SECONDS)
+
+
+def _has_ended(server):
+    """Say whether nobody reads the pipe of a server any more."""
+    looked = select.poll()
+    looked.register(server, select.POLLERR)
+    return bool(looked.poll(0))
 
 
 def _start(rank, world_size, port, folder, extra_env, **task):
@@ -153,11 +209,11 @@ def _start(rank, world_size, port, folder, extra_env, **task):
     # What the tests' own process has adopted of a launcher, with a port that is in use, is not for others.
     env = {key: value for key, value in os.environ.items() if key not in launched}
     env |= (launched if world_size else {}) | extra_env
-    order = {"rank": rank, "folder": str(folder.resolve()), "env": env, "task": task}
+    folder = folder.resolve()
+    order = folder / f"rank{rank}.order"
+    order.write_text(json.dumps({"rank": rank, "folder": str(folder), "env": env, "task": task}))
     with _starting:
-        server = _server()
-        server.stdin.write(json.dumps(order) + "\n")
-        server.stdin.flush()
+        os.write(_server(), f"{order}\n".encode())  # so few bytes arrive together, whoever else writes
     return Rank(folder, rank)
 
 
@@ -201,16 +257,21 @@ def script(words, cwd):
         atexit._run_exitfuncs()
 
 
-def serve():
-    """Fork a rank for every line of stdin, until it ends; a second process waits for each and writes its exit code."""
+def serve(pipe):
+    """Fork a rank for every line of a pipe, until nobody holds it; a second process waits for each and writes its exit code."""
+    orders = open(pipe)  # noqa: SIM115
     for module in PRELOADED:
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # a rank neither looks through all of this again nor copies its pages
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
-    for line in sys.stdin:
+    for line in orders:
         if os.fork() == 0:
+            os.close(orders.fileno())  # whoever writes sees that the server has ended, also while ranks run
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _watch(**json.loads(line))
+            _watch(**json.loads(Path(line.rstrip("\n")).read_text()))
+    os._exit(0)  # at once: nobody is to find the pipe open that nobody reads
 
 
 def _watch(rank, folder, env, task):
@@ -259,4 +320,4 @@ def _write(path, number):
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1])

@@ -79,20 +79,26 @@ def run(command: list[str], output: Path, cwd: Path = REPO, timeout: float = 240
     return Ended(code, output.read_text(errors="replace"))
 
 
-def run_forked(command: list[str], output: Path, cwd: Path = REPO, timeout: float = 240) -> Ended:
-    """Run what `train_command` returns (or `python SCRIPT OPTIONS`) as `run` does, in processes that are forked.
+def start_forked(command: list[str], output: Path, cwd: Path = REPO) -> ranks.Script:
+    """Start what `train_command` returns (or `python SCRIPT OPTIONS`) in processes that are forked, without the launcher.
 
-    They have imported torch and DeepSpeed, which costs as much as many a run itself; the launcher is left out.
+    They have imported torch and DeepSpeed, which costs as much as many a run itself.
     """
     world_size, words = None, command[1:]
     if Path(command[0]).name == "deepspeed":
         assert (command[1], command[3]) == ("--num_accelerators", "--master_port"), command
         world_size, words = int(command[2]), command[5:]
-    try:
-        code = ranks.run_script(world_size, words, output, cwd, ON_CPU, timeout)
-    except TimeoutError:
-        raise AssertionError(f"still running after {timeout} s:\n{output.read_text()[-4000:]}") from None
-    return Ended(code, output.read_text(errors="replace"))
+    return ranks.start_script(world_size, words, output, cwd, ON_CPU)
+
+
+def run_forked(command: list[str], output: Path, cwd: Path = REPO, timeout: float = 240) -> Ended:
+    """Run a command as `run` does, in processes of `start_forked`; the first rank that fails ends the others."""
+    with start_forked(command, output, cwd) as script:
+        try:
+            codes = script.wait(timeout)
+        except TimeoutError:
+            raise AssertionError(f"still running after {timeout} s:\n{output.read_text()[-4000:]}") from None
+    return Ended(next((code for code in codes if code), 0), output.read_text(errors="replace"))
 
 
 def free_port() -> int:
