@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from dsquant.checkpoint import Checkpoint, _hash, load_model, load_run_checkpoint
 from tests import ranks
-from tests.integration.runs import TINY, ds_config, kill, records, run_forked, start, train_command
+from tests.integration.runs import TINY, ds_config, records, run_forked, start_forked, train_command
 
-STEPS, EVERY = 40, 7
+STEPS, EVERY = 28, 5  # an epoch is of 22
 FREEZE = "stages.w2a2.quant.oscillation"
 OPTIONS = (
     *("--recipe", TINY, "--data.num_workers=1", "--model.kwargs.proj_drop_rate=0.1", "--telemetry.log_every=1"),
@@ -40,14 +40,12 @@ def undisturbed(tmp_path_factory):
 
 def kill_at(out_dir, log, stage, step):
     """Start the same run and kill it, with all it has started, once it has recorded a step of a stage."""
-    process, deadline = start(command(out_dir, *OPTIONS), log), time.monotonic() + 200
-    try:
+    deadline = time.monotonic() + 200
+    with start_forked(command(out_dir, *OPTIONS), log) as script:
         while not (out_dir / "metrics.jsonl").exists() or _last_step(out_dir, stage) < step:
-            assert process.poll() is None, log.read_text()[-4000:]
+            assert script.codes() == [None, None], log.read_text()[-4000:]
             assert time.monotonic() < deadline
             time.sleep(0.005)
-    finally:
-        kill(process)
 
 
 def _last_step(out_dir, stage):
@@ -222,7 +220,7 @@ def test_a_run_moves_from_zero_3_to_2_to_3_to_0_and_its_losses_go_on(undisturbed
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(found, wanted, strict=True)) <= 1e-4
     written_by = {c.name: Checkpoint.open(c).manifest["zero_stage"] for c in run_dir.glob("checkpoints/w2a2/step_*")}
     assert written_by == {
-        f"step_{n:08d}": zero for n, zero in zip((7, 14, 21, 28, 35, 40), (3, 3, 2, 3, 0, 0), strict=True)
+        f"step_{n:08d}": zero for n, zero in zip([*range(EVERY, STEPS, EVERY), STEPS], (3, 3, 2, 3, 0, 0), strict=True)
     }
 
 
