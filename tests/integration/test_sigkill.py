@@ -1,6 +1,6 @@
 """A run whose ranks are killed, and stopped, at random moments ends bit for bit as one that nothing happened to.
 
-DSQ_SOAK_KILLS and DSQ_SOAK_STOPS set how many SIGKILLs and SIGUSR1s one run gets (default 2 and 1), DSQ_SOAK_SEED the moments.
+DSQ_SOAK_KILLS and DSQ_SOAK_STOPS set how many SIGKILLs and SIGUSR1s one run gets (default 1 and 1), DSQ_SOAK_SEED the moments.
 What happened is left in the test's folder, `soak.json`.
 """
 
@@ -18,7 +18,7 @@ from dsquant.preemption import EXIT_STOPPED
 from tests.integration.runs import TINY, ds_config, kill, records, run_forked, start, train_command
 from tests.integration.test_resume import assert_same_tensors, tensors, without_time
 
-KILLS, STOPS = int(os.environ.get("DSQ_SOAK_KILLS", 2)), int(os.environ.get("DSQ_SOAK_STOPS", 1))
+KILLS, STOPS = int(os.environ.get("DSQ_SOAK_KILLS", 1)), int(os.environ.get("DSQ_SOAK_STOPS", 1))
 EVERY, STEPS = 5, max(15, 3 * (KILLS + STOPS))
 STAGES = ("fp", "w2a2")
 FREEZE = "stages.w2a2.quant.oscillation"
