@@ -18,6 +18,7 @@ from dsquant.convert import convert_run, evaluate_packed, pack_checkpoint, valid
 from dsquant.data import write_shards
 from dsquant.errors import ConfigError, DataError, ExportError
 from dsquant.export import load_packed, read_packed
+from tests.integration.runs import run_forked, train_command
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -50,9 +51,8 @@ def run(tmp_path_factory):
     """Train the default recipe for a few steps: two stages, the second quantized."""
     folder = tmp_path_factory.mktemp("run")
     ds_config = REPO / "ds_configs" / "zero2.json"
-    arguments = ("--ds_config", ds_config, "--max_steps", 12, "--out_dir", folder, "--telemetry.wandb=disabled")
-    status, out, error = command(REPO / "dsquant" / "train.py", *arguments)
-    assert status == 0, out[-2000:] + error[-2000:]
+    words = train_command("--ds_config", ds_config, "--max_steps", 12, "--out_dir", folder)
+    run_forked(words, tmp_path_factory.mktemp("log") / "log").ok()
     return folder
 
 

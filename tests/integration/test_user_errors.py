@@ -193,7 +193,7 @@ def test_on_two_ranks_the_message_appears_once(tmp_path):
 def test_what_one_of_two_ranks_meets_ends_both_with_its_message(tmp_path):
     """The image that cannot be decoded is in the data of one rank alone; the other waits for it in a reduction."""
     options = ["--recipe", TINY, "--max_steps", 30, *shards_with(tmp_path, overwrite_an_image)]
-    ended = run(train_command(*options, "--out_dir", tmp_path / "run", ranks=2), tmp_path / "log", timeout=120)
+    ended = run_forked(train_command(*options, "--out_dir", tmp_path / "run", ranks=2), tmp_path / "log", timeout=120)
     assert ended.code != 0
     assert ended.output.count("cannot decode") == 1, ended.output
     assert "Traceback" not in ended.output, ended.output

@@ -12,7 +12,7 @@ from dsquant.errors import TrainingError
 from dsquant.telemetry.metrics import read_summary
 from tests import ranks
 from tests.integration.conftest import STEPS
-from tests.integration.runs import REPO, TINY, ds_config, losses, records, run
+from tests.integration.runs import REPO, TINY, ds_config, losses, records, run_forked
 
 OTHERS = ["zero0", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 ALL = ["zero1", *OTHERS]
@@ -65,7 +65,7 @@ def test_the_packed_model_scores_what_training_measured(default_run, zero, tmp_p
     run_dir = default_run(zero)
     packed = run_dir / "model.packed.safetensors"
     command = [sys.executable, str(REPO / "tools" / "evaluate.py"), "--packed", str(packed), "--run", str(run_dir)]
-    output = run(command, tmp_path / "evaluate.log").ok().output
+    output = run_forked(command, tmp_path / "evaluate.log").ok().output
     (shown,) = re.findall(r"top-1 (\d+\.\d\d)\b", output)
     assert shown == f"{read_summary(run_dir)['top1']:.2f}"
 
