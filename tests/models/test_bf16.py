@@ -1,15 +1,24 @@
 """Models whose masks and coordinates are buffers train in bf16, float and quantized: DeepSpeed casts parameters alone."""
 
+from functools import partial
+
 import pytest
 
 from dsquant.benchmarks import step
+from dsquant.config import ModelConfig
 from dsquant.engine import init_world
 
 SWIN, SWIN_V2 = "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"
+SMALL = {"embed_dim": 24, "depths": [2, 2], "num_heads": [1, 2]}
+SIZES = {
+    SWIN: {"img_size": 56},
+    SWIN_V2: {"img_size": 64},
+}  # four windows: half of the blocks shift theirs, and have masks
 
 
 def losses(model, quantized):
     """Return the loss of two steps on one batch, and the dtypes of buffers."""
+    step.ModelConfig = partial(ModelConfig, kwargs=SMALL | SIZES[model])  # in this process, which is forked
     world = init_world()
     world.use_precision("bf16")
     engine = step._engine(model, 1, step.full_method(2) if quantized else None, world)
