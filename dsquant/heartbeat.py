@@ -39,6 +39,7 @@ class Heartbeat:
         self._beat(0)
         if rank == 0:
             self._store.set(LOST, "")
+            self._store.delete_key(TOLD)  # a launcher that starts ranks anew may keep its store
         dist.barrier()
         self._heard = time.monotonic()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._run, self._guard)]

@@ -161,6 +161,15 @@ def test_rank_0_alone_tells_what_both_ranks_meet(run_ranks, rank_0_first):
     assert run_ranks(2, target, failing=[1], **kwargs)[1] is False
 
 
+def leave_and_start_anew():
+    leave([0, 1], rank_0_first=True)
+    return leave([1], rank_0_first=True)
+
+
+def test_ranks_that_start_anew_on_the_same_store_forget_what_rank_0_told(run_ranks):
+    assert run_ranks(2, "tests.faults.test_lost_rank:leave_and_start_anew")[1] is False
+
+
 def fail_when_rank_0_is_gone():
     from dsquant import heartbeat
 
