@@ -34,9 +34,8 @@ from filelock import FileLock
 REPO = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.05
 TAIL_LINES = 40
-SHARED: Path | None = (
-    None  # the folder that test processes share, which `tests/conftest.py` sets; None: each has its own
-)
+# The folder that test processes share, which `tests/conftest.py` sets; None: each has its own.
+SHARED: Path | None = None
 # What a run imports, most of it late: torch's compiler through DeepSpeed, scipy and pandas through scikit-learn.
 PRELOADED = (
     "timm",

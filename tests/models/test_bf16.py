@@ -10,10 +10,8 @@ from dsquant.engine import init_world
 
 SWIN, SWIN_V2 = "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"
 SMALL = {"embed_dim": 24, "depths": [2, 2], "num_heads": [1, 2]}
-SIZES = {
-    SWIN: {"img_size": 56},
-    SWIN_V2: {"img_size": 64},
-}  # four windows: half of the blocks shift theirs, and have masks
+# Four windows: half of the blocks shift theirs, and have masks.
+SIZES = {SWIN: {"img_size": 56}, SWIN_V2: {"img_size": 64}}
 
 
 def losses(model, quantized):
