@@ -22,7 +22,7 @@ class Heartbeat:
         self.where, self._error = "the start", False
         self._over, self._heard = threading.Event(), 0.0
         self._threads: list[threading.Thread] = []
-        self._store, self._told = None, False  # by rank 0, before this rank has told of its error
+        self._store = None
         self._leaving = threading.Lock()
 
     def start(self, rank: int, world_size: int) -> None:
@@ -60,7 +60,10 @@ class Heartbeat:
             thread.join(timeout=1.5 * self.silence_s)
 
     def rank_0_tells(self, within_s: float) -> bool:
-        """Wait, after `stop`, for rank 0 to end with an error, whose message it prints; say whether it does, or has before."""
+        """Wait, after `stop`, for rank 0 to note that it ends with an error, which it prints; say whether it does, or has.
+
+        A rank 0 that is gone without a note may have been killed: it has told nothing of this rank's error.
+        """
         deadline = time.monotonic() + within_s
         while time.monotonic() < deadline:
             if self._rank_0_told():
@@ -69,11 +72,9 @@ class Heartbeat:
         return False
 
     def _rank_0_told(self) -> bool:
-        if self._store is None or self._told:
-            return self._told
         try:
-            return self._store.check([TOLD])
-        except RuntimeError:  # rank 0 has gone since: it has been told of this rank's error
+            return self._store is not None and self._store.check([TOLD])
+        except RuntimeError:
             return False
 
     def _key(self, rank: int) -> str:
@@ -101,14 +102,12 @@ class Heartbeat:
                     self._leave(lost)
             self._store.set(self._key(self.rank), LEFT)
             if self._error:
-                self._told = self._store.check([TOLD])
                 if self.rank == 0:
                     self._store.set(TOLD, "")
                 self._store.set(LOST, f"rank {self.rank} has ended; its message says why")
         except RuntimeError as error:  # DistNetworkError, DistStoreError
             if not self._over.is_set():
                 self._leave(f"{STORE} ({str(error).splitlines()[0]})")
-            self._told = "imed out" not in str(error)  # gone, and not hanging
 
     def _guard(self) -> None:
         """Leave where the store does not answer: a rank 0 that hangs holds up whoever asks it."""
